@@ -1,0 +1,31 @@
+# Thin: every target is one command that also works by hand.
+GO ?= go
+export CGO_ENABLED ?= 0
+
+.PHONY: all build setup demo test lint soak bench clean
+
+all: build
+
+setup:
+	scripts/host-packages.sh
+
+build:
+	$(GO) build -trimpath -buildvcs=false -o bin/ ./cmd/...
+
+demo: setup build
+	scripts/demo.sh
+
+test: setup build
+	scripts/test.sh
+
+lint:
+	scripts/lint.sh
+
+soak: setup build
+	scripts/soak.sh
+
+bench: setup build
+	scripts/bench.sh
+
+clean:
+	rm -rf bin
