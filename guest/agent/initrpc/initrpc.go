@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package initrpc is the privilege boundary inside the guest: how the
+// unprivileged agent asks init, PID 1, for the few things that need privilege.
+//
+// Init holds the TEE, the runtime register, the container engine's socket and
+// the power switch. The agent, which parses bytes from the network and from
+// every container, holds none of them. It inherits one end of a socket pair and
+// may ask for a quote, an event, the list of containers, the status and a
+// shutdown ([Init]); nothing else. What it needs to know it reads once from a
+// sealed memfd ([Config]), and the sockets it serves were bound by init
+// ([Spawn]).
+//
+// Init's side ([Serve]) treats the agent as hostile: frames are bounded,
+// requests in flight are bounded, quotes are serialised (upstream's driver and
+// ours allow no concurrency, guest-agent.md §11.1), event names that carry
+// identity are refused ([Reserved], threats.md B09). The agent trusts init.
+//
+// # Frames
+//
+// Both directions carry frames: u32 big-endian length n, then n bytes of JSON,
+// 2 ≤ n ≤ [MaxFrame]. A request is {"id","method","params"}; a response is
+// {"id","result"} or {"id","error":{"code","message","fix"}}. Ids are chosen by
+// the agent; an id that is still in flight may not be used again, except by the
+// method "cancel", which cancels the request of that id and has no response of
+// its own.
+package initrpc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// Limits of the protocol.
+const (
+	MaxFrame     = 1 << 20 // bytes of JSON in one frame
+	MaxInFlight  = 32      // requests that init works on at a time
+	MaxEventName = 128     // bytes
+	MaxPayload   = 64 << 10
+	MaxQuote     = 256 << 10
+	MaxContainer = 1024 // containers in one list
+	maxMessage   = 4 << 10
+)
+
+// Init is what init does for the agent. Implementations may be called from
+// several goroutines at once, except Quote, which [Serve] calls one at a time.
+type Init interface {
+	// Quote returns hardware evidence over exactly these 64 bytes.
+	Quote(ctx context.Context, data dstack.ReportData) ([]byte, error)
+
+	// Extend extends the runtime register by one application event and
+	// returns it as it was logged. Names for which [Reserved] holds never
+	// reach it.
+	Extend(ctx context.Context, name string, payload []byte) (eventlog.Event, error)
+
+	// Containers asks the container engine for all containers, running or not.
+	Containers(ctx context.Context) ([]Container, error)
+
+	// Shutdown begins to power off the guest and returns at once.
+	Shutdown(ctx context.Context, request ShutdownRequest) error
+
+	// Status says how far boot has come.
+	Status(ctx context.Context) (Status, error)
+}
+
+// Container is one container as the engine describes it; field for field the
+// message guest_api.Container (guest-agent.md §6).
+type Container struct {
+	ID      string   `json:"id"`
+	Names   []string `json:"names"` // with the engine's leading slash
+	Image   string   `json:"image"`
+	ImageID string   `json:"image_id"`
+	Created int64    `json:"created"` // Unix seconds
+	State   string   `json:"state"`   // running, exited, …
+	Status  string   `json:"status"`  // Up 3 minutes, …
+}
+
+// ShutdownRequest says who asked; it is logged, nothing else.
+type ShutdownRequest struct {
+	Reason string `json:"reason"`
+}
+
+// Status is the state of boot.
+type Status struct {
+	Phase  string `json:"phase"`            // name of the current or last phase of guest/boot
+	Ready  bool   `json:"ready"`            // the workload was started
+	Failed string `json:"failed,omitempty"` // "CODE: message" of the phase that failed
+}
+
+// Reserved reports whether an application may not emit an event of this name:
+// one of those by which the system commits its identity (attestation.md §3.5), or
+// one with a colon, which the V1 digest cannot tell from its separator.
+func Reserved(name string) bool {
+	return eventlog.Reserved(name) || strings.Contains(name, ":")
+}
+
+// Methods on the wire.
+const (
+	methodQuote      = "quote"
+	methodExtend     = "extend"
+	methodContainers = "containers"
+	methodShutdown   = "shutdown"
+	methodStatus     = "status"
+	methodReady      = "ready"
+	methodCancel     = "cancel"
+)
+
+type request struct {
+	ID     uint64          `json:"id"`
+	Method string          `json:"method"`
+	Params json.RawMessage `json:"params,omitempty"`
+}
+
+type response struct {
+	ID     uint64          `json:"id"`
+	Result json.RawMessage `json:"result,omitempty"`
+	Error  *wireError      `json:"error,omitempty"`
+}
+
+type wireError struct {
+	Code    string `json:"code,omitempty"`
+	Message string `json:"message"`
+	Fix     string `json:"fix,omitempty"`
+}
+
+type quoteParams struct {
+	ReportData dstack.ReportData `json:"report_data"`
+}
+
+type quoteResult struct {
+	Quote []byte `json:"quote"` // base64, as encoding/json has it
+}
+
+type extendParams struct {
+	Name    string `json:"name"`
+	Payload []byte `json:"payload"`
+}
+
+type extendResult struct {
+	Event eventlog.Event `json:"event"`
+}
+
+type containersResult struct {
+	Containers []Container `json:"containers"`
+}
+
+func toWire(err error) *wireError {
+	w := &wireError{Code: fault.Code(err), Message: err.Error(), Fix: fault.Fix(err)}
+	if w.Code == "" && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		w.Code = "cancelled"
+	}
+	if len(w.Message) > maxMessage {
+		w.Message = strings.ToValidUTF8(w.Message[:maxMessage], "") + "…"
+	}
+	return w
+}
+
+func (w *wireError) err(method string) error {
+	if w.Code == "" {
+		return fmt.Errorf("init: %s: %s", method, w.Message)
+	}
+	e := fault.New(w.Code, "%s", w.Message)
+	if w.Fix != "" {
+		e = e.WithFix("%s", w.Fix)
+	}
+	return e
+}
