@@ -260,13 +260,16 @@ func (m *Manifest) check(top object) error {
 		return fieldError("key_provider_id", "pins a key provider, but the key provider is %s, which has no identity", k)
 	}
 	if m.Version < 3 {
-		for what, used := range map[string]bool{
-			"requirements":               m.Requirements != nil,
-			"the runner nerdctl-compose": m.Runner == RunnerNerdctlCompose,
-			"more than one init_script":  len(m.InitScripts) > 1,
+		for _, v3 := range []struct {
+			what string
+			used bool
+		}{
+			{"requirements", m.Requirements != nil},
+			{"the runner nerdctl-compose", m.Runner == RunnerNerdctlCompose},
+			{"more than one init_script", len(m.InitScripts) > 1},
 		} {
-			if used {
-				return fault.New("manifest_requires_v3", "%s needs manifest_version \"3\", but it is %d: an older guest would ignore the demand", what, m.Version).
+			if v3.used {
+				return fault.New("manifest_requires_v3", "%s needs manifest_version \"3\", but it is %d: an older guest would ignore the demand", v3.what, m.Version).
 					WithFix(`set "manifest_version": "3"`)
 			}
 		}
