@@ -760,6 +760,7 @@ func TestVMConfig(t *testing.T) {
 		{`{"qemu_version":"9.0"}`, false, true},
 		{`{"qemu_version":"9.0.x"}`, false, true},
 		{`{"qemu_version":"9.0.0","memory_size":-1}`, false, true},
+		{`{"memory_size":1,"memory_size":2}`, false, true},
 		{`null`, false, true},
 		{`[]`, false, true},
 		{``, false, true},
@@ -833,7 +834,7 @@ func must[T any](v T, err error) T {
 
 func FuzzParseTDVF(f *testing.F) {
 	f.Add(measuretest.Firmware())
-	f.Add(measuretest.Firmware(measuretest.Sections()[:1]...))
+	f.Add(measuretest.Firmware()[0xf000:])
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 1<<20 {

@@ -3,10 +3,12 @@
 package measure
 
 import (
+	"bytes"
 	"encoding/json"
 	"strconv"
 	"strings"
 
+	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -81,14 +83,12 @@ func (c *VMConfig) UnmarshalJSON(data []byte) error {
 // ParseVMConfig reads a vm_config of at most 1 MiB. The code of every error is
 // vm_config_malformed.
 func ParseVMConfig(data []byte) (*VMConfig, error) {
-	if len(data) > maxVMConfig {
-		return nil, fault.New("vm_config_malformed", "vm_config of %d bytes, want at most %d", len(data), maxVMConfig)
-	}
-	if trimmed := strings.TrimLeft(string(data), " \t\r\n"); !strings.HasPrefix(trimmed, "{") {
+	// "null" would decode into nothing.
+	if trimmed := bytes.TrimLeft(data, " \t\r\n"); len(trimmed) == 0 || trimmed[0] != '{' {
 		return nil, fault.New("vm_config_malformed", "vm_config is not a JSON object")
 	}
 	var c VMConfig
-	if err := json.Unmarshal(data, &c); err != nil {
+	if err := strictjson.Decode(data, &c, strictjson.Limits{Size: maxVMConfig, Depth: 8, Unknown: true}); err != nil {
 		return nil, fault.Wrap(err, "vm_config_malformed", "vm_config")
 	}
 	if _, err := c.TwoPass(); err != nil {

@@ -86,7 +86,11 @@ func Open(ctx context.Context, env Env, drivers []Driver) (TEE, error) {
 		if !errors.Is(err, ErrAbsent) {
 			return nil, fault.Wrap(err, "tee_failed", "the %s of this machine does not work", driver.Name)
 		}
-		tried = append(tried, driver.Name)
+		look := driver.Name
+		if err != ErrAbsent { // it says more than that
+			look += ": " + strings.ReplaceAll(err.Error(), "\n", ": ")
+		}
+		tried = append(tried, look)
 	}
 	looked := "this binary has no TEE driver"
 	if len(tried) > 0 {

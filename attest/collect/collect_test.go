@@ -39,7 +39,7 @@ func TestOpen(t *testing.T) {
 		mention string
 	}{
 		{"takes the first TEE present", []Driver{failing("a", absent), present("b"), present("c")}, "b", "", ""},
-		{"refuses when every driver finds nothing", []Driver{failing("a", absent), failing("b", absent)}, "", "no_tee", "a, b"},
+		{"refuses when every driver finds nothing", []Driver{failing("a", ErrAbsent), failing("b", absent)}, "", "no_tee", "a, b: look for device"},
 		{"refuses without drivers", nil, "", "no_tee", "no TEE driver"},
 		{"does not fall through to a weaker TEE when the first one is broken", []Driver{failing("a", broken), present("b")}, "", "tee_failed", "nonsense"},
 	} {
