@@ -397,7 +397,7 @@ func spawn(t *testing.T, ctx context.Context, mode string, log io.Writer) (*Proc
 		Path: "/proc/self/exe", UID: 990, GID: 990, Env: []string{helperEnv + "=" + mode},
 		Config: &Config{ChannelKey: []byte{0xab}}, Init: &fakeInit{},
 		Listeners: map[string]*os.File{ListenDstack: sock}, Log: log,
-		Start: func(cmd *exec.Cmd) (func() error, error) { return cmd.Wait, cmd.Start() },
+		Start: func(cmd *exec.Cmd) (Child, error) { return startCmd(cmd) },
 	})
 	if err != nil {
 		t.Fatal(err)

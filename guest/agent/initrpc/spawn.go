@@ -58,17 +58,33 @@ type SpawnOptions struct {
 	// Log receives the agent's standard output and error; nil discards them.
 	Log io.Writer
 
-	// Start starts the command and returns how to wait for its end. PID 1
-	// reaps all children itself and says so here; nil means cmd.Start and
-	// cmd.Wait.
-	Start func(cmd *exec.Cmd) (wait func() error, err error)
+	// Start starts the process that cmd describes: Path, Args, Env, Dir,
+	// ExtraFiles (descriptors 3 and up), Stdout (an *os.File, for standard error
+	// too) and SysProcAttr. PID 1, which reaps all children itself, brings its
+	// own, and may send the output elsewhere; nil means cmd.Start.
+	Start func(cmd *exec.Cmd) (Child, error)
+}
+
+// Child is a started process. Wait returns once, when it has ended; Kill sends
+// SIGKILL, and never to another process that got the number since.
+type Child struct {
+	Pid  int
+	Wait func() error
+	Kill func() error
+}
+
+func startCmd(cmd *exec.Cmd) (Child, error) {
+	if err := cmd.Start(); err != nil {
+		return Child{}, err
+	}
+	return Child{Pid: cmd.Process.Pid, Wait: cmd.Wait, Kill: cmd.Process.Kill}, nil
 }
 
 // Process is a running agent.
 type Process struct {
 	Pid int
 
-	proc  *os.Process
+	kill  func() error
 	ready chan struct{}
 	done  chan struct{}
 	err   error
@@ -88,7 +104,7 @@ func (p *Process) Wait() error {
 }
 
 // Kill ends the agent at once.
-func (p *Process) Kill() error { return p.proc.Kill() }
+func (p *Process) Kill() error { return p.kill() }
 
 // Spawn starts the agent: own user and group, no supplementary groups, no
 // capabilities, no environment, and no descriptors but the ones named here. It
@@ -140,7 +156,7 @@ func Spawn(ctx context.Context, opt SpawnOptions) (*Process, error) {
 	}
 	start := opt.Start
 	if start == nil {
-		start = func(cmd *exec.Cmd) (func() error, error) { return cmd.Wait, cmd.Start() }
+		start = startCmd
 	}
 
 	p := &Process{ready: make(chan struct{}), done: make(chan struct{})}
@@ -150,10 +166,11 @@ func Spawn(ctx context.Context, opt SpawnOptions) (*Process, error) {
 		// thread has to live as long as the child (golang.org/issue/27505).
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		wait, err := start(cmd)
+		child, err := start(cmd)
+		p.Pid, p.kill = child.Pid, child.Kill
 		started <- err
 		if err == nil {
-			ended <- wait()
+			ended <- child.Wait()
 		}
 	}()
 	if err := <-started; err != nil {
@@ -161,7 +178,7 @@ func Spawn(ctx context.Context, opt SpawnOptions) (*Process, error) {
 		logRead.Close()
 		return nil, fmt.Errorf("start agent %s: %w", opt.Path, err)
 	}
-	p.Pid, p.proc = cmd.Process.Pid, cmd.Process
+	logWrite.Close()
 
 	logged := make(chan struct{})
 	go func() {
@@ -190,12 +207,12 @@ func Spawn(ctx context.Context, opt SpawnOptions) (*Process, error) {
 			grace := time.NewTimer(exitGrace)
 			defer grace.Stop()
 			if protocol != nil {
-				cmd.Process.Kill()
+				p.kill()
 			}
 			select {
 			case p.err = <-ended:
 			case <-grace.C: // it hung up and stayed: an agent without init is of no use
-				cmd.Process.Kill()
+				p.kill()
 				p.err = <-ended
 			}
 		}
