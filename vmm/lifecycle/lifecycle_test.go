@@ -303,3 +303,53 @@ func TestInterruptedStartIsGivenUpInTheEnd(t *testing.T) {
 		s.Phase = StartingQEMU
 	}
 }
+
+func TestSteps(t *testing.T) {
+	on := State{Phase: Running, Started: true, HasTEE: true, Run: 2}
+	with := func(s State, change func(*State)) State { change(&s); return s }
+	stopping := with(on, func(s *State) { s.Phase, s.Started = Stopping, false })
+	failure := &Exit{Code: "x", Reason: "y"}
+	for _, tc := range []struct {
+		name  string
+		state State
+		in    Input
+		phase Phase
+		do    []Do
+	}{
+		{"the end of an older run changes nothing", on, Input{Kind: QEMUExited, Run: 1, Exit: failure}, Running, nil},
+		{"the failure of an older run changes nothing", on, Input{Kind: Failed, Run: 1, Exit: failure}, Running, nil},
+		{"an older kill does not end a stop", stopping, Input{Kind: Killed, Run: 1}, Stopping, nil},
+		{"a process found in a stopped VM is ended", State{Phase: Stopped}, Input{Kind: Recovered, QEMU: true}, Stopped, []Do{Kill}},
+		{"a TEE found in an exited VM is ended", State{Phase: Exited}, Input{Kind: Recovered, TEE: true}, Exited, []Do{Kill}},
+		{"a TEE lost with the VMM is started on its state", on, Input{Kind: Recovered, QEMU: true}, Running, []Do{StartTEE, Connect}},
+		{"a VM without TEE needs none", with(on, func(s *State) { s.HasTEE = false }), Input{Kind: Recovered, QEMU: true}, Running, []Do{Connect}},
+		{"start during a stop waits for it", stopping, start, Stopping, nil},
+		{"and runs after it", with(stopping, func(s *State) { s.Again = true }), Input{Kind: Killed, Run: 2}, Preparing, []Do{Prepare}},
+		{"stop takes such a start back", with(stopping, func(s *State) { s.Again = true }), stop, Stopping, nil},
+		{"stop while starting kills", with(on, func(s *State) { s.Phase = StartingTEE }), stop, Stopping, []Do{Kill}},
+		{"a stop wins over a failure at the same time", with(stopping, func(s *State) { s.Exit = failure }), Input{Kind: Failed, Run: 2, Exit: failure}, Stopping, nil},
+	} {
+		s, effects, err := Step(tc.state, tc.in)
+		var do []Do
+		for _, e := range effects {
+			do = append(do, e.Do)
+		}
+		if err != nil || s.Phase != tc.phase || fmt.Sprint(do) != fmt.Sprint(tc.do) {
+			t.Errorf("%s: %s %v %v, want %s %v", tc.name, s.Phase, do, err, tc.phase, tc.do)
+		}
+	}
+	s, _, _ := Step(with(stopping, func(s *State) { s.Again = true }), stop)
+	if s.Again {
+		t.Error("stop leaves a start behind")
+	}
+	if s, _, _ = Step(stopping, start); !s.Again || !s.Started {
+		t.Error("start during a stop is forgotten")
+	}
+	s = on
+	for range maxTEERestarts {
+		s, _, _ = Step(s, Input{Kind: TEEExited, Run: 2})
+	}
+	if s, _, _ = Step(s, Input{Kind: TEEExited, Run: 2}); s.Phase != Stopping || s.Exit.Code != "tee_lost" {
+		t.Errorf("a TEE that always ends: %+v", s)
+	}
+}
