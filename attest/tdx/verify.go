@@ -3,14 +3,258 @@
 package tdx
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"math/big"
+	"slices"
 	"time"
 
+	dstack "github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
-// Verify is not complete yet.
+// Options widens what VerifyOptions accepts. The zero value is the strictest.
+type Options struct {
+	// AllowDebug accepts a TD whose memory the host can read; Claims.Debug is
+	// then set. Never for secrets.
+	AllowDebug bool
+	// ExtraAttributes are TD attributes accepted beside SEPT_VE_DISABLE, out of
+	// AttrPKS, AttrKL and AttrPerfmon; others are ignored.
+	ExtraAttributes uint64
+}
+
+// Verify establishes what a quote proves at a stated time. Collateral must be
+// complete: a missing revocation list is a refusal. Everything, quote and
+// collateral, must chain to one certificate of one of the roots, whose Trust the
+// claims carry.
+//
+// A TCB status other than Revoked is not an error but a grade, Claims.TCBStatus,
+// which the caller's policy must judge. Every error carries a code of its own.
 func Verify(quote []byte, col collateral.TDX, roots []Roots, at time.Time) (*attest.Claims, error) {
-	return nil, fault.New("not_implemented", "TDX verification")
+	return VerifyOptions(quote, col, roots, at, Options{})
+}
+
+// VerifyOptions is Verify with exceptions that the caller answers for.
+func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time, opt Options) (*attest.Claims, error) {
+	q, err := ParseQuote(quote)
+	if err != nil {
+		return nil, err
+	}
+	if q.Header.QEVendorID != IntelQEVendorID {
+		return nil, fault.New("qe_vendor", "quoting enclave has vendor id %x, want Intel's %x", q.Header.QEVendorID, IntelQEVendorID)
+	}
+	if err := col.Check(); err != nil {
+		return nil, err
+	}
+
+	// Who vouches: the PCK certificate chain selects the one root that all the
+	// collateral must chain to as well, so that development collateral can never
+	// grade a production quote.
+	v := verification{at: at}
+	pckPEM := q.CertData
+	switch q.CertType {
+	case CertTypePCKChain:
+	case CertTypeEncryptedPPID2048, CertTypeEncryptedPPID3072:
+		pckPEM = []byte(col.PCKCertificateChain)
+	default:
+		return nil, fault.New("quote_cert_type", "quote has PCK certification data of type %d, want %d, %d or %d",
+			q.CertType, CertTypePCKChain, CertTypeEncryptedPPID2048, CertTypeEncryptedPPID3072)
+	}
+	pckChain, err := parseChain("pck", pckPEM)
+	if err != nil {
+		return nil, err
+	}
+	trust, err := v.chooseRoot(pckChain, roots)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.loadRootCRL(col.RootCACRL); err != nil {
+		return nil, err
+	}
+	if err := v.checkChain("pck", pckChain, []string{CNPCK}, []string{CNPlatformCA, CNProcessorCA}); err != nil {
+		return nil, err
+	}
+	pck, pckCA := pckChain[0], pckChain[1]
+	if err := v.checkPCKCRL(col, pck, pckCA); err != nil {
+		return nil, err
+	}
+	ext, err := parsePCKExtension(pck)
+	if err != nil {
+		return nil, err
+	}
+
+	// What the vendor says about such platforms and enclaves today.
+	info, err := v.tcbInfo(col)
+	if err != nil {
+		return nil, err
+	}
+	if info.fmspc != ext.FMSPC {
+		return nil, fault.New("fmspc_mismatch", "TCB info is for FMSPC %x, the PCK certificate for %x", info.fmspc, ext.FMSPC)
+	}
+	if info.pceID != ext.PCEID {
+		return nil, fault.New("pceid_mismatch", "TCB info is for PCE %x, the PCK certificate for %x", info.pceID, ext.PCEID)
+	}
+	identity, err := v.qeIdentity(col)
+	if err != nil {
+		return nil, err
+	}
+
+	// The chain of signatures inside the quote: PCK → QE report → attestation
+	// key → TD report.
+	if err := checkQEReport(q, pck); err != nil {
+		return nil, err
+	}
+	qeLevel, err := identity.appraise(q.QEReport[:])
+	if err != nil {
+		return nil, err
+	}
+	attestationKey, err := rawKey(q.AttestationKey[:])
+	if err != nil {
+		return nil, fault.Wrap(err, "quote_signature", "attestation key of the quote")
+	}
+	if !verifyRaw(attestationKey, q.Signed, q.Signature[:]) {
+		return nil, fault.New("quote_signature", "the quote is not signed by its attestation key")
+	}
+
+	body := q.Body()
+	if err := checkAttributes(body, opt); err != nil {
+		return nil, err
+	}
+	grade, err := info.appraise(body, ext, qeLevel)
+	if err != nil {
+		return nil, err
+	}
+	if !body.MRSignerSEAM.IsZero() {
+		return nil, fault.New("mr_signer_seam", "the TDX module is signed by %s, want Intel's (all zero)", body.MRSignerSEAM)
+	}
+
+	return &attest.Claims{
+		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor),
+		MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
+		MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig, MRSEAM: body.MRSEAM,
+		ReportData:   body.ReportData,
+		TDAttributes: hex.EncodeToString(body.TDAttributes[:]),
+		XFAM:         hex.EncodeToString(body.XFAM[:]),
+		TEETCBSVN:    hex.EncodeToString(body.TEETCBSVN[:]),
+		Debug:        body.Attributes()&AttrDebug != 0,
+		TCBStatus:    grade.status, PlatformStatus: grade.platform, ModuleStatus: grade.module, QEStatus: qeLevel.Status,
+		Advisories: grade.advisories, TCBDate: grade.date,
+		TCBEvaluation: min(info.Evaluation, identity.Evaluation),
+		FMSPC:         hex.EncodeToString(ext.FMSPC[:]),
+		DeviceID:      sha256.Sum256(ext.PPID[:]),
+		At:            at, Expires: v.expires,
+	}, nil
+}
+
+// verification is the state of one call: the time, the one root, its revocation
+// list, and when the first thing relied upon ends.
+type verification struct {
+	at      time.Time
+	anchor  *x509.Certificate
+	rootCRL *x509.RevocationList
+	expires time.Time
+}
+
+// until notes that the verdict rests on something that ends at t.
+func (v *verification) until(t time.Time) {
+	if v.expires.IsZero() || t.Before(v.expires) {
+		v.expires = t
+	}
+}
+
+func (v *verification) loadRootCRL(der []byte) (err error) {
+	v.rootCRL, err = v.crl("root CA CRL", der, v.anchor)
+	return err
+}
+
+// checkPCKCRL verifies the intermediate's revocation list by way of its own
+// issuer chain, which must lead to the very intermediate that issued the PCK
+// certificate, and looks the certificate up in it.
+func (v *verification) checkPCKCRL(col collateral.TDX, pck, pckCA *x509.Certificate) error {
+	if len(col.PCKCRL) == 0 {
+		return fault.New("crl_missing", "collateral has no PCK CRL").WithFix("fetch complete collateral")
+	}
+	chain, err := parseChain("pck_crl", []byte(col.PCKCRLIssuerChain))
+	if err != nil {
+		return err
+	}
+	if err := v.checkChain("pck_crl", chain, []string{CNPlatformCA, CNProcessorCA}); err != nil {
+		return err
+	}
+	if !sameKey(chain[0], pckCA) || string(chain[0].RawSubject) != string(pckCA.RawSubject) {
+		return fault.New("crl_issuer", "PCK CRL is of %q, the PCK certificate was issued by %q", chain[0].Subject.CommonName, pckCA.Subject.CommonName)
+	}
+	crl, err := v.crl("PCK CRL", col.PCKCRL, pckCA)
+	if err != nil {
+		return err
+	}
+	if revoked(crl, pck) {
+		return fault.New("pck_revoked", "PCK certificate with serial %x is revoked", pck.SerialNumber)
+	}
+	return nil
+}
+
+// checkQEReport verifies that the PCK certificate signed the QE report, and that
+// the report commits to the attestation key.
+func checkQEReport(q *Quote, pck *x509.Certificate) error {
+	if !verifyRaw(pck.PublicKey.(*ecdsa.PublicKey), q.QEReport[:], q.QEReportSignature[:]) {
+		return fault.New("qe_report_signature", "the QE report is not signed by the PCK certificate's key")
+	}
+	if len(q.QEAuthData) != QEAuthSize {
+		return fault.New("qe_auth_size", "QE authentication data has %d bytes, want %d", len(q.QEAuthData), QEAuthSize)
+	}
+	want := sha256.Sum256(slices.Concat(q.AttestationKey[:], q.QEAuthData))
+	if got := q.QEReport[QEOffReportData:QEReportSize]; string(got) != string(want[:])+string(make([]byte, 32)) {
+		return fault.New("qe_report_data", "the QE report does not commit to the quote's attestation key")
+	}
+	return nil
+}
+
+// checkAttributes admits the allow-list of TD attributes only (threats.md A06, B01).
+func checkAttributes(b ReportBody, opt Options) error {
+	attr := b.Attributes()
+	allowed := AttrSEPTVEDisable | opt.ExtraAttributes&(AttrPKS|AttrKL|AttrPerfmon)
+	if opt.AllowDebug {
+		allowed |= AttrDebug
+	}
+	rest := attr &^ allowed
+	switch {
+	case rest&AttrDebug != 0:
+		return fault.New("td_debug", "the TD runs in debug mode: the host can read its memory")
+	case rest&AttrTUD != 0:
+		return fault.New("td_tud", "the TD is under debug or profiling (attributes %x)", b.TDAttributes)
+	case rest&AttrMigratable != 0:
+		return fault.New("td_migratable", "the TD may be migrated to another platform")
+	case rest != 0:
+		return fault.New("td_attributes", "the TD has attributes %x, of which %#x are not accepted", b.TDAttributes, rest)
+	case attr&AttrSEPTVEDisable == 0:
+		return fault.New("td_sept_ve", "the TD has not disabled virtualization exceptions on pages that the host takes away (SEPT_VE_DISABLE)")
+	case !b.MRServiceTD.IsZero():
+		return fault.New("td_service_td", "a service TD (%s) is bound to the TD and may act on it", b.MRServiceTD)
+	}
+	return nil
+}
+
+// verifyRaw verifies a 64-byte signature r ‖ s over SHA-256 of message.
+func verifyRaw(key *ecdsa.PublicKey, message, sig []byte) bool {
+	if len(sig) != 64 {
+		return false
+	}
+	digest := sha256.Sum256(message)
+	return ecdsa.Verify(key, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:]))
+}
+
+// rawKey reads a P-256 point x ‖ y and checks that it is on the curve.
+func rawKey(xy []byte) (*ecdsa.PublicKey, error) {
+	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, xy...))
+	if err != nil {
+		return nil, fmt.Errorf("not a point on P-256: %w", err)
+	}
+	return key, nil
 }
