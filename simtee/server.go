@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/dstack-go/dstack/attest/collect/sim"
@@ -231,14 +232,11 @@ func (l *limitListener) Accept() (net.Conn, error) {
 type limitedConn struct {
 	net.Conn
 	release func()
-	closed  bool
+	once    sync.Once
 }
 
 func (c *limitedConn) Close() error {
 	err := c.Conn.Close()
-	if !c.closed {
-		c.closed = true
-		c.release()
-	}
+	c.once.Do(c.release)
 	return err
 }
