@@ -309,17 +309,17 @@ func (a *Agent) tlsConfig() *tls.Config {
 	}
 }
 
-// Run is the agent's whole life as a process that init started: take over what
-// it inherited, give up what it does not need, serve until init ends or ctx does.
+// Run is the agent's whole life as a process that init started: give up what it
+// does not need, take over what it inherited, serve until init ends or ctx does.
 func Run(ctx context.Context, log io.Writer) error {
+	if err := Harden(); err != nil { // before the key is in memory
+		return err
+	}
 	in, err := initrpc.Inherit()
 	if err != nil {
 		return err
 	}
 	defer in.Init.Close()
-	if err := Harden(); err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
