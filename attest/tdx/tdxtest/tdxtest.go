@@ -286,8 +286,12 @@ func (p *Platform) Issue(parent Authority, name string, edit func(*x509.Certific
 	key := p.newKey()
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
 	p.check(err)
+	point, err := key.PublicKey.Bytes()
+	p.check(err)
+	keyID := sha256.Sum256(point)
 	template := &x509.Certificate{
 		SerialNumber:          serial,
+		SubjectKeyId:          keyID[:20],
 		Subject:               pkix.Name{CommonName: name, Organization: []string{"Intel Corporation"}, Locality: []string{"Santa Clara"}, Province: []string{"CA"}, Country: []string{"US"}},
 		NotBefore:             Issued.AddDate(-1, 0, 0),
 		NotAfter:              Issued.AddDate(10, 0, 0),
@@ -378,6 +382,10 @@ func (p *Platform) crl(c CRL) []byte {
 	return der
 }
 
+// Sign signs a message as the vendor signs its documents: r ‖ s, 32 bytes each,
+// over SHA-256 of the message.
+func (p *Platform) Sign(a Authority, message []byte) []byte { return p.sign(a.Key, message) }
+
 // sign returns r ‖ s, 32 bytes each, over SHA-256 of message.
 func (p *Platform) sign(key *ecdsa.PrivateKey, message []byte) []byte {
 	digest := sha256.Sum256(message)
@@ -399,11 +407,14 @@ func (p *Platform) marshal(doc JSON) []byte {
 }
 
 func (p *Platform) check(err error) {
-	p.t.Helper()
 	if err != nil {
+		p.t.Helper()
 		p.t.Fatalf("tdxtest: %v", err)
 	}
 }
 
 func stamp(t time.Time) string { return t.Format(time.RFC3339) }
 func zeros(n int) string       { return hex.EncodeToString(make([]byte, n)) }
+
+// TB returns the test that the platform belongs to.
+func (p *Platform) TB() testing.TB { return p.t }
