@@ -112,7 +112,6 @@ func start(t *testing.T, dir, launch string) (*process, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	})
 	t.Cleanup(func() {
-		p.client.Close()
 		p.cmd.Process.Kill()
 		p.cmd.Wait()
 	})
@@ -208,7 +207,6 @@ func TestSecondProcessOnOneStateIsRefused(t *testing.T) {
 	if _, err := first.client.Registers(t.Context()); err != nil {
 		t.Fatalf("the first process no longer answers: %v", err)
 	}
-	first.client.Close()
 	if err := first.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

@@ -115,9 +115,11 @@ var (
 func New(dial func(ctx context.Context) (net.Conn, error)) *Client {
 	return &Client{http: &http.Client{
 		Transport: &http.Transport{
-			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
-			MaxConnsPerHost:        4,
-			IdleConnTimeout:        30 * time.Second,
+			DialContext:     func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			MaxConnsPerHost: 4,
+			// A stream per request: a kept one could be found dead only after an extend
+			// was written to it, and an extend must not be sent twice.
+			DisableKeepAlives:      true,
 			ResponseHeaderTimeout:  30 * time.Second,
 			MaxResponseHeaderBytes: 16 << 10,
 			DisableCompression:     true,
@@ -126,9 +128,6 @@ func New(dial func(ctx context.Context) (net.Conn, error)) *Client {
 		Timeout:       time.Minute,
 	}}
 }
-
-// Close closes idle connections.
-func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // Kind is TDX: the evidence has its form.
 func (c *Client) Kind() dstack.TEE { return dstack.TDX }
@@ -192,8 +191,6 @@ func (c *Client) call(ctx context.Context, method, path string, request, reply a
 	}
 	if request != nil {
 		req.Header.Set("Content-Type", "application/json")
-		// An extend is not idempotent: it must not be sent again on a fresh connection.
-		req.GetBody = nil
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
