@@ -467,6 +467,7 @@ func TestParseTDVF(t *testing.T) {
 		{"a table longer than the file", func(b []byte) { b[len(b)-32-17] = 0xff; b[len(b)-32-18] = 0xff }, "firmware_malformed", "table of GUIDs has 65535 bytes"},
 		{"a table of length zero", func(b []byte) { b[len(b)-32-17], b[len(b)-32-18] = 0, 0 }, "firmware_malformed", "table of GUIDs has 0 bytes"},
 		{"an entry of length zero, which would be walked forever", func(b []byte) { b[len(b)-32-18-18] = 0 }, "firmware_malformed", "entry of 0 bytes"},
+		{"an entry shorter than its own header", func(b []byte) { b[len(b)-32-18-18] = 17 }, "firmware_malformed", "entry of 17 bytes"},
 		{"an entry longer than the table", func(b []byte) { b[len(b)-32-18-17] = 0x10 }, "firmware_malformed", "entry of"},
 		{"no TDVF entry", func(b []byte) { b[entry+6] ^= 1 }, "firmware_not_tdvf", "no TDVF entry"},
 		{"a descriptor before the file", put32(entry, 1<<31), "firmware_malformed", "before the end"},
@@ -801,7 +802,6 @@ func TestParseTDXDocumentRefuses(t *testing.T) {
 		{"a document cut short", good[:len(good)-1], "measurement_malformed"},
 		{"another version", replace("version\x03", "version\x02"), "measurement_malformed"},
 		{"another firmware layout", replace("pre202505", "pre202506"), "ovmf_variant"},
-		{"a witness that is too long", replace("td_hob\x4c", "td_hob\x4b"), "measurement_malformed"},
 		{"a missing digest", replace("initrd_sha384", "initrd_sha38X"), "measurement_malformed"},
 		{"a key in another case", replace("kernel_authenticode", "Kernel_authenticode"), "measurement_malformed"},
 		{"64 KiB and more", make([]byte, 64<<10+1), "measurement_malformed"},
@@ -823,6 +823,40 @@ func TestParseTDXDocumentRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+func TestHOBWitnessRefuses(t *testing.T) {
+	good := must(measure.TDXDocument(measuretest.Launch()))
+	witness := string(unhex(t, "80100904000609020b021010"))
+	field := "td_hob" + string(rune(0x40+len(witness)))
+	if !bytes.Contains(good, []byte(field+witness)) {
+		t.Fatalf("document %x does not hold the witness", good)
+	}
+	for name, bad := range map[string]string{
+		"nothing":                        "",
+		"a witness cut short":            witness[:len(witness)-1],
+		"bytes after its end":            witness + "\x00",
+		"a number not in shortest form":  "\x80\x90\x00" + witness[2:],
+		"a number without end":           "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
+		"no ranges":                      "\x80\x10\x09\x00",
+		"endless ranges":                 "\x80\x10\x09\xff\xff\x03",
+		"an empty range":                 "\x80\x10\x09\x02\x00\x00\x09\x02",
+		"overlapping ranges":             "\x80\x10\x09\x02\x00\x0a\x09\x02",
+		"ranges out of order":            "\x80\x10\x09\x02\x09\x02\x00\x06",
+		"a range beyond 2 GiB":           "\x80\x10\x00\x01\x00\x80\x80\x20",
+		"a HOB outside every range":      "\x80\x10\x08\x02\x00\x06\x09\x02",
+		"a base that is not the first":   "\x80\x10\x09\x01\x09\x02",
+		"a page number beyond any limit": "\x80\x80\x80\x80\x80\x01\x00\x01\x00\x01",
+	} {
+		t.Run(name, func(t *testing.T) {
+			doc := bytes.Replace(good, []byte(field+witness), append([]byte{'t', 'd', '_', 'h', 'o', 'b', byte(0x40 + len(bad))}, bad...), 1)
+			_, err := measure.ParseTDXDocument(doc)
+			wantCode(t, err, "measurement_malformed")
+			if !strings.Contains(err.Error(), "TD HOB") {
+				t.Errorf("refused for another reason: %v", err)
+			}
+		})
+	}
 }
 
 func must[T any](v T, err error) T {
