@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/guest/agent/initrpc"
+	"github.com/dstack-go/dstack/guest/boot/supervise"
+	"github.com/dstack-go/dstack/guest/firewall"
+	"github.com/dstack-go/dstack/hostshare"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// agentUser is the uid and gid of the agent (design.md §3, "Privilege").
+const agentUser = 990
+
+// Sockets of the agent, bound by init.
+const (
+	dstackSocket   = "/run/dstack.sock"
+	tappdSocket    = "/run/tappd.sock"
+	guestAPISocket = "/run/dstack/guestapi.sock"
+)
+
+// socketLinks are further names by which upstream's apps know the first socket;
+// /var/run is /run in the image.
+var socketLinks = map[string]string{"/run/dstack/dstack.sock": "../dstack.sock"}
+
+// agentKeeper keeps the agent running.
+type agentKeeper struct {
+	m         *Machine
+	config    *initrpc.Config
+	listeners map[string]*os.File
+	stop      context.CancelFunc
+	stopped   chan struct{}
+
+	once  sync.Once
+	ready chan struct{}
+}
+
+// startAgent binds the agent's sockets, so that clients can connect from here on,
+// and starts it behind them.
+func startAgent(m *Machine) (*agentKeeper, error) {
+	release := readOSRelease("/etc/os-release")
+	m.secrets.mu.Lock()
+	key := slices.Clone(m.secrets.channelKey)
+	m.secrets.mu.Unlock()
+	a := &agentKeeper{
+		m: m, stopped: make(chan struct{}), ready: make(chan struct{}), listeners: map[string]*os.File{},
+		config: &initrpc.Config{
+			Version: m.opt.Version, Revision: m.opt.Revision, TEE: m.tee.Kind(),
+			// Only an image that says prod is one; the root is measured.
+			IsDev:    release["VARIANT_ID"] != "prod",
+			Manifest: m.manifest.Raw, SysConfig: m.files[hostshare.SysConfigName], VMConfig: m.sysConfig.VMConfig,
+			Events: m.log.Log(), ChannelKey: key, DataDisks: []string{"/", persistent},
+		},
+	}
+	if v := release["VERSION_ID"]; v != "" {
+		a.config.Version = v
+	}
+	if err := a.listen(); err != nil {
+		a.close()
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	a.stop = cancel
+	go a.run(ctx)
+	return a, nil
+}
+
+func (a *agentKeeper) listen() error {
+	if err := os.MkdirAll(filepath.Dir(guestAPISocket), 0o755); err != nil {
+		return err
+	}
+	for name, path := range map[string]string{initrpc.ListenDstack: dstackSocket, initrpc.ListenTappd: tappdSocket, initrpc.ListenGuestAPI: guestAPISocket} {
+		f, err := initrpc.ListenUnix(path)
+		if err != nil {
+			return err
+		}
+		a.listeners[name] = f
+	}
+	// The host's door is init's to open, not a container's.
+	if err := os.Chmod(guestAPISocket, 0o600); err != nil {
+		return err
+	}
+	for link, target := range socketLinks {
+		if err := os.Symlink(target, link); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	tcp, err := net.Listen("tcp", fmt.Sprintf(":%d", firewall.AgentPort))
+	if err != nil {
+		return err
+	}
+	defer tcp.Close()
+	if a.listeners[initrpc.ListenExternal], err = tcp.(*net.TCPListener).File(); err != nil {
+		return err
+	}
+	if link := a.m.hostlink(); link != nil {
+		l, err := link.Listen("guestapi")
+		if err != nil {
+			return fmt.Errorf("listen for the host's calls: %w", err)
+		}
+		go proxyTo(l, guestAPISocket)
+	}
+	return nil
+}
+
+func (a *agentKeeper) close() {
+	for _, f := range a.listeners {
+		f.Close()
+	}
+	a.config.Wipe()
+}
+
+// proxyTo hands each connection of l to the unix socket at path.
+func proxyTo(l net.Listener, path string) {
+	for {
+		from, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer from.Close()
+			to, err := net.DialTimeout("unix", path, 5*time.Second)
+			if err != nil {
+				return
+			}
+			defer to.Close()
+			done := make(chan struct{}, 2)
+			for _, pair := range [][2]net.Conn{{from, to}, {to, from}} {
+				go func() {
+					_, _ = io.Copy(pair[0], pair[1])
+					done <- struct{}{}
+				}()
+			}
+			<-done // one side is over; requests are answered whole, so both are
+		}()
+	}
+}
+
+// run starts the agent again with back-off whenever it ends.
+func (a *agentKeeper) run(ctx context.Context) {
+	defer close(a.stopped)
+	defer a.close()
+	for n := 0; ctx.Err() == nil; n++ {
+		begin := time.Now()
+		err := a.runOnce(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(begin) > time.Minute {
+			n = 0
+		}
+		wait := supervise.Backoff(n)
+		a.m.console.Log(fmt.Sprintf("agent: %v; starting it again in %s", err, wait))
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// runOnce runs the agent until it ends.
+func (a *agentKeeper) runOnce(ctx context.Context) error {
+	tail := supervise.NewTail(8 << 10)
+	limit := &ration{n: 50, interval: time.Second}
+	tail.Line = func(line string) {
+		if ok, dropped := limit.allow(time.Now()); ok {
+			if dropped > 0 {
+				line = fmt.Sprintf("(%d lines dropped) %s", dropped, line)
+			}
+			a.m.console.Log("agent: " + line)
+		}
+	}
+	p, err := initrpc.Spawn(ctx, initrpc.SpawnOptions{
+		Path: "/proc/self/exe", Args: []string{"agent"}, UID: agentUser, GID: agentUser,
+		Config: a.config, Init: rpcInit{a.m}, Listeners: maps.Clone(a.listeners), Log: tail, Start: a.start,
+	})
+	if err != nil {
+		return err
+	}
+	select {
+	case <-p.Ready():
+		a.once.Do(func() { close(a.ready) })
+	case <-p.Done():
+	}
+	if err = p.Wait(); err == nil {
+		err = errors.New("exited")
+	}
+	return err
+}
+
+func (a *agentKeeper) start(cmd *exec.Cmd) (initrpc.Child, error) {
+	p, err := a.m.sup.StartCmd(cmd)
+	if err != nil {
+		return initrpc.Child{}, err
+	}
+	return initrpc.Child{
+		Pid:  p.PID,
+		Wait: func() error { <-p.Done(); return p.Err() },
+		Kill: func() error { return p.Signal(syscall.SIGKILL, false) },
+	}, nil
+}
+
+// WaitReady waits until the agent has served once. Code agent_start.
+func (a *agentKeeper) WaitReady(ctx context.Context) error {
+	select {
+	case <-a.ready:
+		return nil
+	case <-ctx.Done():
+		return fault.New("agent_start", "the guest agent did not become ready (%v)", context.Cause(ctx))
+	}
+}
+
+// Stop ends the agent and wipes its configuration.
+func (a *agentKeeper) Stop() {
+	a.stop()
+	<-a.stopped
+}
+
+// rpcInit is what the agent may ask of init.
+type rpcInit struct{ m *Machine }
+
+func (i rpcInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, error) {
+	return i.m.tee.Quote(ctx, data)
+}
+
+func (i rpcInit) Extend(ctx context.Context, name string, payload []byte) (eventlog.Event, error) {
+	return i.m.log.App(ctx, name, payload)
+}
+
+func (i rpcInit) Containers(ctx context.Context) ([]initrpc.Container, error) {
+	e := i.m.runningEngine()
+	if e == nil {
+		return nil, fault.New("engine_not_ready", "the container engine is not up yet")
+	}
+	list, err := e.Containers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []initrpc.Container
+	for _, c := range list {
+		out = append(out, initrpc.Container{
+			ID: c.ID, Names: c.Names, Image: c.Image, ImageID: c.ImageID,
+			Created: c.Created, State: c.State, Status: c.Status,
+		})
+	}
+	return out, nil
+}
+
+func (i rpcInit) Shutdown(_ context.Context, r initrpc.ShutdownRequest) error {
+	i.m.RequestShutdown(r.Reason)
+	return nil
+}
+
+func (i rpcInit) Status(context.Context) (initrpc.Status, error) {
+	i.m.statusMu.Lock()
+	defer i.m.statusMu.Unlock()
+	return i.m.status, nil
+}
+
+// readOSRelease reads KEY=VALUE lines; a file that is not there has none.
+func readOSRelease(path string) map[string]string {
+	values := map[string]string{}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return values
+	}
+	for line := range strings.Lines(string(text)) {
+		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+			values[key] = strings.Trim(value, `"`)
+		}
+	}
+	return values
+}
