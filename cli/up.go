@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"errors"
+	"os"
+	"time"
+
+	vmmpb "github.com/dstack-go/dstack/api/vmm"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/stack"
+)
+
+type upCmd struct {
+	Image  string `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
+	Source string `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
+	Tee    string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
+}
+
+func (c *upCmd) Run(a *app) error {
+	began := time.Now()
+	dir := c.Image
+	if dir == "" {
+		flavour := "sim"
+		if c.Tee != "sim" {
+			flavour = "prod"
+		}
+		var err error
+		if dir, err = buildImage(a, flavour, c.Source); err != nil {
+			return err
+		}
+	}
+	if err := a.stack.Up(a.ctx, stack.UpOptions{ImageDir: dir, TEE: c.Tee, Step: a.step}); err != nil {
+		return err
+	}
+	a.step("the stack is up after %s", seconds(time.Since(began)))
+	a.printf("State       %s\n", a.stack.Dir)
+	if c.Tee == "sim" {
+		a.printf("Trust       %s\n", a.paint(amber, "development: the TEE is simulated and proves nothing about hardware"))
+		a.printf("Dev roots   %s\n", a.stack.DevRoots())
+	}
+	a.printf("Next        dstack deploy -c docker-compose.yaml\n")
+	return a.result(map[string]any{"state": a.stack.Dir, "tee": c.Tee, "dev_roots": a.stack.DevRoots(), "socket": a.stack.Socket()})
+}
+
+type downCmd struct {
+	Keep bool `help:"Stop everything but keep the state: images, blobs, test PKI, VM disks."`
+}
+
+func (c *downCmd) Run(a *app) error {
+	if _, err := os.Stat(a.stack.Dir); errors.Is(err, os.ErrNotExist) {
+		a.step("there is no stack at %s", a.stack.Dir)
+		return a.result(map[string]any{"removed": false})
+	}
+	if !a.stack.Responding(a.ctx) {
+		// VMs outlive their VMM: bring it back to stop them.
+		if _, err := os.Stat(a.stack.ConfigFile()); err == nil {
+			if err := a.stack.Restart(a.ctx); err != nil {
+				return fault.Wrap(err, "vmm_start", "the VMM is needed to stop its VMs").WithFix("end the QEMU processes named in %s by hand", a.stack.Dir)
+			}
+		}
+	}
+	if a.stack.Responding(a.ctx) {
+		vms, err := listVMs(a)
+		if err != nil {
+			return err
+		}
+		for _, vm := range vms {
+			if c.Keep {
+				if vm.Status != "running" {
+					continue
+				}
+				a.step("stop %s", vm.Name)
+				if err := a.stack.VMM().Call(a.ctx, "StopVm", &vmmpb.Id{Id: vm.Id}, nil); err != nil {
+					return err
+				}
+				continue
+			}
+			a.step("remove %s", vm.Name)
+			if err := removeVM(a, vm); err != nil {
+				return err
+			}
+		}
+	}
+	a.step("stop the VMM")
+	if err := a.stack.StopVMM(20 * time.Second); err != nil {
+		return err
+	}
+	if !c.Keep {
+		a.step("remove %s", a.stack.Dir)
+		if err := a.stack.RemoveState(); err != nil {
+			return err
+		}
+	}
+	return a.result(map[string]any{"removed": !c.Keep})
+}
+
+type statusCmd struct{}
+
+func (c *statusCmd) Run(a *app) error {
+	up := a.stack.Responding(a.ctx)
+	out := map[string]any{"state": a.stack.Dir, "up": up}
+	if !up {
+		a.printf("The stack at %s is down.\n", a.stack.Dir)
+		return a.result(out)
+	}
+	vms, err := listVMs(a)
+	if err != nil {
+		return err
+	}
+	running := 0
+	for _, vm := range vms {
+		if vm.Status == "running" {
+			running++
+		}
+	}
+	var version vmmpb.VersionResponse
+	if err := a.stack.VMM().Call(a.ctx, "Version", nil, &version); err != nil {
+		return err
+	}
+	out["apps"], out["running"], out["vmm_version"] = len(vms), running, version.Version
+	a.printf("State   %s\nVMM     up, version %s\nApps    %d, %d running\n", a.stack.Dir, version.Version, len(vms), running)
+	return a.result(out)
+}

@@ -1,0 +1,41 @@
+#!/bin/sh
+# The demonstration: bring up the local stack, deploy examples/hello, look at it
+# from outside, verify it. Run it as often as you like.
+set -eu
+cd "$(dirname "$0")/.."
+dstack=bin/dstack
+
+echo "== 1. The local stack"
+$dstack up
+
+echo
+echo "== 2. An app: examples/hello, one static binary and an unchanged docker-compose.yaml"
+CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w" -o bin/hello ./examples/hello
+cat examples/hello/docker-compose.yaml
+$dstack rm --force hello >/dev/null
+$dstack --json deploy -c examples/hello/docker-compose.yaml -n hello \
+	--app-image hello:1=bin/hello --lock bin/hello.lock.json >bin/hello.deploy.json
+url=$(sed -n 's/.*"attest_url": "\(.*\)".*/\1/p' bin/hello.deploy.json)
+
+echo
+echo "== 3. It answers, from inside the VM"
+curl --silent --show-error --fail --max-time 20 http://127.0.0.1:8080/
+
+echo
+echo "== 4. Check it yourself: fresh nonce, quote, log, and the lock that deploy wrote"
+state=${DSTACK_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/dstack}
+verify="$dstack verify $url --lock bin/hello.lock.json --dev-roots $state/dev-pki/dev-roots.json"
+echo "\$ $verify"
+$verify
+
+cat <<END
+
+The app goes on running. To look around:
+  $dstack ps
+  $dstack info hello
+  $dstack logs -f hello
+  curl http://127.0.0.1:8080/
+To stop:
+  $dstack rm --force hello     this app
+  $dstack down                 everything, leaving nothing behind
+END

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package stack is the local stack: everything one machine needs to run apps,
+// kept under one state directory and started and stopped as one thing.
+//
+// Today it holds the test PKI of the simulated TEE, one OS image and the VMM.
+// Up is idempotent: what already runs is left running. Down stops every process
+// that Up or the VMM started, by its recorded process id and start time, and
+// removes the state directory; nothing else on the machine is touched.
+//
+// The stack is development trust: its TEE is simulated unless the VMM's
+// configuration names a real one.
+package stack
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/dstack-go/dstack/internal/durable"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/process"
+	"github.com/dstack-go/dstack/prpc"
+)
+
+// Stack is a local stack by its state directory.
+type Stack struct {
+	// Dir is the absolute path of the state directory, mode 0700.
+	Dir string
+	// Bin is the directory that holds dstack-vmm and dstack-simtee.
+	Bin string
+}
+
+// DefaultDir returns the state directory for the calling user:
+// $DSTACK_STATE, else $XDG_STATE_HOME/dstack, else ~/.local/state/dstack.
+func DefaultDir() string {
+	if dir := os.Getenv("DSTACK_STATE"); dir != "" {
+		return dir
+	}
+	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+		return filepath.Join(dir, "dstack")
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		home = "/root"
+	}
+	return filepath.Join(home, ".local", "state", "dstack")
+}
+
+// Open returns the stack at dir without starting anything.
+func Open(dir string) (*Stack, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if exe, err = filepath.EvalSymlinks(exe); err != nil {
+		return nil, err
+	}
+	return &Stack{Dir: abs, Bin: filepath.Dir(exe)}, nil
+}
+
+// Paths inside the state directory.
+func (s *Stack) Socket() string     { return filepath.Join(s.Dir, "vmm.sock") }
+func (s *Stack) ConfigFile() string { return filepath.Join(s.Dir, "vmm.toml") }
+func (s *Stack) LogFile() string    { return filepath.Join(s.Dir, "vmm.log") }
+func (s *Stack) PIDFile() string    { return filepath.Join(s.Dir, "vmm.pid") }
+func (s *Stack) PKIDir() string     { return filepath.Join(s.Dir, "dev-pki") }
+func (s *Stack) DevRoots() string   { return filepath.Join(s.PKIDir(), "dev-roots.json") }
+func (s *Stack) ImagesDir() string  { return filepath.Join(s.Dir, "images") }
+
+// HTTP returns a client that reaches the VMM's socket whatever host the URL names.
+func (s *Stack) HTTP() *http.Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", s.Socket())
+	}
+	return &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+}
+
+// VMM returns a client of the VMM's RPC service.
+func (s *Stack) VMM() *prpc.Client {
+	return &prpc.Client{BaseURL: "http://vmm/prpc", HTTP: s.HTTP()}
+}
+
+// Responding reports whether the VMM answers on its socket.
+func (s *Stack) Responding(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://vmm/prpc/Version", nil)
+	if err != nil {
+		return false
+	}
+	resp, err := s.HTTP().Do(req)
+	if err != nil {
+		return false
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<16))
+	return resp.StatusCode == http.StatusOK
+}
+
+// Require returns an error naming the fix when the VMM does not answer.
+func (s *Stack) Require(ctx context.Context) error {
+	if s.Responding(ctx) {
+		return nil
+	}
+	return fault.New("stack_down", "no VMM answers at %s", s.Socket()).WithFix("run `dstack up`, or name another stack with --state")
+}
+
+// UpOptions says what Up starts with.
+type UpOptions struct {
+	// ImageDir is a verified OS image release directory; Up copies it into the
+	// state directory under its own name.
+	ImageDir string
+	// TEE is sim (default) or tdx.
+	TEE string
+	// Step is told what Up does, one line each; may be nil.
+	Step func(format string, args ...any)
+}
+
+// Up makes the state directory, the test PKI, places the image and starts the VMM.
+func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
+	step := opt.Step
+	if step == nil {
+		step = func(string, ...any) {}
+	}
+	if opt.TEE == "" {
+		opt.TEE = "sim"
+	}
+	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
+		return fault.Wrap(err, "state_dir", "make the state directory %s", s.Dir).WithFix("choose a writable directory with --state or DSTACK_STATE")
+	}
+	if n := len(s.Socket()); n > 90 {
+		return fault.New("state_path_long", "the state directory's path is too long for unix sockets (%d bytes with the socket's name)", n).
+			WithFix("choose a shorter directory with --state")
+	}
+	if opt.TEE == "sim" {
+		if _, err := os.Stat(s.DevRoots()); errors.Is(err, fs.ErrNotExist) {
+			step("make a test PKI for the simulated TEE (development trust only)")
+			if err := s.run(ctx, "dstack-simtee", "pki", "--out", s.PKIDir()); err != nil {
+				return err
+			}
+		}
+	}
+	if opt.ImageDir != "" {
+		if err := s.placeImage(opt.ImageDir, step); err != nil {
+			return err
+		}
+	}
+	if s.Responding(ctx) {
+		step("the VMM is running already")
+		return nil
+	}
+	if err := s.writeConfig(opt.TEE); err != nil {
+		return err
+	}
+	step("start the VMM")
+	return s.startVMM(ctx)
+}
+
+func (s *Stack) run(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, filepath.Join(s.Bin, name), args...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return fault.Wrap(err, "binary_missing", "%s is not beside dstack", name).WithFix("run `make build` and use bin/dstack")
+		}
+		return fmt.Errorf("%s %s: %w\n%s", name, args[0], err, out)
+	}
+	return nil
+}
+
+// placeImage copies a release directory into the stack, by hard links where
+// the file system allows it. An image of the same digest is left alone.
+func (s *Stack) placeImage(dir string, step func(string, ...any)) error {
+	name := filepath.Base(dir)
+	target := filepath.Join(s.ImagesDir(), name)
+	want, err := os.ReadFile(filepath.Join(dir, "digest.txt"))
+	if err != nil {
+		return fault.Wrap(err, "image_missing", "read the image at %s", dir).WithFix("build it with `dstack image build`")
+	}
+	if have, err := os.ReadFile(filepath.Join(target, "digest.txt")); err == nil && string(have) == string(want) {
+		return nil
+	}
+	step("place the image %s", name)
+	temp := target + ".new"
+	if err := os.RemoveAll(temp); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(temp, 0o755); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		if err := copyFile(filepath.Join(dir, e.Name()), filepath.Join(temp, e.Name())); err != nil {
+			return fault.Wrap(err, "image_copy", "copy %s into the stack", e.Name()).WithFix("check the free space of %s", s.Dir)
+		}
+	}
+	if err := os.RemoveAll(target); err != nil {
+		return err
+	}
+	return os.Rename(temp, target)
+}
+
+func copyFile(from, to string) error {
+	if err := os.Link(from, to); err == nil {
+		return nil
+	}
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	if _, err := io.Copy(out, in); err != nil {
+		out.Close()
+		return err
+	}
+	return out.Close()
+}
+
+func (s *Stack) writeConfig(tee string) error {
+	text := fmt.Sprintf(`# Written by dstack up.
+address = %q
+state_dir = %q
+
+[cvm]
+tee = %q
+tee_helper = %q
+tee_pki = %q
+`, "unix:"+s.Socket(), s.Dir, tee, filepath.Join(s.Bin, "dstack-simtee"), s.PKIDir())
+	return durable.WriteFile(s.ConfigFile(), []byte(text), 0o600)
+}
+
+func (s *Stack) startVMM(ctx context.Context) error {
+	log, err := os.OpenFile(s.LogFile(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	start, err := log.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(filepath.Join(s.Bin, "dstack-vmm"), "serve", "--config", s.ConfigFile())
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fault.Wrap(err, "binary_missing", "start dstack-vmm").WithFix("run `make build` and use bin/dstack")
+	}
+	id, err := process.Identify(cmd.Process.Pid)
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(id)
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(s.PIDFile(), data, 0o600); err != nil {
+		return err
+	}
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	deadline := time.After(60 * time.Second)
+	for {
+		if s.Responding(ctx) {
+			return nil
+		}
+		select {
+		case <-exited:
+			return fault.New("vmm_start", "the VMM stopped while starting:\n%s", s.logTail(start)).WithFix("run `dstack doctor`; the whole log is %s", s.LogFile())
+		case <-deadline:
+			return fault.New("vmm_start", "the VMM did not answer within 60 s:\n%s", s.logTail(start)).WithFix("see %s", s.LogFile())
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (s *Stack) logTail(from int64) string {
+	f, err := os.Open(s.LogFile())
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if _, err := f.Seek(from, io.SeekStart); err != nil {
+		return ""
+	}
+	data, _ := io.ReadAll(io.LimitReader(f, 4096))
+	return string(data)
+}
+
+// StopVMM asks the VMM to stop and waits for it; VMs go on running. A VMM that
+// does not stop within the grace time is killed.
+func (s *Stack) StopVMM(grace time.Duration) error {
+	data, err := os.ReadFile(s.PIDFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var id process.ID
+	if err := json.Unmarshal(data, &id); err != nil {
+		return fmt.Errorf("read %s: %w", s.PIDFile(), err)
+	}
+	if err := id.Stop(grace); err != nil {
+		return err
+	}
+	return os.Remove(s.PIDFile())
+}
+
+// RemoveState deletes the state directory.
+func (s *Stack) RemoveState() error {
+	if _, err := os.Stat(s.ConfigFile()); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(s.PKIDir()); errors.Is(err, fs.ErrNotExist) {
+			return nil // not a directory that Up made
+		}
+	}
+	return os.RemoveAll(s.Dir)
+}
+
+// Restart starts the VMM of a stack that has been up before.
+func (s *Stack) Restart(ctx context.Context) error {
+	if s.Responding(ctx) {
+		return nil
+	}
+	return s.startVMM(ctx)
+}
