@@ -18,6 +18,8 @@ import (
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/binding"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/mrconfig"
+	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
 )
@@ -338,4 +340,64 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("what was encoded cannot be decoded: %v", err)
 		}
 	})
+}
+
+// What the containers hold is what their quotes measure.
+func TestFixturesReplayToTheirQuotes(t *testing.T) {
+	var v struct {
+		Cases []struct {
+			File       string
+			MRTD       dstack.Measurement
+			RTMR0      dstack.Measurement
+			RTMR1      dstack.Measurement
+			RTMR2      dstack.Measurement
+			RTMR3      dstack.Measurement
+			Replayed   dstack.Measurement `json:"replayed_rtmr3"`
+			MRConfigID dstack.MRConfigID
+			ReportData dstack.ReportData  `json:"report_data"`
+			AppID      dstack.AppID       `json:"app_id"`
+			Compose    dstack.ComposeHash `json:"compose_hash"`
+			Instance   dstack.InstanceID  `json:"instance_id"`
+			TDAttr     string             `json:"td_attr"`
+			XFAM       string             `json:"xfam"`
+			SVN        string             `json:"tee_tcb_svn"`
+		} `json:"tdx_cases"`
+	}
+	if err := json.Unmarshal(testkit.Vectors(t, "attestation/computed_vectors.json"), &v); err != nil {
+		t.Fatal(err)
+	}
+	checked := 0
+	for _, c := range v.Cases {
+		if c.File == "tdx/quote-report.json" {
+			continue // not a container; eventlog tests replay it
+		}
+		checked++
+		e, err := Decode(fixture(t, c.File))
+		if err != nil {
+			t.Fatal(err)
+		}
+		q, err := tdx.ParseQuote(e.Quote)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := q.Body()
+		if b.MRTD != c.MRTD || b.RTMR != [4]dstack.Measurement{c.RTMR0, c.RTMR1, c.RTMR2, c.RTMR3} || b.MRConfigID != c.MRConfigID ||
+			b.ReportData != c.ReportData || e.ReportData != c.ReportData || hex.EncodeToString(b.TDAttributes[:]) != c.TDAttr ||
+			hex.EncodeToString(b.XFAM[:]) != c.XFAM || hex.EncodeToString(b.TEETCBSVN[:]) != c.SVN {
+			t.Errorf("%s: body %+v", c.File, b)
+		}
+		if got, err := eventlog.Replay(e.EventLog, eventlog.RuntimeIMR); err != nil || got != c.Replayed || got != b.RTMR[3] {
+			t.Errorf("%s: RTMR3 replays to %s (%v)", c.File, got, err)
+		}
+		id, err := eventlog.Boundary(e.EventLog)
+		if err != nil || id.AppID != c.AppID || id.ComposeHash != c.Compose || !bytes.Equal(id.InstanceID, c.Instance[:]) {
+			t.Errorf("%s: identity %+v (%v)", c.File, id, err)
+		}
+		if mrconfig.IDv1(id.ComposeHash) != b.MRConfigID {
+			t.Errorf("%s: MRCONFIGID %s does not commit to compose hash %s", c.File, b.MRConfigID, id.ComposeHash)
+		}
+	}
+	if checked != 2 {
+		t.Errorf("%d containers checked", checked)
+	}
 }

@@ -50,6 +50,9 @@ func ParseCCEL(data []byte) ([]Event, error) {
 			return events, nil
 		}
 		typ, count := r.u32(), r.u32()
+		if r.err == nil && imr != 0 && count != 1 {
+			return nil, fault.New("log_malformed", "firmware event %d has %d digests, want one", len(events), count)
+		}
 		var digest []byte
 		for i := uint32(0); i < count && r.err == nil; i++ {
 			if i == 16 {
@@ -61,8 +64,8 @@ func ParseCCEL(data []byte) ([]Event, error) {
 				return nil, fault.New("log_malformed", "firmware event %d has unknown digest algorithm %#x", len(events), alg)
 			}
 			digest = r.take(int64(size))
-			if r.err == nil && imr != 0 && (alg != tcgSHA384 || count != 1) {
-				return nil, fault.New("log_malformed", "firmware event %d must carry exactly one SHA-384 digest, has %d (algorithm %#x)", len(events), count, alg)
+			if r.err == nil && imr != 0 && alg != tcgSHA384 {
+				return nil, fault.New("log_malformed", "firmware event %d has a digest of algorithm %#x, want SHA-384", len(events), alg)
 			}
 		}
 		size := r.u32()
@@ -72,9 +75,6 @@ func ParseCCEL(data []byte) ([]Event, error) {
 		payload := r.take(int64(size))
 		if r.err != nil || imr == 0 {
 			continue
-		}
-		if count == 0 {
-			return nil, fault.New("log_malformed", "firmware event %d has no digest", len(events))
 		}
 		if len(events) == MaxEvents {
 			return nil, fault.New("log_too_large", "firmware event log has more than %d events", MaxEvents)
