@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/hostshare"
+	"github.com/dstack-go/dstack/internal/durable"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/fsm"
+	"github.com/dstack-go/dstack/internal/process"
+	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/vmm/lifecycle"
+	"github.com/dstack-go/dstack/vmm/proc"
+)
+
+// vm is one VM: its state machine, the goroutine that performs its effects, and
+// what is known about its present run.
+type vm struct {
+	server   *Server
+	dir      string
+	spec     Spec
+	manifest *manifest.Manifest
+	journal  *journal
+	log      *slog.Logger
+	notify   bucket
+	driver   *fsm.Driver[lifecycle.State, lifecycle.Input, lifecycle.Effect]
+	wake     chan struct{} // there may be effects to perform
+	ready    chan struct{} // closed when it was taken over
+
+	mu        sync.Mutex
+	changed   chan struct{} // closed and replaced when anything below or the state changes
+	report    report
+	watched   map[process.ID]bool
+	children  map[process.ID]*proc.Child
+	conn      *connection // of the present run
+	drainErr  error       // why effects are outstanding
+	floodSaid time.Time
+}
+
+// report is what is known about the VM beside its lifecycle. It is rebuilt from
+// the journal after a restart of the VMM.
+type report struct {
+	StartedMS, ExitedMS           int64
+	Progress, Error, ShutdownText string
+	Instance                      *dstack.InstanceID
+}
+
+// absorb updates a report by an event.
+func (r *report) absorb(e Event) {
+	switch e.Event {
+	case eventStart:
+		*r = report{StartedMS: e.TimeMS, Progress: "booting", Instance: r.Instance}
+	case eventExit:
+		r.ExitedMS = e.TimeMS
+		if r.Error == "" && !strings.HasPrefix(e.Body, codePoweroff) && !strings.HasPrefix(e.Body, codeStopped) {
+			r.Error = e.Body
+		}
+	case "boot.progress":
+		r.Progress = e.Body
+	case "boot.error":
+		r.Error = e.Body
+	case "shutdown.progress":
+		r.ShutdownText = e.Body
+	}
+}
+
+// Events of the VMM.
+const (
+	eventCreated = "vm.created"
+	eventStart   = "vm.start"
+	eventExit    = "vm.exit"
+	eventTEE     = "vm.tee_restarted"
+	eventFlood   = "vm.flood"
+)
+
+// Codes of ends that are no error.
+const (
+	codePoweroff = "guest_poweroff"
+	codeStopped  = "stopped"
+)
+
+func newVM(s *Server, dir string, spec *Spec, m *manifest.Manifest, rec record) *vm {
+	v := &vm{server: s, dir: dir, spec: *spec, manifest: m, log: s.log.With("vm", spec.ID),
+		wake: make(chan struct{}, 1), changed: make(chan struct{}), watched: map[process.ID]bool{}, children: map[process.ID]*proc.Child{}}
+	v.journal = openJournal(filepath.Join(dir, eventsFile), s.config.EventBufferSize, v.report.absorb)
+	v.readInstance()
+	v.driver = fsm.New(fsm.Func[lifecycle.State, lifecycle.Input, lifecycle.Effect](lifecycle.Step), rec, v.save, v.perform)
+	return v
+}
+
+// loadVM reads a VM's directory.
+func loadVM(s *Server, dir, id string) (*vm, error) {
+	spec, err := loadSpec(dir, id)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readFile(filepath.Join(dir, sharedDir, hostshare.AppComposeName), manifest.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	m, err := manifest.Parse(raw)
+	if err != nil {
+		return nil, err
+	}
+	rec, err := loadRecord(dir)
+	if err != nil {
+		return nil, err
+	}
+	return newVM(s, dir, spec, m, rec), nil
+}
+
+func (v *vm) readInstance() {
+	limit, _ := hostshare.Limit(hostshare.InstanceInfoName)
+	data, err := readFile(filepath.Join(v.dir, sharedDir, hostshare.InstanceInfoName), limit)
+	if err != nil {
+		return
+	}
+	if info, err := hostshare.ParseInstanceInfo(data); err == nil {
+		v.mu.Lock()
+		v.report.Instance = info.InstanceID
+		v.mu.Unlock()
+	}
+}
+
+// save makes a record durable. The directory of a VM whose removal is complete is
+// gone, and then nothing is left to save.
+func (v *vm) save(rec record) error {
+	if v.server.crash != nil {
+		defer v.server.crash(fmt.Sprintf("saved %s %v", rec.State.Phase, rec.Pending))
+	}
+	if rec.State.Phase == lifecycle.Removing || rec.State.Phase == lifecycle.Removed {
+		if _, err := os.Lstat(v.dir); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+	}
+	return diskFull(writeJSON(filepath.Join(v.dir, stateFile), rec), "save the state of VM "+v.spec.ID)
+}
+
+// signal tells everybody who waits that something changed.
+func (v *vm) signal() {
+	v.mu.Lock()
+	close(v.changed)
+	v.changed = make(chan struct{})
+	v.mu.Unlock()
+}
+
+func (v *vm) state() lifecycle.State { return v.driver.State() }
+
+func (v *vm) getReport() report {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.report
+}
+
+// event records an event and what follows from it.
+func (v *vm) event(name, body string) {
+	e := v.journal.add(name, body)
+	v.mu.Lock()
+	v.report.absorb(e)
+	v.mu.Unlock()
+	v.signal()
+}
+
+// post gives the machine an input and has its effects performed soon.
+func (v *vm) post(in lifecycle.Input) error {
+	before := v.state()
+	err := v.driver.Post(in)
+	if err == nil {
+		v.transition(before, v.state())
+	}
+	v.kick()
+	return err
+}
+
+func (v *vm) kick() {
+	select {
+	case v.wake <- struct{}{}:
+	default:
+	}
+	v.signal()
+}
+
+// transition records what a user wants to see of a change of state.
+func (v *vm) transition(before, after lifecycle.State) {
+	if before.Run != after.Run {
+		v.event(eventStart, fmt.Sprintf("run %d", after.Run))
+	}
+	if before.Phase != after.Phase {
+		v.log.Info("vm", "phase", string(after.Phase), "run", after.Run)
+		switch {
+		case after.Phase == lifecycle.Exited && after.Exit != nil:
+			v.event(eventExit, after.Exit.Code+": "+after.Exit.Reason)
+		case after.Phase == lifecycle.Stopped && before.Phase == lifecycle.Stopping:
+			v.event(eventExit, codeStopped)
+		}
+	}
+}
+
+// work performs effects until ctx ends. An effect that could not be tried is tried
+// again every second.
+func (v *vm) work(ctx context.Context) {
+	for {
+		before := v.state()
+		err := v.driver.Drain(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		v.transition(before, v.state())
+		v.mu.Lock()
+		v.drainErr = err
+		v.mu.Unlock()
+		v.signal()
+		if v.state().Phase == lifecycle.Removed {
+			v.server.forget(v)
+			return
+		}
+		var again <-chan time.Time
+		if err != nil {
+			v.log.Warn("vm effect", "error", err)
+			again = time.After(time.Second)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-v.wake:
+		case <-again:
+		}
+	}
+}
+
+// wait waits until ok, which sees the state and whether effects are outstanding.
+func (v *vm) wait(ctx context.Context, ok func(s lifecycle.State, busy bool) bool) error {
+	for {
+		v.mu.Lock()
+		changed := v.changed
+		v.mu.Unlock()
+		// In this order: effects leave the record together with the change of
+		// state that they bring.
+		s, busy := v.state(), len(v.driver.Pending()) > 0
+		if ok(s, busy) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-time.After(200 * time.Millisecond): // effects that change no state
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-v.server.ctx.Done():
+			return fault.New("vmm_stopping", "the VMM is shutting down; it goes on when it is started again")
+		}
+	}
+}
+
+// start asks for a run and waits until QEMU runs or has failed to.
+func (v *vm) start(ctx context.Context) error {
+	if err := v.post(lifecycle.Input{Kind: lifecycle.Start}); err != nil {
+		return err
+	}
+	var end lifecycle.State
+	err := v.wait(ctx, func(s lifecycle.State, _ bool) bool {
+		end = s
+		switch s.Phase {
+		case lifecycle.Running, lifecycle.Stopped, lifecycle.Exited, lifecycle.Removing, lifecycle.Removed:
+			return true
+		}
+		return false
+	})
+	if err != nil {
+		return err
+	}
+	if end.Phase == lifecycle.Exited && end.Exit != nil {
+		return end.Exit.Err()
+	}
+	if end.Phase != lifecycle.Running {
+		return fault.New("vm_stopped", "the VM was stopped while it started")
+	}
+	return nil
+}
+
+// perform carries out one effect. Outcomes are inputs; an error means try again.
+func (v *vm) perform(ctx context.Context, e lifecycle.Effect) (out []lifecycle.Input, err error) {
+	if v.server.crash != nil {
+		defer v.server.crash("performed " + e.String())
+	}
+	fail := func(err error) ([]lifecycle.Input, error) {
+		if ctx.Err() != nil {
+			return nil, ctx.Err() // the VMM is stopping; the next one goes on
+		}
+		return []lifecycle.Input{{Kind: lifecycle.Failed, Run: e.Run, Exit: exitOf(err)}}, nil
+	}
+	switch e.Do {
+	case lifecycle.Prepare:
+		if err := v.prepare(ctx); err != nil {
+			return fail(err)
+		}
+		v.readInstance()
+		return []lifecycle.Input{{Kind: lifecycle.Prepared, Run: e.Run}}, nil
+	case lifecycle.StartTEE:
+		if err := v.ensureTEE(ctx, e.Run); err != nil {
+			return fail(err)
+		}
+		return []lifecycle.Input{{Kind: lifecycle.TEEStarted, Run: e.Run}}, nil
+	case lifecycle.StartQEMU:
+		if v.spec.TEE == TEESim {
+			if err := v.ensureTEE(ctx, e.Run); err != nil {
+				return fail(err)
+			}
+		}
+		lost, err := v.ensureQEMU(ctx, e.Run)
+		if err != nil {
+			return fail(err)
+		}
+		if lost {
+			return []lifecycle.Input{{Kind: lifecycle.RunLost, Run: e.Run}}, nil
+		}
+		return []lifecycle.Input{{Kind: lifecycle.QEMUStarted, Run: e.Run}}, nil
+	case lifecycle.Connect:
+		return nil, v.connect(e.Run)
+	case lifecycle.Kill:
+		if err := v.kill(ctx); err != nil {
+			return nil, err
+		}
+		return []lifecycle.Input{{Kind: lifecycle.Killed, Run: e.Run}}, nil
+	case lifecycle.Delete:
+		if err := durable.RemoveAll(v.dir); err != nil {
+			return nil, err
+		}
+		return []lifecycle.Input{{Kind: lifecycle.Deleted, Run: e.Run}}, nil
+	}
+	return nil, fmt.Errorf("unknown effect %q", e.Do)
+}
+
+func exitOf(err error) *lifecycle.Exit {
+	x := &lifecycle.Exit{Code: fault.Code(err), Reason: err.Error(), Fix: fault.Fix(err)}
+	if x.Code == "" {
+		x.Code = "start_failed"
+	}
+	return x
+}
+
+// child returns the process as started by this VMM, or nil when it was adopted.
+func (v *vm) child(id process.ID) *proc.Child {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.children[id]
+}
+
+// watch calls ended, once per process, when a process has ended.
+func (v *vm) watch(id process.ID, ended func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.watched[id] {
+		return
+	}
+	v.watched[id] = true
+	c := v.children[id]
+	v.server.group.Go(func() {
+		defer func() {
+			v.mu.Lock()
+			delete(v.watched, id)
+			delete(v.children, id)
+			v.mu.Unlock()
+		}()
+		if c != nil {
+			select {
+			case <-c.Done():
+			case <-v.server.ctx.Done():
+				return
+			}
+		} else {
+			for id.Running() {
+				select {
+				case <-time.After(100 * time.Millisecond):
+				case <-v.server.ctx.Done():
+					return
+				}
+			}
+		}
+		ended()
+	})
+}
+
+// takeOver continues a VM that an earlier VMM left, in whatever state.
+func (v *vm) takeOver(ctx context.Context) error {
+	if err := v.driver.Drain(ctx); err != nil {
+		return err
+	}
+	if v.state().Phase == lifecycle.Removed {
+		return nil
+	}
+	qemu, err := qemuSlot(v.dir).Holder()
+	if err != nil {
+		return err
+	}
+	tee, err := teeSlot(v.dir).Holder()
+	if err != nil {
+		return err
+	}
+	return v.post(lifecycle.Input{Kind: lifecycle.Recovered, QEMU: qemu != nil, TEE: tee != nil})
+}
