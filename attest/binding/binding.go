@@ -56,7 +56,7 @@ func ReportData(tag string, content []byte) dstack.ReportData {
 
 // ReportDataWith is ReportData with a hash of another name, its value padded
 // with zeros on the right: sha256, sha384, sha512, sha3-256, sha3-384, sha3-512,
-// keccak256, keccak512, or raw. The empty name means sha512.
+// keccak256, keccak384, keccak512, or raw. The empty name means sha512.
 func ReportDataWith(algorithm, tag string, content []byte) (dstack.ReportData, error) {
 	var out dstack.ReportData
 	switch algorithm {
@@ -69,21 +69,24 @@ func ReportDataWith(algorithm, tag string, content []byte) (dstack.ReportData, e
 		copy(out[:], content)
 		return out, nil
 	}
+	message := slices.Concat([]byte(tag), []byte{':'}, content)
+	if algorithm == "keccak384" {
+		copy(out[:], keccak384(message))
+		return out, nil
+	}
 	newHash := algorithms[algorithm]
 	if newHash == nil {
 		return out, fault.New("report_data_algorithm", "unknown report data hash %q", algorithm).
 			WithFix("use one of %v or %s", names(), AlgorithmRaw)
 	}
 	h := newHash()
-	h.Write([]byte(tag))
-	h.Write([]byte{':'})
-	h.Write(content)
+	h.Write(message)
 	copy(out[:], h.Sum(nil))
 	return out, nil
 }
 
 func names() []string {
-	var out []string
+	out := []string{"keccak384"}
 	for name := range algorithms {
 		out = append(out, name)
 	}
