@@ -193,29 +193,30 @@ func TestRefusedAndMalformedReplies(t *testing.T) {
 }
 
 func TestEndlessHeadersAreRefused(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	done := make(chan struct{})
+	ours, theirs := net.Pipe() // unbuffered: what is written was read
+	sent := make(chan int)
 	go func() {
-		defer close(done)
-		c, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		fmt.Fprint(c, "HTTP/1.1 200 OK\r\n")
-		for {
-			if _, err := fmt.Fprintf(c, "X-A: %s\r\n", strings.Repeat("a", 1000)); err != nil {
+		defer theirs.Close()
+		go io.Copy(io.Discard, theirs) // the request
+		n := 0
+		for part := "HTTP/1.1 200 OK\r\n"; ; part = "X-A: " + strings.Repeat("a", 1000) + "\r\n" {
+			m, err := io.WriteString(theirs, part)
+			if n += m; err != nil {
+				sent <- n
 				return
 			}
 		}
 	}()
-	_, _, err = FetchEvidence(context.Background(), "http://"+ln.Addr().String(), nonce)
+	u, _, err := parseTarget("http://h")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = exchange(context.Background(), ours, u, nonce)
+	ours.Close()
 	wantCode(t, err, "evidence_malformed")
-	<-done
+	if n := <-sent; n > maxHeader+8<<10 {
+		t.Errorf("%d bytes of header were read", n)
+	}
 }
 
 func TestOnlyTLS13IsSpoken(t *testing.T) {

@@ -257,6 +257,7 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		})
 	}
 	for name, ln := range listeners {
+		ln := limit(ln, maxConns)
 		on := func(ln net.Listener) func(*prpc.HTTPServer) error {
 			return func(s *prpc.HTTPServer) error { return s.Serve(ln) }
 		}

@@ -45,6 +45,7 @@ import (
 	"github.com/dstack-go/dstack/internal/testkit"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
+	"github.com/dstack-go/dstack/verifier"
 )
 
 func TestMain(m *testing.M) {
@@ -803,6 +804,14 @@ func TestEvidenceOverTLSAndPlainOnOnePort(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			// evidenceReply is verifier.Source by another name.
+			parsed, err := verifier.ParseSource(reply)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := json.Marshal(parsed); err != nil || !bytes.Equal(again, reply) {
+				t.Errorf("the verifier writes this evidence as %.200s, %v\nthe agent as %.200s", again, err, reply)
+			}
 			if scheme == "https" && !bytes.Equal(spki, g.spki) {
 				t.Error("the connection shows another key")
 			}
@@ -1040,4 +1049,70 @@ func TestASilentConnectionHoldsNobodyUp(t *testing.T) {
 	if status, _, _ := get(t, g.client(t, initrpc.ListenExternal), "http://x/prpc/Version"); status != 200 {
 		t.Errorf("status %d", status)
 	}
+}
+
+func TestAListenerHasABoundedNumberOfConnections(t *testing.T) {
+	base, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := limit(base, 2)
+	accepted := make(chan net.Conn, 4)
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				ended <- err
+				return
+			}
+			accepted <- c
+		}
+	}()
+	for range 3 {
+		c, err := net.Dial("tcp", base.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	first, second := <-accepted, <-accepted
+	select {
+	case <-accepted:
+		t.Fatal("a third connection was accepted")
+	case <-time.After(100 * time.Millisecond):
+	}
+	first.Close()
+	first.Close() // must not free a second slot
+	third := <-accepted
+	third.Close()
+	second.Close()
+	ln.Close()
+	ln.Close()
+	if err := <-ended; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+}
+
+func FuzzParseNonce(f *testing.F) {
+	f.Add([]byte(`{"nonce":"` + strings.Repeat("ab", 32) + `"}`))
+	f.Add([]byte(`{"nonce":"` + strings.Repeat("AB", 64) + `"} `))
+	f.Add([]byte(`{"nonce":"00","nonce":"00"}`))
+	f.Add([]byte(`[{}]`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		nonce, err := parseNonce(data)
+		if err != nil {
+			if fault.Code(err) == "" {
+				t.Fatalf("an error without a code: %v", err)
+			}
+			return
+		}
+		if len(nonce) < minNonce || len(nonce) > maxNonce {
+			t.Fatalf("a nonce of %d bytes", len(nonce))
+		}
+		again, err := parseNonce([]byte(`{"nonce":"` + hex.EncodeToString(nonce) + `"}`))
+		if err != nil || !bytes.Equal(again, nonce) {
+			t.Fatalf("%x became %x, %v", nonce, again, err)
+		}
+	})
 }

@@ -154,8 +154,10 @@ func (a *Agent) serveEvidence(w http.ResponseWriter, r *http.Request) {
 		var tooLarge *http.MaxBytesError
 		if errors.As(err, &tooLarge) {
 			writeError(w, http.StatusRequestEntityTooLarge, fault.New("request_too_large", "the request has more than %d bytes", maxEvidenceRequest))
+			return
 		}
-		return // else the client is gone
+		writeError(w, http.StatusBadRequest, fault.New("request_malformed", "the request did not arrive whole"))
+		return
 	}
 	nonce, err := parseNonce(body)
 	if err != nil {
@@ -180,6 +182,7 @@ func (a *Agent) serveEvidence(w http.ResponseWriter, r *http.Request) {
 	case errors.As(err, &retry):
 		w.Header().Set("Retry-After", strconv.Itoa(max(1, int(math.Ceil(retry.after.Seconds())))))
 		writeError(w, http.StatusTooManyRequests, err)
+	case r.Context().Err() != nil: // nobody is left to tell
 	default:
 		a.log.Error("evidence", "error", err)
 		// What went wrong inside is for the log, not for strangers.

@@ -5,15 +5,17 @@ package agent
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"time"
 )
 
-// Limits of the external port, which anyone can reach.
 const (
-	maxExternalConns = 256
-	sniffTimeout     = 10 * time.Second
+	// maxConns is how many connections one listener has open at a time. Without
+	// it, one app could use up the descriptors that all listeners share.
+	maxConns     = 256
+	sniffTimeout = 10 * time.Second
 )
 
 // tlsHandshake is the first byte of every TLS connection (RFC 8446 §5.1:
@@ -22,10 +24,9 @@ const tlsHandshake = 0x16
 
 // split serves plain HTTP and TLS on one port: it looks at the first byte of
 // each connection and hands it to one of two listeners, which end when ctx does
-// or base fails. At most maxExternalConns connections are open at a time.
+// or base fails.
 func split(ctx context.Context, base net.Listener) (plain, encrypted net.Listener) {
 	p, e := newQueue(base.Addr()), newQueue(base.Addr())
-	slots := make(chan struct{}, maxExternalConns)
 	ctx, cancel := context.WithCancel(ctx)
 	context.AfterFunc(ctx, func() { base.Close() })
 	go func() {
@@ -33,14 +34,8 @@ func split(ctx context.Context, base net.Listener) (plain, encrypted net.Listene
 		defer p.Close()
 		defer e.Close()
 		for {
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				return
-			}
 			conn, err := base.Accept()
 			if err != nil {
-				<-slots
 				if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 					return
 				}
@@ -50,12 +45,12 @@ func split(ctx context.Context, base net.Listener) (plain, encrypted net.Listene
 				}
 				continue
 			}
-			c := &sniffed{Conn: conn, release: sync.OnceFunc(func() { <-slots })}
+			c := &sniffed{Conn: conn}
 			go func() {
 				stop := context.AfterFunc(ctx, func() { c.Close() })
 				defer stop()
 				c.SetReadDeadline(time.Now().Add(sniffTimeout))
-				if _, err := conn.Read(c.first[:]); err != nil {
+				if _, err := io.ReadFull(conn, c.first[:]); err != nil {
 					c.Close()
 					return
 				}
@@ -74,9 +69,8 @@ func split(ctx context.Context, base net.Listener) (plain, encrypted net.Listene
 // sniffed is a connection whose first byte was read already.
 type sniffed struct {
 	net.Conn
-	first   [1]byte
-	read    bool
-	release func()
+	first [1]byte
+	read  bool
 }
 
 func (c *sniffed) Read(b []byte) (int, error) {
@@ -86,11 +80,6 @@ func (c *sniffed) Read(b []byte) (int, error) {
 	c.read = true
 	b[0] = c.first[0]
 	return 1, nil
-}
-
-func (c *sniffed) Close() error {
-	defer c.release()
-	return c.Conn.Close()
 }
 
 // queue is a listener that is fed connections.
@@ -129,3 +118,47 @@ func (q *queue) Close() error {
 }
 
 func (q *queue) Addr() net.Addr { return q.addr }
+
+// limited is a listener with at most cap(slots) connections open.
+type limited struct {
+	net.Listener
+	slots chan struct{}
+	done  chan struct{}
+	close func() error
+}
+
+func limit(ln net.Listener, n int) net.Listener {
+	l := &limited{Listener: ln, slots: make(chan struct{}, n), done: make(chan struct{})}
+	l.close = sync.OnceValue(func() error {
+		close(l.done)
+		return ln.Close()
+	})
+	return l
+}
+
+func (l *limited) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &slotConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+func (l *limited) Close() error { return l.close() }
+
+// slotConn gives its slot back when it is closed.
+type slotConn struct {
+	net.Conn
+	release func()
+}
+
+func (c *slotConn) Close() error {
+	defer c.release()
+	return c.Conn.Close()
+}

@@ -458,6 +458,26 @@ func TestSpawnReportsAMissingBinary(t *testing.T) {
 	}
 }
 
+func TestTheAgentInheritsNoEnvironment(t *testing.T) {
+	t.Setenv("SECRET", "x")
+	refuse := errors.New("not today")
+	_, err := Spawn(context.Background(), SpawnOptions{
+		Path: "/proc/self/exe", UID: 990, GID: 991, Config: &Config{}, Init: &fakeInit{},
+		Start: func(cmd *exec.Cmd) (Child, error) {
+			if len(cmd.Environ()) != 0 { // the child's; a nil Env would mean ours
+				t.Errorf("environment %q", cmd.Environ())
+			}
+			if cmd.Args[1] != "agent" || cmd.SysProcAttr.Credential.Uid != 990 || cmd.SysProcAttr.Credential.Gid != 991 {
+				t.Errorf("command %+v, %+v", cmd, cmd.SysProcAttr)
+			}
+			return Child{}, refuse
+		},
+	})
+	if !errors.Is(err, refuse) {
+		t.Errorf("Spawn: %v", err)
+	}
+}
+
 func TestListenUnixRefusesARelativePath(t *testing.T) {
 	for _, path := range []string{"@abstract", "relative.sock", ""} {
 		if _, err := ListenUnix(path); err == nil || !strings.Contains(err.Error(), "not absolute") {
