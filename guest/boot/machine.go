@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -259,7 +260,7 @@ func (m *Machine) parse(context.Context) error {
 	if err = m.manifest.CheckSupported(); err != nil {
 		return err
 	}
-	if err := supported(m.manifest); err != nil {
+	if err := supported(m.manifest, m.tee.Kind(), readOSRelease("/etc/os-release")["VERSION_ID"]); err != nil {
 		return err
 	}
 	if m.sysConfig, err = hostshare.ParseSysConfig(m.files[hostshare.SysConfigName]); err != nil {
@@ -281,9 +282,13 @@ func (m *Machine) parse(context.Context) error {
 	return nil
 }
 
+// platformNames is how requirements.platforms calls the TEEs.
+var platformNames = map[dstack.TEE]string{dstack.TDX: "dstack-tdx", dstack.SEVSNP: "dstack-amd-sev-snp"}
+
 // supported refuses what a manifest demands and this system cannot give, before
-// anything is measured.
-func supported(m *manifest.Manifest) error {
+// anything is measured. Codes: manifest_unsupported, requirement_platform,
+// requirement_os_version.
+func supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
 	unsupported := func(format string, args ...any) error {
 		return fault.New("manifest_unsupported", format, args...).WithFix("remove it from the manifest, or use an image that has it")
 	}
@@ -299,8 +304,26 @@ func supported(m *manifest.Manifest) error {
 	case m.SwapSize > 0:
 		return unsupported("swap_size is not available in this image")
 	}
-	if r := m.Requirements; r != nil && len(r.LaunchTokenHash) > 0 {
+	r := m.Requirements
+	if r == nil {
+		return nil
+	}
+	if len(r.LaunchTokenHash) > 0 {
 		return unsupported("requirements.launch_token_hash is not available in this image")
+	}
+	if r.TDXMeasureACPITables != nil && tee != dstack.TDX {
+		return fault.New("requirement_platform", "requirements.tdx_measure_acpi_tables is for TDX, but this is %s", tee)
+	}
+	if r.HasPlatforms && !slices.Contains(r.Platforms, platformNames[tee]) {
+		return fault.New("requirement_platform", "the manifest runs on %s only, but this is %s", strings.Join(r.Platforms, ", "), platformNames[tee]).
+			WithFix("run it on one of these platforms")
+	}
+	if r.OSVersion != "" {
+		ok, err := manifest.MatchOSVersion(r.OSVersion, version)
+		if err != nil || !ok {
+			return fault.New("requirement_os_version", "the manifest demands the OS version %q, but this is %q", r.OSVersion, version).
+				WithFix("use an image with such a version")
+		}
 	}
 	return nil
 }
@@ -558,7 +581,7 @@ func (m *Machine) startEngine(ctx context.Context) error {
 	}
 	cfg := engine.Default()
 	cfg.Nosync = true // the data disk dies with its key at power off
-	cfg.GCOff, cfg.MemoryLimit = true, daemonMemory()
+	cfg.GCPercent = 400
 	e, err := engine.Start(m.sup, cfg, func(daemon string, err error, wait time.Duration) {
 		m.console.Log(fmt.Sprintf("%s: %v; starting it again in %s", daemon, err, wait))
 	})
@@ -571,16 +594,6 @@ func (m *Machine) startEngine(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 4*time.Minute, errors.New("no answer for 4 minutes"))
 	defer cancel()
 	return e.WaitReady(ctx)
-}
-
-// daemonMemory is the soft memory limit of each daemon: an eighth of the machine,
-// at least 96 MiB, which is about what each needs with a small app.
-func daemonMemory() int64 {
-	var info unix.Sysinfo_t
-	if unix.Sysinfo(&info) != nil {
-		return 96 << 20
-	}
-	return max(96<<20, int64(info.Totalram)*int64(info.Unit)/8)
 }
 
 // images fetches what the manifest locks. With the image policy digest nothing

@@ -22,11 +22,10 @@ type Config struct {
 	Run    string // tmpfs for configuration, sockets and state
 	Data   string // parent of docker/ and containerd/, on the data disk
 	Nosync bool   // the data disk does not outlive the boot: skip database syncs
-	// GCOff starts the daemons without garbage collection below a memory limit;
-	// it speeds their start up and suits machines with memory to spare.
-	GCOff bool
-	// MemoryLimit is the soft limit in bytes that goes with GCOff, per daemon.
-	MemoryLimit int64
+	// GCPercent is the daemons' GOGC; 0 leaves Go's default. Starting up makes much
+	// short-lived garbage and little that stays, so a higher value trades memory
+	// for time.
+	GCPercent int
 }
 
 // Default is the layout of the image.
@@ -47,8 +46,8 @@ func (c Config) Env() []string {
 
 func (c Config) daemonEnv() []string {
 	env := c.Env()
-	if c.GCOff && c.MemoryLimit > 0 {
-		env = append(env, "GOGC=off", fmt.Sprintf("GOMEMLIMIT=%d", c.MemoryLimit))
+	if c.GCPercent > 0 {
+		env = append(env, fmt.Sprintf("GOGC=%d", c.GCPercent))
 	}
 	return env
 }

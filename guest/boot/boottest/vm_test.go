@@ -203,13 +203,30 @@ type running struct {
 	exited  chan struct{}
 	ports   map[int]int
 	console *consoleLog
+	pid     int
 
 	mu     sync.Mutex
 	events []event
 }
 
+// cpu returns the processor time that QEMU has used: what a boot costs, whatever
+// else the machine does.
+func (r *running) cpu() time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.pid))
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(text), ") ")
+	var user, system int64
+	if f := strings.Fields(rest); len(f) > 12 {
+		fmt.Sscan(f[11], &user)
+		fmt.Sscan(f[12], &system)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
 type event struct {
-	at            time.Duration
+	at, cpu       time.Duration // since the start of QEMU; used by it
 	name, payload string
 }
 
@@ -372,6 +389,7 @@ func (v vm) start(t *testing.T, b *built) *running {
 	cmd.Stdout, cmd.Stderr = r.console, r.console
 	r.begin = time.Now()
 	must(t, cmd.Start())
+	r.pid = cmd.Process.Pid
 	go func() {
 		cmd.Wait()
 		close(r.exited)
@@ -423,7 +441,7 @@ func (r *running) serve(b *built, socket, tee string, noTEE bool) {
 	api := prpc.NewMux([]string{"HostApi."}, prpc.Unary("Notify", func(_ context.Context, n *hostapi.Notification) (*emptypb.Empty, error) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.events = append(r.events, event{time.Since(r.begin), n.Event, n.Payload})
+		r.events = append(r.events, event{time.Since(r.begin), r.cpu(), n.Event, n.Payload})
 		return nil, nil
 	}))
 	go prpc.Server(api).Serve(listen(hostlink.StreamHostAPI))
