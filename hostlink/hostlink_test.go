@@ -396,6 +396,58 @@ func TestSilentPeerIsGivenUp(t *testing.T) {
 	}
 }
 
+// A hello that was repeated while the guest was not reading is answered once: what
+// follows the first reply is read by the host as frames.
+func TestGuestRepliesOncePerNonce(t *testing.T) {
+	var in, out, want bytes.Buffer
+	for _, n := range []nonce{{11}, {11}, {12}, {12}, {12}} {
+		in.Write(garbage(50))
+		in.Write(message(magicHello, n))
+	}
+	in.Write(message(magicGo, nonce{11})) // of a host that has gone
+	in.Write(message(magicGo, nonce{12}))
+	in.WriteString("frames")
+	want.Write(message(magicReply, nonce{11}))
+	want.Write(message(magicReply, nonce{12}))
+	rest, err := shakeGuest(struct {
+		io.Reader
+		io.Writer
+	}{&in, &out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tail, _ := io.ReadAll(rest); string(tail) != "frames" || !bytes.Equal(out.Bytes(), want.Bytes()) {
+		t.Errorf("replies %x, rest %q", out.Bytes(), tail)
+	}
+}
+
+func TestHostWaitsForTheReplyToItsOwnNonce(t *testing.T) {
+	a, b := socketpair(t)
+	defer a.Close()
+	defer b.Close()
+	go func() {
+		_, own, err := newScanner(b).next(magicHello)
+		if err != nil {
+			return
+		}
+		b.Write(message(magicReply, nonce{7}))
+		b.Write(garbage(100))
+		b.Write(append(message(magicReply, own), "frames"...))
+		b.(*os.File).SetReadDeadline(time.Now().Add(patience))
+		if _, got, err := newScanner(b).next(magicGo); err != nil || got != own {
+			t.Errorf("go with nonce %x, %v", got, err)
+		}
+		b.Close()
+	}()
+	rest, err := shakeHost(deadline(t), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tail, _ := io.ReadAll(rest); string(tail) != "frames" {
+		t.Errorf("rest %q", tail)
+	}
+}
+
 func TestHandshakeEndsWithItsContext(t *testing.T) {
 	for name, shake := range map[string]func(context.Context, io.ReadWriteCloser, Options) (*Session, error){"host": Host, "guest": Guest} {
 		a, b := net.Pipe() // unbuffered: the host's write blocks
@@ -578,6 +630,15 @@ func TestOpenVirtioPort(t *testing.T) {
 	}
 	if _, err := openVirtioPort(filepath.Join(sys, "none"), dev, "x"); err == nil {
 		t.Error("no ports at all, and no error")
+	}
+}
+
+func TestTooLongAHeaderIsNotRead(t *testing.T) {
+	for _, n := range []byte{0, maxName + 1, 255} {
+		r := bytes.NewReader(append([]byte{n}, strings.Repeat("x", 255)...))
+		if _, err := readHeader(r); !errors.Is(err, errProtocol) || r.Len() != 255 {
+			t.Errorf("length %d: error %v, %d bytes left", n, err, r.Len())
+		}
 	}
 }
 
