@@ -32,8 +32,11 @@ func parseChain(role string, data []byte) ([]*x509.Certificate, error) {
 			return nil, fault.New(role+"_chain", "%s certificate chain has text that is not a PEM certificate", role)
 		}
 		block, rest := pem.Decode(data)
-		if block == nil || len(chain) == maxChain {
-			return nil, fault.New(role+"_chain", "%s certificate chain is not PEM or has more than %d certificates", role, maxChain)
+		if block == nil {
+			return nil, fault.New(role+"_chain", "certificate %d of the %s chain is not PEM", len(chain), role)
+		}
+		if len(chain) == maxChain {
+			return nil, fault.New(role+"_chain_length", "%s certificate chain has more than %d certificates", role, maxChain)
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {

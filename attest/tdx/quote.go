@@ -229,12 +229,9 @@ func (p *parser) nested(what string) parser {
 	return parser{data: data, at: p.at + p.off - len(data), err: p.err}
 }
 
-// lengthPrefixed takes a u32 and that many bytes. The length is compared before
-// it becomes an int, which may have 32 bits.
+// lengthPrefixed takes a u32 and that many bytes. Where int has 32 bits a large
+// length becomes negative, which take refuses.
 func (p *parser) lengthPrefixed(what string) []byte {
 	n := p.u32(what + " size")
-	if p.err == nil && n > MaxQuote {
-		p.err = malformed("%s declares %d bytes", what, n)
-	}
 	return p.take(int(n), what)
 }

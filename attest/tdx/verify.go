@@ -177,9 +177,6 @@ func (v *verification) loadRootCRL(der []byte) (err error) {
 // issuer chain, which must lead to the very intermediate that issued the PCK
 // certificate, and looks the certificate up in it.
 func (v *verification) checkPCKCRL(col collateral.TDX, pck, pckCA *x509.Certificate) error {
-	if len(col.PCKCRL) == 0 {
-		return fault.New("crl_missing", "collateral has no PCK CRL").WithFix("fetch complete collateral")
-	}
 	chain, err := parseChain("pck_crl", []byte(col.PCKCRLIssuerChain))
 	if err != nil {
 		return err

@@ -158,6 +158,11 @@ func mutations() []mutation {
 		binary.LittleEndian.PutUint32(q[outerOff+2:], n-1)
 		return q
 	}})
+	add("quote_malformed", "a byte between certification data and the end of signature data", mutation{quote: func(q []byte) []byte {
+		n := binary.LittleEndian.Uint32(q[sigOff-4:])
+		binary.LittleEndian.PutUint32(q[sigOff-4:], n+1)
+		return append(q, 0)
+	}})
 	add("quote_malformed", "QE authentication data larger than what holds them", mutation{quote: func(q []byte) []byte {
 		binary.LittleEndian.PutUint16(q[authOff:], 0xffff)
 		return q
@@ -186,7 +191,16 @@ func mutations() []mutation {
 
 	// PCK chain.
 	add("pck_chain", "a PCK chain that is not PEM", mutation{platform: func(p *platform) { p.CertData = []byte("hello") }})
-	add("pck_chain", "a PCK chain of nine certificates", mutation{platform: func(p *platform) {
+	add("pck_chain", "a PCK chain with broken PEM", mutation{platform: func(p *platform) {
+		p.CertData = []byte("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
+	}})
+	add("pck_chain", "a PCK certificate that is not DER", mutation{platform: func(p *platform) {
+		p.CertData = []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+	}})
+	add("pck_chain", "a PCK certificate signed with another hash", mutation{platform: func(p *platform) {
+		p.PCK = p.IssuePCK(p.PCKCA, tdxtest.Extension(), func(c *x509.Certificate) { c.SignatureAlgorithm = x509.ECDSAWithSHA384 })
+	}})
+	add("pck_chain_length", "B15: a PCK chain of nine certificates", mutation{platform: func(p *platform) {
 		p.CertData = []byte(p.Chain(p.PCK, p.PCKCA, p.PCKCA, p.PCKCA, p.PCKCA, p.PCKCA, p.PCKCA, p.PCKCA, p.Root))
 	}})
 	add("pck_chain", "a PCK chain with text between certificates", mutation{platform: func(p *platform) {
@@ -265,6 +279,9 @@ func mutations() []mutation {
 	add("crl_issuer", "B02: the root CRL in place of the PCK CRL", mutation{collateral: func(_ *platform, c *collateral.TDX) { c.PCKCRL = c.RootCACRL }})
 	add("crl_issuer", "B02: the CRL of the vendor's other intermediate", mutation{platform: func(p *platform) { p.PCKCRL.Issuer = p.IssueCA(p.Root, tdx.CNProcessorCA) },
 		collateral: func(p *platform, c *collateral.TDX) { c.PCKCRLIssuerChain = p.Chain(p.PCKCRL.Issuer, p.Root) }})
+	add("crl_issuer", "an issuer chain to the vendor's other intermediate", mutation{collateral: func(p *platform, c *collateral.TDX) {
+		c.PCKCRLIssuerChain = p.Chain(p.IssueCA(p.Root, tdx.CNProcessorCA), p.Root)
+	}})
 	add("pck_crl_chain", "no issuer chain of the PCK CRL", mutation{collateral: func(_ *platform, c *collateral.TDX) { c.PCKCRLIssuerChain = "" }})
 	add("pck_crl_chain", "an issuer chain of the PCK CRL to a foreign root", mutation{collateral: func(p *platform, c *collateral.TDX) {
 		root, ca, _ := foreign(p)
@@ -414,6 +431,7 @@ func mutations() []mutation {
 	add("qe_report_data", "QE report data with a tail that is not zero", mutation{platform: func(p *platform) { p.QEReport[tdx.QEOffReportData+63] = 1 }})
 	add("qe_report_data", "an attestation key with one bit changed", mutation{quote: flip(keyOff, 1)})
 	add("quote_signature", "a quote signature with one bit changed", mutation{quote: flip(sigOff, 1)})
+	add("quote_signature", "an attestation key that is not on the curve", mutation{platform: func(p *platform) { p.AttestationPoint = make([]byte, 64) }})
 	add("quote_signature", "a quote signature of zeros", mutation{quote: func(q []byte) []byte { clear(q[sigOff : sigOff+64]); return q }})
 	add("quote_signature", "a measurement with one bit changed", mutation{quote: flip(tdx.HeaderSize+tdx.OffMRTD, 1)})
 	add("quote_signature", "report data with one bit changed", mutation{quote: flip(tdx.HeaderSize+tdx.OffReportData+63, 1)})

@@ -69,11 +69,14 @@ type Platform struct {
 	QESigner  Authority // signs the QE identity; the same as TCBSigner at first
 
 	AttestationKey *ecdsa.PrivateKey
-	Header         tdx.Header
-	QEReport       [tdx.QEReportSize]byte // report data are filled in when a quote is made
-	QEAuth         []byte
-	CertType       uint16 // of the PCK certification data
-	CertData       []byte // nil for the PCK chain in PEM
+	// AttestationPoint stands in the quote for the public attestation key, x ‖ y,
+	// when it is not nil; the QE report commits to it.
+	AttestationPoint []byte
+	Header           tdx.Header
+	QEReport         [tdx.QEReportSize]byte // report data are filled in when a quote is made
+	QEAuth           []byte
+	CertType         uint16 // of the PCK certification data
+	CertData         []byte // nil for the PCK chain in PEM
 	// KeepReportData leaves the QE report's report data as they are in QEReport.
 	KeepReportData bool
 
@@ -220,6 +223,9 @@ func (p *Platform) Quote(body tdx.ReportBody) []byte {
 	point, err := p.AttestationKey.PublicKey.Bytes()
 	p.check(err)
 	key := point[1:]
+	if p.AttestationPoint != nil {
+		key = p.AttestationPoint
+	}
 	report := p.QEReport
 	if !p.KeepReportData {
 		sum := sha256.Sum256(slices.Concat(key, p.QEAuth))
