@@ -64,11 +64,16 @@ func Tree(data io.Reader, size int64) (tree []byte, root [hashSize]byte, err err
 	if err != nil {
 		return nil, root, err
 	}
-	levels := [][]byte{leaves}
-	for len(levels[0]) > BlockSize {
-		levels = append([][]byte{hashBlocks(levels[0])}, levels...)
+	var levels [][]byte
+	if size == BlockSize {
+		root = [hashSize]byte(leaves[:hashSize]) // a single block is its own tree
+	} else {
+		levels = [][]byte{leaves}
+		for len(levels[0]) > BlockSize {
+			levels = append([][]byte{hashBlocks(levels[0])}, levels...)
+		}
+		root = hashBlock(levels[0])
 	}
-	root = hashBlock(levels[0])
 
 	sb := superblock{Version: 1, HashType: 1, DataBlock: BlockSize, HashBlock: BlockSize,
 		DataBlocks: uint64(size / BlockSize), SaltSize: SaltSize}
