@@ -17,6 +17,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -179,8 +180,12 @@ func NewClient(baseURL string, dial func(context.Context) (net.Conn, error)) *Cl
 
 // Call calls a method and sets resp to the reply. A refusal by the server is a
 // *fault.Error with the server's text, code and fix; its code is rpc_failed when the
-// server gave none.
+// server gave none. A nil req stands for a message without fields, a nil resp for a
+// reply that nobody reads.
 func (c *Client) Call(ctx context.Context, method string, req, resp proto.Message) error {
+	if req == nil {
+		req = &emptypb.Empty{}
+	}
 	contentType, body, err := protoType, []byte(nil), error(nil)
 	if c.JSON {
 		contentType = jsonType
@@ -214,6 +219,9 @@ func (c *Client) Call(ctx context.Context, method string, req, resp proto.Messag
 	}
 	if reply.StatusCode != http.StatusOK {
 		return decodeError(method, reply, data)
+	}
+	if resp == nil {
+		return nil
 	}
 	if c.JSON {
 		err = UnmarshalJSON(data, resp)
