@@ -65,6 +65,8 @@ type Machine struct {
 	linkMu sync.Mutex
 	link   Link // nil: the machine has no hostlink
 
+	linkTried chan struct{} // closed when the phase hostlink is over
+
 	tee       collect.TEE
 	files     hostshare.Files
 	manifest  *manifest.Manifest
@@ -144,6 +146,7 @@ func (m *Machine) Phases() []Phase {
 // openHostlink connects to the host. A machine without the port boots on until
 // something needs the host: it is the TEE that decides whether it may.
 func (m *Machine) openHostlink(ctx context.Context) error {
+	defer close(m.linkTried)
 	if err := mountAll(firstMounts); err != nil {
 		return err
 	}

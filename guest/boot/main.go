@@ -35,7 +35,7 @@ func Main(opt Options) {
 func newMachine(opt Options) *Machine {
 	m := &Machine{
 		opt: opt, console: &console{w: os.Stderr}, sup: supervise.New(),
-		finder: disk.NewFinder(), mapper: disk.NewMapper(), shutdowns: make(chan string, 1),
+		finder: disk.NewFinder(), mapper: disk.NewMapper(), shutdowns: make(chan string, 1), linkTried: make(chan struct{}),
 	}
 	m.host = newHost(m.sendHost())
 	return m
@@ -98,6 +98,12 @@ func (m *Machine) runningEngine() *engine.Engine {
 func (m *Machine) sendHost() func(ctx context.Context, event, payload string) error {
 	client := prpc.NewClient("http://host/api", func(ctx context.Context) (net.Conn, error) { return m.dial(ctx, "hostapi") })
 	return func(ctx context.Context, event, payload string) error {
+		// What happens before there is a link is told once there is one.
+		select {
+		case <-m.linkTried:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 		return client.Call(ctx, "Notify", &hostapi.Notification{Event: event, Payload: payload}, &emptypb.Empty{})
 	}
 }

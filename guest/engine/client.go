@@ -140,11 +140,6 @@ func (c *Client) Tag(ctx context.Context, ref, repo, tag string) error {
 	return c.json(ctx, http.MethodPost, "/images/"+ref+"/tag", url.Values{"repo": {repo}, "tag": {tag}}, nil)
 }
 
-// Untag removes one name of an image, and the image with its last name.
-func (c *Client) Untag(ctx context.Context, ref string) error {
-	return c.json(ctx, http.MethodDelete, "/images/"+ref, url.Values{"noprune": {"true"}}, nil)
-}
-
 // Container is one container in a list.
 type Container struct {
 	ID      string `json:"Id"`

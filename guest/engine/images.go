@@ -16,7 +16,6 @@ type images interface {
 	Pull(ctx context.Context, ref string, progress func(string)) error
 	Image(ctx context.Context, ref string) (*Image, error)
 	Tag(ctx context.Context, ref, repo, tag string) error
-	Untag(ctx context.Context, ref string) error
 }
 
 // lockedTag is the tag given to an image whose compose reference has a digest and
@@ -24,8 +23,9 @@ type images interface {
 const lockedTag = "dstack-locked"
 
 // PullLocked fetches every image of the lock (reference in the compose file ->
-// "sha256:<64 hex>") from registry (host:port), checks that the image store holds
-// it under exactly that digest, and only then gives it the reference's name.
+// "sha256:<64 hex>") from registry (host:port) by digest, gives it the reference's
+// name, and checks that the image store holds exactly that digest under the name.
+// Nothing may run before it has returned nil.
 //
 // Codes: image_pull (not to be had, or its content does not hash to the digest),
 // image_digest_mismatch, image_reference.
@@ -45,20 +45,11 @@ func PullLocked(ctx context.Context, e images, registry string, lock map[string]
 			}
 			pulled[digest] = true
 		}
-		if err := checkDigest(ctx, e, source, digest); err != nil {
-			return err
-		}
 		if err := e.Tag(ctx, source, repo, tag); err != nil {
 			return fault.Wrap(err, "image_reference", "image %s cannot be named", ref)
 		}
 		if err := checkDigest(ctx, e, repo+":"+tag, digest); err != nil {
 			return err
-		}
-	}
-	// The name of the loopback registry is of no further use.
-	for _, digest := range slices.Sorted(maps.Keys(pulled)) {
-		if err := e.Untag(ctx, registry+"/"+RegistryRepo+"@"+digest); err != nil && !NotFound(err) {
-			return fault.Wrap(err, "image_reference", "the name of image %s cannot be removed", digest)
 		}
 	}
 	return nil

@@ -7,8 +7,6 @@ package boottest
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -580,10 +578,4 @@ func tarOf(name string, data []byte) []byte {
 	b.Write(data)
 	b.Write(make([]byte, (512-len(data)%512)%512+1024))
 	return b.Bytes()
-}
-
-func random(n int) string {
-	b := make([]byte, n)
-	_, _ = rand.Read(b)
-	return hex.EncodeToString(b)
 }
