@@ -342,7 +342,7 @@ func (v *vm) guestClient() (*prpc.Client, error) {
 	return v.conn.guest, nil
 }
 
-const guestCallLimit = 15 * time.Second
+var guestCallLimit = 15 * time.Second // a variable for tests
 
 // shutdown asks the guest to power off, and cuts the power when it has not in
 // time. It returns when the guest was asked.

@@ -258,7 +258,9 @@ func (v *vm) ensurePKI(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, path, "pki", "--out", pki).CombinedOutput()
+	cmd := exec.CommandContext(ctx, path, "pki", "--out", pki)
+	cmd.Env = append(os.Environ(), v.server.childEnv...)
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fault.Wrap(err, "tee_failed", "make the development roots: %s", cut(strings.TrimSpace(string(out)), 1000))
 	}

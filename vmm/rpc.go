@@ -95,6 +95,7 @@ func (s *Server) methods() []prpc.Method {
 			s.mu.Unlock()
 			switch {
 			case ok:
+				v.settle(ctx)
 				return &vmmpb.GetInfoResponse{Found: true, Info: v.info(true)}, nil
 			case broken:
 				return &vmmpb.GetInfoResponse{Found: true, Info: brokenInfo(in.Id, why)}, nil
@@ -109,7 +110,7 @@ func (s *Server) methods() []prpc.Method {
 	}
 }
 
-func (s *Server) status(_ context.Context, in *vmmpb.StatusRequest) (*vmmpb.StatusResponse, error) {
+func (s *Server) status(ctx context.Context, in *vmmpb.StatusRequest) (*vmmpb.StatusResponse, error) {
 	wanted := map[string]bool{}
 	for _, id := range in.Ids {
 		wanted[id] = true
@@ -128,6 +129,7 @@ func (s *Server) status(_ context.Context, in *vmmpb.StatusRequest) (*vmmpb.Stat
 	var all []*vmmpb.VmInfo
 	for _, v := range s.list() {
 		if match(v.spec.ID, v.spec.Name, v.spec.AppID.String(), v.spec.Image) {
+			v.settle(ctx)
 			all = append(all, v.info(!in.Brief))
 		}
 	}

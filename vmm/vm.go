@@ -36,8 +36,9 @@ type vm struct {
 	log      *slog.Logger
 	notify   bucket
 	driver   *fsm.Driver[lifecycle.State, lifecycle.Input, lifecycle.Effect]
-	wake     chan struct{} // there may be effects to perform
-	ready    chan struct{} // closed when it was taken over
+	saved    lifecycle.State // as of the last save; the driver saves one at a time
+	wake     chan struct{}   // there may be effects to perform
+	ready    chan struct{}   // closed when it was taken over
 
 	mu        sync.Mutex
 	changed   chan struct{} // closed and replaced when anything below or the state changes
@@ -45,7 +46,7 @@ type vm struct {
 	watched   map[process.ID]bool
 	children  map[process.ID]*proc.Child
 	conn      *connection // of the present run
-	drainErr  error       // why effects are outstanding
+	stuck     error       // why effects are outstanding
 	floodSaid time.Time
 }
 
@@ -92,7 +93,7 @@ const (
 )
 
 func newVM(s *Server, dir string, spec *Spec, m *manifest.Manifest, rec record) *vm {
-	v := &vm{server: s, dir: dir, spec: *spec, manifest: m, log: s.log.With("vm", spec.ID),
+	v := &vm{server: s, dir: dir, spec: *spec, manifest: m, saved: rec.State, log: s.log.With("vm", spec.ID),
 		wake: make(chan struct{}, 1), changed: make(chan struct{}), watched: map[process.ID]bool{}, children: map[process.ID]*proc.Child{}}
 	v.journal = openJournal(filepath.Join(dir, eventsFile), s.config.EventBufferSize, v.report.absorb)
 	v.readInstance()
@@ -145,7 +146,12 @@ func (v *vm) save(rec record) error {
 			return nil
 		}
 	}
-	return diskFull(writeJSON(filepath.Join(v.dir, stateFile), rec), "save the state of VM "+v.spec.ID)
+	if err := writeJSON(filepath.Join(v.dir, stateFile), rec); err != nil {
+		return diskFull(err, "save the state of VM "+v.spec.ID)
+	}
+	v.transition(v.saved, rec.State)
+	v.saved = rec.State
+	return nil
 }
 
 // signal tells everybody who waits that something changed.
@@ -175,21 +181,13 @@ func (v *vm) event(name, body string) {
 
 // post gives the machine an input and has its effects performed soon.
 func (v *vm) post(in lifecycle.Input) error {
-	before := v.state()
 	err := v.driver.Post(in)
-	if err == nil {
-		v.transition(before, v.state())
-	}
-	v.kick()
-	return err
-}
-
-func (v *vm) kick() {
 	select {
 	case v.wake <- struct{}{}:
 	default:
 	}
 	v.signal()
+	return err
 }
 
 // transition records what a user wants to see of a change of state.
@@ -212,14 +210,12 @@ func (v *vm) transition(before, after lifecycle.State) {
 // again every second.
 func (v *vm) work(ctx context.Context) {
 	for {
-		before := v.state()
 		err := v.driver.Drain(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		v.transition(before, v.state())
 		v.mu.Lock()
-		v.drainErr = err
+		v.stuck = err
 		v.mu.Unlock()
 		v.signal()
 		if v.state().Phase == lifecycle.Removed {
@@ -269,15 +265,22 @@ func (v *vm) start(ctx context.Context) error {
 		return err
 	}
 	var end lifecycle.State
+	var stuck error
 	err := v.wait(ctx, func(s lifecycle.State, _ bool) bool {
 		end = s
+		v.mu.Lock()
+		stuck = v.stuck
+		v.mu.Unlock()
+		if stuck != nil {
+			return true
+		}
 		switch s.Phase {
 		case lifecycle.Running, lifecycle.Stopped, lifecycle.Exited, lifecycle.Removing, lifecycle.Removed:
 			return true
 		}
 		return false
 	})
-	if err != nil {
+	if err = errors.Join(err, stuck); err != nil {
 		return err
 	}
 	if end.Phase == lifecycle.Exited && end.Exit != nil {
@@ -390,6 +393,16 @@ func (v *vm) watch(id process.ID, ended func()) {
 		}
 		ended()
 	})
+}
+
+// settle waits a moment for takeOver, so that what an earlier VMM believed is not
+// shown as true.
+func (v *vm) settle(ctx context.Context) {
+	select {
+	case <-v.ready:
+	case <-ctx.Done():
+	case <-time.After(2 * time.Second):
+	}
 }
 
 // takeOver continues a VM that an earlier VMM left, in whatever state.
