@@ -235,7 +235,7 @@ func readLimited(path string, limit int64) ([]byte, error) {
 		return nil, fault.New("file_kind", "%s is not a regular file", path)
 	}
 	if st.Size() > limit {
-		return nil, fault.New("file_too_large", "%s has %d bytes, the limit is %d", path, st.Size(), limit)
+		return nil, fault.New("file_too_large", "%s has %d bytes, the limit is %d", path, st.Size(), limit).WithFix("give the right file; none of its kind is that large")
 	}
 	return os.ReadFile(path)
 }
