@@ -222,6 +222,7 @@ func (m *Machine) entropy(ctx context.Context) error {
 }
 
 func (m *Machine) openTEE(ctx context.Context) error {
+	m.logTPM("/sys")
 	env := collect.Env{}
 	if m.hostlink() != nil {
 		env.Dial = m.dial
@@ -582,6 +583,7 @@ func (m *Machine) startEngine(ctx context.Context) error {
 	if err := applySysctls("/proc", forwarding); err != nil {
 		return err
 	}
+	m.logMemory("before-engine")
 	cfg := engine.Default()
 	cfg.Nosync = true // the data disk dies with its key at power off
 	cfg.GCPercent = 400
@@ -645,6 +647,7 @@ func (m *Machine) done(ctx context.Context) error {
 	if err := m.agent.WaitReady(ctx); err != nil {
 		return err
 	}
+	m.logMemory("app-up")
 	m.statusMu.Lock()
 	m.status.Ready = true
 	m.statusMu.Unlock()
