@@ -8,17 +8,21 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/attest/container"
+	"github.com/dstack-go/dstack/osimage"
+	"github.com/dstack-go/dstack/osimage/gpt"
+	"github.com/dstack-go/dstack/osimage/verity"
 	"github.com/dstack-go/dstack/verifier"
 )
 
@@ -180,8 +184,6 @@ func create(t *testing.T, name, image string, config func(*vmmpb.VmConfiguration
 	return resp.Id, fmt.Sprintf("https://127.0.0.1:%d", port)
 }
 
-var errEnded = errors.New("the VM ended")
-
 // awaitEvidence waits until the agent answers.
 func awaitEvidence(t *testing.T, id, url string, args ...string) (verdict, int) {
 	t.Helper()
@@ -262,3 +264,88 @@ func paddingOffset(t *testing.T, path string) int64 {
 }
 
 func idMessage(id string) *vmmpb.Id { return &vmmpb.Id{Id: id} }
+
+// growRoot lengthens the root's data by one block of zeros and builds a new tree:
+// the same files under another root hash.
+func growRoot(t *testing.T, dir string) (hash string, size int64) {
+	t.Helper()
+	img, err := osimage.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk, err := os.Open(img.Rootfs())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	part, err := gpt.Find(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, img.RootSize+verity.BlockSize)
+	if _, err := io.ReadFull(io.NewSectionReader(disk, part.Start, img.RootSize), data[:img.RootSize]); err != nil {
+		t.Fatal(err)
+	}
+	tree, root, err := verity.Tree(bytes.NewReader(data), int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := append(data, tree...)
+	var out bytes.Buffer
+	if err := gpt.Write(&out, bytes.NewReader(content), int64(len(content))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(img.Rootfs(), out.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return hex.EncodeToString(root[:]), int64(len(data))
+}
+
+func TestAlteredRootAndCommandLineBootAndAreRefused(t *testing.T) {
+	image := alteredImage(t, "altered-root-cmdline", func(dir string) {
+		hash, size := growRoot(t, dir)
+		path := filepath.Join(dir, "metadata.json")
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data = regexp.MustCompile(`dstack\.rootfs_hash=[0-9a-f]{64}`).ReplaceAll(data, []byte("dstack.rootfs_hash="+hash))
+		data = regexp.MustCompile(`dstack\.rootfs_size=\d+`).ReplaceAll(data, fmt.Appendf(nil, "dstack.rootfs_size=%d", size))
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	})
+	id, url := create(t, "altered-root-cmdline", image, nil)
+	v, exit := awaitEvidence(t, id, url, "--lock", helloApp(t).Lock, "--dev-roots", shared.devRoots())
+	wantRefused(t, v, exit, "rtmr2_mismatch")
+}
+
+func TestAlteredRootAloneStopsInOpenRoot(t *testing.T) {
+	image := alteredImage(t, "altered-root", func(dir string) {
+		img, err := osimage.Load(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		disk, err := os.Open(img.Rootfs())
+		if err != nil {
+			t.Fatal(err)
+		}
+		part, err := gpt.Find(disk)
+		disk.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		flip(t, img.Rootfs(), part.Start+8) // in the file system's superblock
+	})
+	id, _ := create(t, "altered-root", image, nil)
+	reason := awaitBootError(t, id)
+	log := console(t, id)
+	if !strings.Contains(log, "phase open-root FAILED code=root_verity") {
+		t.Fatalf("reason %q\n%s", reason, log)
+	}
+	for _, later := range []string{"tee", "read-blob", "launch-events"} {
+		if strings.Contains(log, "phase "+later+" ok") {
+			t.Errorf("phase %s ran on an altered root", later)
+		}
+	}
+}
