@@ -33,19 +33,11 @@ type apt struct {
 
 const archiveKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-func newApt(c cache, suites []string) (*apt, error) {
-	if _, err := exec.LookPath("apt-get"); err != nil {
-		return nil, fault.New("host_not_debian", "apt-get is missing; the image is built on Debian").WithFix("build on Debian 12 or 13, or use a built image")
-	}
+// hostSources writes apt's sources for suites, from the host's own mirror.
+func hostSources(suites []string) (string, error) {
 	mirror, err := hostMirror()
 	if err != nil {
-		return nil, err
-	}
-	a := &apt{dir: filepath.Join(string(c), "apt")}
-	for _, d := range []string{"state/lists/partial", "cache/archives/partial", "etc"} {
-		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
-			return nil, diskFull(err)
-		}
+		return "", err
 	}
 	signed := ""
 	if _, err := os.Stat(archiveKeyring); err == nil {
@@ -55,8 +47,25 @@ func newApt(c cache, suites []string) (*apt, error) {
 	for _, s := range suites {
 		fmt.Fprintf(&list, "deb %s%s %s main\n", signed, mirror, s)
 	}
+	return list.String(), nil
+}
+
+func (b *build) apt(suites []string) (*apt, error) {
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return nil, fault.New("host_not_debian", "apt-get is missing; the image is built on Debian").WithFix("build on Debian 12 or 13, or use a built image")
+	}
+	list, err := b.sources(suites)
+	if err != nil {
+		return nil, err
+	}
+	a := &apt{dir: filepath.Join(string(b.cache), "apt")}
+	for _, d := range []string{"state/lists/partial", "cache/archives/partial", "etc"} {
+		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
+			return nil, diskFull(err)
+		}
+	}
 	sources := filepath.Join(a.dir, "etc", "sources.list")
-	for path, data := range map[string]string{sources: list.String(), filepath.Join(a.dir, "state", "status"): ""} {
+	for path, data := range map[string]string{sources: list, filepath.Join(a.dir, "state", "status"): ""} {
 		if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
 			return nil, diskFull(err)
 		}
@@ -255,7 +264,7 @@ func (b *build) download(ctx context.Context, list []Package) (gone []string, er
 	if len(list) == 0 {
 		return nil, nil
 	}
-	a, err := newApt(b.cache, b.lock.Suites)
+	a, err := b.apt(b.lock.Suites)
 	if err != nil {
 		return nil, err
 	}

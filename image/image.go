@@ -113,10 +113,12 @@ type build struct {
 	began time.Time
 	steps []Step
 	cold  bool
+	// sources gives apt's sources; tests put a mirror of their own here.
+	sources func(suites []string) (string, error)
 }
 
 func newBuild(opt Options) (*build, error) {
-	b := &build{Options: opt, began: time.Now()}
+	b := &build{Options: opt, began: time.Now(), sources: hostSources}
 	if b.Flavour == "" {
 		b.Flavour = Sim
 	}

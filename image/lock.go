@@ -159,7 +159,7 @@ func Lock(ctx context.Context, opt Options) ([]string, error) {
 }
 
 func (b *build) relock(ctx context.Context) ([]string, error) {
-	apt, err := newApt(b.cache, lockSuites)
+	apt, err := b.apt(lockSuites)
 	if err != nil {
 		return nil, err
 	}

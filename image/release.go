@@ -22,8 +22,7 @@ import (
 
 // initramfs holds the first process and the directories it mounts on, no more.
 // The archive is not compressed although upstream's name says gzip: the kernel
-// takes either, and decompressing costs more time than reading (see
-// docs/image.md for figures).
+// takes either, and under emulation decompressing costs more than reading.
 func (b *build) initramfs(_ context.Context, p *artifacts) (bool, error) {
 	t := tree{}
 	for _, d := range []string{"dev", "proc", "sys", "run", "tmp", "root", "newroot"} {

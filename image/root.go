@@ -344,9 +344,9 @@ type verityImage struct {
 func (b *build) pack(ctx context.Context, t tree, digest string, comp []string) (v verityImage, cached bool, err error) {
 	k := key(struct {
 		Tree       string
-		Comp       []string
+		Args       []string
 		Mksquashfs string
-	}{digest, comp, b.tools.Mksquashfs})
+	}{digest, squashArgs(comp), b.tools.Mksquashfs})
 	dir, cached, err := b.cache.part("root", k, func(dir string) error {
 		return packRoot(ctx, t, comp, dir, b.vary)
 	})
@@ -366,10 +366,16 @@ func (b *build) pack(ctx context.Context, t tree, digest string, comp []string) 
 	return v, cached, err
 }
 
+// squashArgs are the options of mksquashfs that decide the bytes. It takes the
+// mode of the root directory from an option and not from the archive.
+func squashArgs(comp []string) []string {
+	return append([]string{"-tar", "-noappend", "-no-xattrs", "-reproducible", "-b", "128K", "-all-root", "-root-mode", "0755",
+		"-mkfs-time", fmt.Sprint(epoch), "-all-time", fmt.Sprint(epoch)}, comp...)
+}
+
 func packRoot(ctx context.Context, t tree, comp []string, dir string, vary variation) error {
 	squash := filepath.Join(dir, "root.squashfs")
-	args := append([]string{"-", squash, "-tar", "-noappend", "-quiet", "-no-progress", "-no-xattrs", "-reproducible", "-b", "128K",
-		"-all-root", "-mkfs-time", fmt.Sprint(epoch), "-all-time", fmt.Sprint(epoch), "-processors", fmt.Sprint(runtime.NumCPU())}, comp...)
+	args := append([]string{"-", squash, "-processors", fmt.Sprint(runtime.NumCPU()), "-quiet", "-no-progress"}, squashArgs(comp)...)
 	cmd := exec.CommandContext(ctx, "mksquashfs", args...)
 	cmd.Env = buildEnv(vary.env) // SOURCE_DATE_EPOCH would clash with -mkfs-time
 	pr, pw, err := os.Pipe()
