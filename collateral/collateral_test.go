@@ -100,6 +100,10 @@ func TestDevRootsAreRefusedForTheirOwnReason(t *testing.T) {
 	if _, err := tdx.DevelopmentRoots(d); fault.Code(err) != "dev_roots_malformed" {
 		t.Errorf("the vendor's root as a development root: %v", err)
 	}
+	d.TDXRootPEM = ""
+	if _, err := tdx.DevelopmentRoots(d); fault.Code(err) != "dev_roots_malformed" {
+		t.Errorf("no certificate: %v", err)
+	}
 	d.TDXRootPEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 	if _, err := tdx.DevelopmentRoots(d); fault.Code(err) != "dev_roots_malformed" {
 		t.Errorf("a certificate that is not DER: %v", err)

@@ -415,6 +415,12 @@ func TestNamesWithAColonCannotBeMade(t *testing.T) {
 	}
 }
 
+func TestNamesMustBeUTF8(t *testing.T) {
+	if _, err := RuntimeV2("\xff", nil); fault.Code(err) != "log_malformed" {
+		t.Errorf("err = %v", err)
+	}
+}
+
 func TestReservedNames(t *testing.T) {
 	for name, want := range map[string]bool{"compose-hash": true, "compose-hash:x": true, "system-anything": true, "dstack-x": true, "app": false, "systems": false, "": false} {
 		if Reserved(name) != want {

@@ -112,9 +112,6 @@ func (v *verification) checkChain(role string, chain []*x509.Certificate, names 
 		if err := cert.CheckSignatureFrom(issuer); err != nil {
 			return fault.Wrap(err, role+"_chain", "signature of %q of the %s chain", cert.Subject.CommonName, role)
 		}
-		if issuer.MaxPathLen >= 0 && i > issuer.MaxPathLen && (issuer.MaxPathLen > 0 || issuer.MaxPathLenZero) {
-			return fault.New(role+"_chain", "%q of the %s chain allows %d certificates below its subject, there are %d", issuer.Subject.CommonName, role, issuer.MaxPathLen, i)
-		}
 		if !slices.Contains(names[i], cert.Subject.CommonName) {
 			return fault.New(role+"_role", "certificate %d of the %s chain is %q, want one of %q", i, role, cert.Subject.CommonName, names[i])
 		}
@@ -190,15 +187,9 @@ func parsePCKExtension(cert *x509.Certificate) (PCKExtension, error) {
 	var out PCKExtension
 	var raw []byte
 	for _, e := range cert.Extensions {
-		if e.Id.Equal(OIDSGX) {
-			if raw != nil {
-				return out, extFault("occurs twice")
-			}
+		if e.Id.Equal(OIDSGX) { // once: x509 refuses repeated extensions
 			raw = e.Value
 		}
-	}
-	if raw == nil {
-		return out, extFault("is missing")
 	}
 	top, err := parsePairs(raw)
 	if err != nil {
@@ -244,7 +235,7 @@ func parsePCKExtension(cert *x509.Certificate) (PCKExtension, error) {
 func parsePairs(der []byte) (map[string][]byte, error) {
 	var seq []asn1.RawValue
 	if rest, err := asn1.Unmarshal(der, &seq); err != nil || len(rest) > 0 {
-		return nil, extFault("is not a sequence")
+		return nil, extFault("is missing or not a sequence")
 	}
 	out := map[string][]byte{}
 	for _, item := range seq {

@@ -13,6 +13,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -257,6 +258,54 @@ func mutations() []mutation {
 		})
 	}})
 
+	// extension certifies an SGX extension changed in its DER form.
+	extension := func(edit func(der []byte) []byte) func(*platform) {
+		return func(p *platform) {
+			der := edit(p.MarshalExtension(tdxtest.Extension()))
+			p.PCK = p.Issue(p.PCKCA, tdx.CNPCK, func(c *x509.Certificate) {
+				c.ExtraExtensions = []pkix.Extension{{Id: tdx.OIDSGX, Value: der}}
+			})
+		}
+	}
+	// patch replaces the value that follows an identifier.
+	patch := func(oid asn1.ObjectIdentifier, old, new []byte) func([]byte) []byte {
+		id, _ := asn1.Marshal(oid)
+		return func(der []byte) []byte {
+			out := bytes.Replace(der, append(bytes.Clone(id), old...), append(bytes.Clone(id), new...), 1)
+			if bytes.Equal(out, der) {
+				panic("nothing to patch")
+			}
+			return out
+		}
+	}
+	insert := func(element ...byte) func([]byte) []byte {
+		return func(der []byte) []byte {
+			var seq []asn1.RawValue
+			if _, err := asn1.Unmarshal(der, &seq); err != nil {
+				panic(err)
+			}
+			out, err := asn1.Marshal(append(seq, asn1.RawValue{FullBytes: element}))
+			if err != nil {
+				panic(err)
+			}
+			return out
+		}
+	}
+	fmspc, _ := asn1.Marshal(tdx.OIDFMSPC)
+	add("pck_extension", "a PCESVN below zero", mutation{platform: extension(patch(tdx.OIDPCESVN, []byte{2, 1, 13}, []byte{2, 1, 0x8d}))})
+	add("pck_extension", "a component SVN below zero", mutation{platform: extension(patch(append(slices.Clone(tdx.OIDTCB), 1), []byte{2, 1, 3}, []byte{2, 1, 0x83}))})
+	add("pck_extension", "a PCESVN of another type", mutation{platform: extension(patch(tdx.OIDPCESVN, []byte{2, 1, 13}, []byte{4, 1, 13}))})
+	add("pck_extension", "an FMSPC of another type", mutation{platform: extension(patch(tdx.OIDFMSPC, []byte{4, 6}, []byte{2, 6}))})
+	add("pck_extension", "bytes after the SGX extension", mutation{platform: extension(func(der []byte) []byte { return append(der, 5, 0) })})
+	add("pck_extension", "a number among the fields", mutation{platform: extension(insert(2, 1, 0))})
+	add("pck_extension", "a set among the fields", mutation{platform: extension(insert(append([]byte{0x31, byte(len(fmspc) - 1 + 3), 6, byte(len(fmspc) - 2 + 1)}, append(bytes.Clone(fmspc[2:]), 99, 5, 0)...)...))})
+	add("pck_extension", "two FMSPCs", mutation{platform: extension(insert(append(append([]byte{0x30, byte(len(fmspc) + 8)}, fmspc...), 4, 6, 1, 2, 3, 4, 5, 6)...))})
+	add("pck_chain", "a PCK certificate that names another issuer with the same key", mutation{platform: func(p *platform) {
+		renamed := *p.PCKCA.Cert
+		renamed.RawSubject, renamed.Subject.CommonName = nil, tdx.CNProcessorCA
+		p.PCK = p.IssuePCK(tdxtest.Authority{Key: p.PCKCA.Key, Cert: &renamed}, tdxtest.Extension(), nil)
+	}})
+
 	// B02: revocation.
 	add("pck_revoked", "B02: the PCK certificate is in the CRL", mutation{platform: func(p *platform) { p.PCKCRL.Revoked = []*big.Int{p.PCK.Cert.SerialNumber} }})
 	add("pck_issuer_revoked", "B02: the intermediate is in the root CRL", mutation{platform: func(p *platform) { p.RootCRL.Revoked = []*big.Int{p.PCKCA.Cert.SerialNumber} }})
@@ -314,6 +363,12 @@ func mutations() []mutation {
 	add("tcb_info_expired", "B03: TCB info that has ended", mutation{platform: set(tcbInfo, "nextUpdate", "2026-01-14T23:59:59Z")})
 	add("tcb_info_not_yet_valid", "TCB info of the future", mutation{platform: set(tcbInfo, "issueDate", "2026-01-15T00:00:01Z")})
 	add("tcb_info_malformed", "TCB info without dates", mutation{platform: set(tcbInfo, "nextUpdate", nil)})
+	add("tcb_info_malformed", "TCB info without an issue date", mutation{platform: set(tcbInfo, "issueDate", nil)})
+	add("tcb_info_malformed", "a PCE id of one byte", mutation{platform: set(tcbInfo, "pceId", "00")})
+	add("tcb_info_malformed", "signed TCB info with a field twice", mutation{collateral: func(p *platform, c *collateral.TDX) {
+		c.TCBInfo = strings.Replace(c.TCBInfo, `"id":"TDX",`, `"id":"TDX","id":"TDX",`, 1)
+		c.TCBInfoSignature = p.Sign(p.TCBSigner, []byte(c.TCBInfo))
+	}})
 	add("tcb_info_malformed", "TCB info without levels", mutation{platform: set(tcbInfo, "tcbLevels", []any{})})
 	add("tcb_info_malformed", "a level without a PCESVN", mutation{platform: func(p *platform) {
 		level := p.TCBInfo["tcbLevels"].([]any)[0].(doc)
@@ -333,6 +388,16 @@ func mutations() []mutation {
 	}})
 	add("tcb_status_unknown", "a status nobody knows", mutation{platform: set(tcbInfo, "tcbLevels", []any{
 		tdxtest.PlatformLevel([16]uint8{}, 0, [16]uint8{}, "Splendid"),
+	})})
+	add("tcb_status_unknown", "a module of a status that only platforms have", mutation{platform: func(p *platform) {
+		p.TCBInfo["tdxModuleIdentities"] = []any{p.Module("TDX_01", tdxtest.Level(0, tdx.SWHardeningNeeded))}
+	}})
+	add("tcb_status_unknown", "a quoting enclave of a status nobody knows", mutation{platform: set(qeIdentity, "tcbLevels", []any{tdxtest.Level(0, "Splendid")})})
+	add("tcb_info_malformed", "a module without levels", mutation{platform: func(p *platform) {
+		p.TCBInfo["tdxModuleIdentities"] = []any{p.Module("TDX_01", tdxtest.Level(0, tdx.UpToDate)), p.Module("TDX_07")}
+	}})
+	add("tcb_info_malformed", "a level without a date", mutation{platform: set(tcbInfo, "tcbLevels", []any{
+		tdxtest.Edit(tdxtest.PlatformLevel([16]uint8{}, 0, [16]uint8{}, tdx.UpToDate), "tcbDate", "yesterday"),
 	})})
 	add("fmspc_mismatch", "B06: TCB info of another platform", mutation{platform: set(tcbInfo, "fmspc", "B0C06F000000")})
 	add("pceid_mismatch", "B06: TCB info of another PCE", mutation{platform: set(tcbInfo, "pceId", "0001")})
