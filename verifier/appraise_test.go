@@ -288,6 +288,12 @@ func mutations(t *testing.T) []mutation {
 				e.EventLog[i].Digest = bytes.Repeat([]byte{1}, 48)
 			}
 		}, nil},
+		{"a boot event without its digest", "log_malformed", func(g *guest, r *request) {
+			g.edit.evidence = func(e *attest.Evidence) {
+				i := slices.IndexFunc(e.EventLog, func(e eventlog.Event) bool { return e.IMR == 2 })
+				e.EventLog[i].Digest = nil
+			}
+		}, nil},
 		{"a second compose hash after system-ready", "log_reserved_after_ready", func(g *guest, r *request) { g.edit.runtime = insert(10, event(t, eventlog.ComposeHashEvent, other)) }, nil},
 		{"a second compose hash before system-ready", "log_duplicate_event", func(g *guest, r *request) { g.edit.runtime = insert(3, event(t, eventlog.ComposeHashEvent, other)) }, nil},
 		{"no system-ready", "log_boundary_missing", func(g *guest, r *request) { g.edit.runtime = without(eventlog.SystemReady) }, nil},
@@ -681,6 +687,13 @@ func TestThreat_B10_OwnMeasurementDocumentMustMatchTheQuote(t *testing.T) {
 			inner := g.edit.vm
 			g.edit.vm = func(c *measure.VMConfig) { inner(c); c.TDXMeasurement.Measurement = flip(c.TDXMeasurement.Measurement) }
 		}},
+		"a document that is none, listed rightly": {"measurement_malformed", func(g *guest) {
+			sums := fmt.Appendf(nil, "%x  %s\n", sha256.Sum256([]byte("x")), measure.TDXDocumentName)
+			g.image = sha256.Sum256(sums)
+			g.edit.vm = func(c *measure.VMConfig) {
+				c.TDXVariant, c.TDXMeasurement = "lite", &measure.Split{ChecksumFile: sums, Measurement: []byte("x")}
+			}
+		}},
 		"the checksum file is not the image's": {"image_hash_mismatch", func(g *guest) {
 			inner := g.edit.vm
 			g.edit.vm = func(c *measure.VMConfig) {
@@ -726,10 +739,36 @@ func TestThreat_B09_ForgedEventsAreRefused(t *testing.T) {
 				g := newGuest(t)
 				r := g.request()
 				m.run(g, r)
-				if v := r.appraise(g.evidence()); v.Accepted || !v.Has(Error, m.code) || v.Workload != nil && m.code != "log_replay_mismatch" {
+				boot := strings.HasPrefix(m.name, "a boot event") // which identity does not rest on
+				if v := r.appraise(g.evidence()); v.Accepted || !v.Has(Error, m.code) || v.Workload != nil && !boot {
 					t.Error(show(v))
 				}
 			})
+		}
+	}
+}
+
+// What was not established must not be shown as if it were.
+func TestRefusedEvidenceMakesNoClaims(t *testing.T) {
+	for _, m := range mutations(t) {
+		g := newGuest(t)
+		r := g.request()
+		m.run(g, r)
+		v := r.appraise(g.evidence())
+		switch m.name {
+		case "a runtime event that was not measured", "a runtime event taken out", "a payload changed, with the old digest":
+			if v.Workload != nil {
+				t.Errorf("%s: a workload is shown from a log that does not replay%s", m.name, show(v))
+			}
+		}
+		if strings.HasPrefix(m.code, "mr_config") && slices.ContainsFunc(v.SelfConsistent, func(a Anchor) bool { return a.What == "launch commitment" }) {
+			t.Errorf("%s: the launch commitment is shown as kept%s", m.name, show(v))
+		}
+		if slices.Contains(registerCodes, m.code) && slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "os_image_hash" || a.What == "launch registers" }) {
+			t.Errorf("%s: the image is shown as anchored%s", m.name, show(v))
+		}
+		if m.code == "compose_hash_mismatch" && slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "compose_hash" }) {
+			t.Errorf("%s: the compose hash is shown as anchored%s", m.name, show(v))
 		}
 	}
 }

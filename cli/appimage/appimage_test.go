@@ -479,3 +479,43 @@ func TestBlobThatChangesLaterIsNotRead(t *testing.T) {
 		}
 	}
 }
+
+func FuzzLoad(f *testing.F) {
+	f.Add(elfFile(amd64, execFile, ptLoad))
+	f.Add([]byte{0x1f, 0x8b})
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for name, data := range map[string]string{
+		"oci-layout": `{"imageLayoutVersion":"1.0.0"}`, "index.json": `{"schemaVersion":2,"manifests":[]}`, "manifest.json": `[{"Config":"c","Layers":["l"]}]`,
+		"c": `{"os":"linux","architecture":"amd64","rootfs":{"type":"layers","diff_ids":[]}}`,
+	} {
+		if w.WriteHeader(&tar.Header{Name: name, Size: int64(len(data)), Mode: 0o644}) == nil {
+			w.Write([]byte(data))
+		}
+	}
+	w.Close()
+	f.Add(buf.Bytes())
+	path := filepath.Join(f.TempDir(), "image")
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		img, err := Load("a:1", path)
+		if err != nil {
+			if fault.Code(err) == "" {
+				t.Fatalf("an error without a code: %v", err)
+			}
+			return
+		}
+		for _, b := range img.Blobs {
+			r, err := b.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				t.Fatal(err)
+			}
+			r.Close()
+		}
+	})
+}
