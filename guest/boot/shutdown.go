@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dstack-go/dstack/guest/firewall"
 )
 
 // Bounds of the end of a machine. Each step has its own; the last one is for all
@@ -53,12 +55,14 @@ func (m *Machine) fail(f *Failure) {
 	defer off.Stop()
 	m.secrets.Wipe()
 	m.sup.Stop()
+	_ = firewall.Closed() // whatever was let in is no longer
 	m.host.Notify(eventError, f.String())
 	if e := m.runningEngine(); e != nil {
 		// The reason may be in the daemons' last words; each already on one line.
 		m.console.Log("dockerd: " + e.Dockerd.Log.LastLines(5))
 	}
 	m.host.Flush(hostBound)
+	_ = syscall.Kill(-1, syscall.SIGKILL) // agent, engine, and what a half-started app left
 	m.endDisks()
 	m.off()
 }

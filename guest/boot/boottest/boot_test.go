@@ -158,16 +158,16 @@ func TestBootsThatMustFail(t *testing.T) {
 			return vm{draft: goodDraft(b, t), cmdline: func(s string) string { return s + " dstack.debug=1" }}
 		}, "open-root", "cmdline_unknown", false},
 		{"another root hash", func() vm {
-			return vm{draft: goodDraft(b, t), cmdline: func(s string) string { return strings.Replace(s, "rootfs_hash=", "rootfs_hash=00", 1) }}
-		}, "open-root", "cmdline_malformed", false},
+			return vm{draft: goodDraft(b, t), cmdline: otherHash}
+		}, "open-root", "root_verity", false},
 		{"no hostlink at all", func() vm { return vm{draft: goodDraft(b, t), noLink: true} }, "tee", "no_tee", false},
 		{"a launch that commits to another document", func() vm { return vm{draft: goodDraft(b, t), wrongID: true} }, "config-document", "mr_config_mismatch", true},
 		{"a launch that commits to nothing", func() vm { return vm{draft: goodDraft(b, t), noID: true} }, "config-document", "mr_config_mismatch", false},
 		{"a blob of noise", func() vm {
 			return vm{draft: goodDraft(b, t), raw: bytes.Repeat([]byte("noise..."), 512)}
-		}, "read-blob", "", false},
-		{"secure time", func() vm {
-			return vm{draft: change(func(d *manifest.Draft) { d.SecureTime = nil })}
+		}, "read-blob", "shared_malformed", false},
+		{"secure time (and an address from DHCP)", func() vm {
+			return vm{draft: change(func(d *manifest.Draft) { d.SecureTime = nil }), dhcp: true}
 		}, "time", "secure_time_unavailable", false},
 		{"a key provider that is not there", func() vm {
 			return vm{draft: change(func(d *manifest.Draft) { d.KeyProvider = "kms" })}
@@ -203,9 +203,23 @@ func TestBootsThatMustFail(t *testing.T) {
 					t.Errorf("the host was told %q", errs)
 				}
 			}
+			if strings.Contains(c.name, "DHCP") && !strings.Contains(text, "network: eth0 dhcp 10.0.2.15/24") {
+				t.Error("no address from DHCP")
+			}
 			t.Logf("%s", failed)
 		})
 	}
+}
+
+// otherHash changes the first digit of the root hash.
+func otherHash(cmdline string) string {
+	const key = "rootfs_hash="
+	at := strings.Index(cmdline, key) + len(key)
+	digit := "0"
+	if cmdline[at] == '0' {
+		digit = "1"
+	}
+	return cmdline[:at] + digit + cmdline[at+1:]
 }
 
 // tampered returns a copy of the root image with one bit of its first data block
