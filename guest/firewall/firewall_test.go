@@ -281,6 +281,7 @@ func TestClosedAcceptsNothingFromOutsideAndOpenJustThePolicy(t *testing.T) {
 		serve(t, l.guest, port)
 	}
 	serve(t, l.container, insidePort)
+	serve(t, l.container, publishedPort)
 	serve(t, l.outside, 443)
 	check(t, []attempt{{"without a firewall the lab connects", l.outside, guestV4, 22, true}})
 
@@ -321,6 +322,7 @@ func TestClosedAcceptsNothingFromOutsideAndOpenJustThePolicy(t *testing.T) {
 			{"open: published port outside the policy, " + f.name, l.outside, f.guest, strayPort, false},
 			{"open: a port of the guest outside the policy, " + f.name, l.outside, f.guest, 22, false},
 			{"open: routing past the published port, " + f.name, l.outside, f.container, insidePort, false},
+			{"open: routing to a container by a port of the policy, " + f.name, l.outside, f.container, publishedPort, false},
 			{"open: container egress, " + f.name, l.container, f.outside, 443, true},
 		})
 	}
