@@ -281,7 +281,7 @@ func (v *vm) kill(ctx context.Context) error {
 		return err
 	}
 	if id != nil {
-		v.quit(ctx, c)
+		v.quit(ctx, c, *id)
 		for deadline := time.Now().Add(quitWait); id.Running() && time.Now().Before(deadline); {
 			time.Sleep(10 * time.Millisecond)
 		}
@@ -319,17 +319,25 @@ func (v *vm) kill(ctx context.Context) error {
 
 const quitWait = 5 * time.Second
 
-// quit asks QEMU over the connection, or over a new one.
-func (v *vm) quit(ctx context.Context, c *connection) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+// quit asks QEMU to end in good order: over the monitor, which takes one client at
+// a time, or else by the signal that means the same.
+func (v *vm) quit(ctx context.Context, c *connection, id process.ID) {
+	limit, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	if c != nil && c.quit(ctx) == nil {
-		return
+	if c != nil {
+		for limit.Err() == nil && id.Running() { // it may just be connecting
+			if c.quit(limit) == nil {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	} else if m, err := qmp.Dial(limit, filepath.Join(v.dir, qemu.QMPSock)); err == nil {
+		defer m.Close()
+		if m.Execute(limit, "quit", nil, nil) == nil {
+			return
+		}
 	}
-	if m, err := qmp.Dial(ctx, filepath.Join(v.dir, qemu.QMPSock)); err == nil {
-		m.Execute(ctx, "quit", nil, nil)
-		m.Close()
-	}
+	id.Signal(syscall.SIGTERM)
 }
 
 // guestClient returns the client of the running guest's API.

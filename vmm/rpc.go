@@ -173,9 +173,6 @@ func statusOf(st lifecycle.State) string {
 		}
 		return "stopping"
 	case lifecycle.Stopping:
-		if st.Exit != nil && st.Started {
-			return "exited"
-		}
 		return "stopping"
 	case lifecycle.Exited:
 		if st.Started {
