@@ -238,6 +238,27 @@ func TestContainersAreRefusedForTheirOwnReason(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	encode := func(with func(*attest.Evidence) ([]byte, error), e *attest.Evidence) []byte {
+		raw, err := with(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	nitro := &attest.Evidence{TEE: dstack.Nitro, Quote: []byte{1, 2, 3, 4, 5}}
+	digest47 := &attest.Evidence{TEE: dstack.TDX, EventLog: []eventlog.Event{{Digest: make([]byte, 47)}}}
+	platform9 := &attest.Evidence{TEE: dstack.TDX, TPMQuote: &attest.TPMQuote{Platform: 9}}
+	if _, err := EncodeV1(platform9); fault.Code(err) != "container_malformed" {
+		t.Errorf("an unknown platform is encoded: %v", err)
+	}
+	for _, with := range []func(*attest.Evidence) ([]byte, error){EncodeV0, EncodeV1} {
+		if _, err := with(&attest.Evidence{TEE: dstack.TDX, Config: strings.Repeat("a", MaxSize)}); fault.Code(err) != "container_too_large" {
+			t.Errorf("a container beyond the limit is encoded: %v", err)
+		}
+		if _, err := with(&attest.Evidence{TEE: dstack.CCA}); fault.Code(err) != "container_tee" {
+			t.Errorf("evidence of a TEE without a form is encoded: %v", err)
+		}
+	}
 	cases := []struct {
 		name string
 		raw  []byte
@@ -249,11 +270,11 @@ func TestContainersAreRefusedForTheirOwnReason(t *testing.T) {
 		{"an unknown quote variant", []byte{0, 9}, "container_tee"},
 		{"a trailing byte in V0", append(bytes.Clone(v0), 0), "container_malformed"},
 		{"a trailing byte in V1", append(bytes.Clone(v1), 0), "container_malformed"},
-		{"V0 cut short", v0[:len(v0)-1], "container_malformed"},
-		{"V1 cut short", v1[:len(v1)-1], "container_malformed"},
+		{"V0 cut short", slices.Clip(bytes.Clone(v0[:len(v0)-1])), "container_malformed"},
+		{"V1 cut short", slices.Clip(bytes.Clone(v1[:len(v1)-1])), "container_malformed"},
 		{"a V0 length of 2^30 or more", []byte{0, 0, 0x03, 0xff, 0xff, 0xff, 0xff}, "container_too_large"},
 		{"a V0 length beyond the quote limit", []byte{0, 0, 0xfe, 0xff, 0xff, 0xff}, "container_too_large"},
-		{"a V0 length in a longer form than needed", []byte{0, 0, 0x05, 0x00, 0xaa}, "container_malformed"},
+		{"a V0 length in a longer form than needed", splice(t, encode(EncodeV0, nitro), []byte("\x00\x02\x14"), []byte("\x00\x02\x15\x00")), "container_malformed"},
 		{"a V0 event count of 2^30-1", []byte{0, 0, 0, 0xfe, 0xff, 0xff, 0xff}, "container_too_large"},
 		{"a V0 runtime event that the log's copy contradicts", splice(t, v0, []byte("\x18app-id\x50\x5b"), []byte("\x18app-id\x50\x5c")), "container_log_mismatch"},
 		{"a V0 event name that is not UTF-8", splice(t, v0, []byte("app-id"), []byte("app-\xffd")), "container_malformed"},
@@ -261,7 +282,15 @@ func TestContainersAreRefusedForTheirOwnReason(t *testing.T) {
 		{"V1 with an unknown platform", splice(t, v1, []byte("gcp-tdx"), []byte("gcp-tdy")), "container_tee"},
 		{"V1 with an unknown stack", splice(t, v1, []byte("dstack-pod"), []byte("dstack-pud")), "container_stack"},
 		{"V1 without a stack", splice(t, v1, []byte("\xa5stack"), []byte("\xa5stuck")), "container_malformed"},
-		{"V1 with a key twice", splice(t, v1, []byte("\xa9event_log"), []byte("\xa5quote\x90\xa9event_log"[:6]+"\x90\xa3foo")), "container_malformed"},
+		{"V1 with a key twice", append(splice(t, plainV1, []byte("\xa4data\x83\xabreport_data"), []byte("\xa4data\x84\xabreport_data")), "\xa6config\xa1x"...), "container_malformed"},
+		{"a V0 event digest of 47 bytes", encode(EncodeV0, digest47), "container_malformed"},
+		{"a V1 event digest of 47 bytes", encode(EncodeV1, digest47), "container_malformed"},
+		{"a V0 TPM quote of an unknown platform", encode(EncodeV0, platform9), "container_malformed"},
+		{"a V1 TPM quote of an unknown platform", splice(t, v1, []byte("\xa8platform\xa3gcp"), []byte("\xa8platform\xa3gcq")), "container_malformed"},
+		{"V1 with a negative version", splice(t, v1, []byte("\xa7version\x01"), []byte("\xa7version\xd0\xff")), "container_malformed"},
+		{"V1 with an event name that is not UTF-8", splice(t, plainV1, []byte("app-id"), []byte("app-\xffd")), "container_malformed"},
+		{"V1 with report data of 63 bytes", splice(t, encode(EncodeV1, nitro),
+			append([]byte("\xabreport_data\xdc\x00\x40"), make([]byte, 64)...), append([]byte("\xabreport_data\xdc\x00\x3f"), make([]byte, 63)...)), "container_malformed"},
 		{"V1 with data before kind", splice(t, plainV1, []byte("\xa4kind\xa3tdx\xa4data"), []byte("\xa4data\xa3tdx\xa4kind")), "container_malformed"},
 		{"V1 with an event of version 3", splice(t, plainV1, []byte("\xa7version\x02"), []byte("\xa7version\x03")), "log_event_version"},
 		{"V1 whose payload is not the one committed to", splice(t, v1, []byte("\xa5hello"), []byte("\xa5hellp")), "container_payload_mismatch"},

@@ -4,6 +4,7 @@ package eventlog
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -398,6 +399,12 @@ func TestReplayNeverTrustsASuppliedDigest(t *testing.T) {
 	if _, err := Replay(make([]Event, MaxEvents+1), 0); fault.Code(err) != "log_too_large" {
 		t.Errorf("too many events: %v", err)
 	}
+	if _, err := ReplaySHA256(make([]Event, MaxEvents+1)); fault.Code(err) != "log_too_large" {
+		t.Errorf("too many events for a PCR: %v", err)
+	}
+	if _, err := ReplaySHA256([]Event{{IMR: 3, EventType: RuntimeEventType, Name: "x", Digest: make([]byte, 48)}}); fault.Code(err) != "log_digest_mismatch" {
+		t.Errorf("a foreign digest in a PCR: %v", err)
+	}
 }
 
 func TestNamesWithAColonCannotBeMade(t *testing.T) {
@@ -439,11 +446,30 @@ func TestCCELIsRefusedForItsOwnReason(t *testing.T) {
 		copy(out[at+off:], b)
 		return out
 	}
+	// log returns a header and then records of one register, all of one shape.
+	record := func(register uint32, algorithm uint16, digests, size int) []byte {
+		b := binary.LittleEndian.AppendUint32(nil, register)
+		b = binary.LittleEndian.AppendUint32(b, 4)
+		b = binary.LittleEndian.AppendUint32(b, uint32(digests))
+		for range digests {
+			b = append(binary.LittleEndian.AppendUint16(b, algorithm), make([]byte, size)...)
+		}
+		return binary.LittleEndian.AppendUint32(b, 0)
+	}
+	log := func(records int, one []byte) []byte {
+		return slices.Concat(make([]byte, 32), bytes.Repeat(one, records), []byte{0xff, 0xff, 0xff, 0xff})
+	}
+	if events, err := ParseCCEL(slices.Concat(log(3, record(0, 0xb, 16, 32))[:32+3*(16*34+16)], log(2, record(1, 0xc, 1, 48))[32:])); err != nil || len(events) != 2 {
+		t.Errorf("records of register 0 are not dropped: %d events, %v", len(events), err)
+	}
 	for _, c := range []struct {
 		name string
 		in   []byte
 		code string
 	}{
+		{"10001 events", log(MaxEvents+1, record(1, 0xc, 1, 48)), "log_too_large"},
+		{"17 digests in register 0", log(1, record(0, 0xc, 17, 48)), "log_malformed"},
+		{"an unknown algorithm in register 0", log(1, record(0, 0x99, 1, 0)), "log_malformed"},
 		{"empty", nil, "log_malformed"},
 		{"cut in the first event", good[:at+20], "log_malformed"},
 		{"without the terminator", bytes.TrimRight(good, "\xff"), "log_malformed"},
