@@ -200,13 +200,18 @@ func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) err
 			return err
 		}
 		ref.AddImage(img.Hash, m, "--image "+c.Image)
+		ref.DevImage, ref.Firmware = &img.Metadata.IsDev, img.Metadata.Firmware
 	}
 	return nil
 }
 
 // measureImage computes the registers of an image on a VM of the given shape.
 func measureImage(img *osimage.Image, vm measure.VMConfig) (*measure.TDX, error) {
-	l := measure.Launch{Cmdline: img.Metadata.Cmdline, VCPUs: int(vm.CPUCount), MemoryBytes: vm.MemorySize}
+	twoPass, err := vm.TwoPass()
+	if err != nil {
+		return nil, err
+	}
+	l := measure.Launch{Cmdline: img.Metadata.Cmdline, VCPUs: int(vm.CPUCount), MemoryBytes: vm.MemorySize, TwoPassAddPages: twoPass}
 	for _, f := range []struct {
 		path string
 		into *[]byte

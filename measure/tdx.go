@@ -80,9 +80,6 @@ var rtmr0Types = map[string]uint32{
 	"BootOrder": evBootVariable, "Boot0000": evBootVariable,
 }
 
-// acpiEvents is the number of ACPI events in RTMR0.
-const acpiEvents = 3
-
 type bootEvent struct {
 	name   string
 	kind   uint32

@@ -190,7 +190,6 @@ type vm struct {
 	noData  bool                // no data disk
 	memory  int                 // MiB
 	netdev  string              // instead of slirp
-	ports   map[int]int         // guest port -> host port, filled in
 }
 
 // running is a booted machine and its host.
@@ -231,7 +230,6 @@ type event struct {
 type consoleLog struct {
 	mu   sync.Mutex
 	text bytes.Buffer
-	path string
 }
 
 func (c *consoleLog) Write(p []byte) (int, error) {
