@@ -135,7 +135,7 @@ func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time
 	}
 
 	return &attest.Claims{
-		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor),
+		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor, trust),
 		MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
 		MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig, MRSEAM: body.MRSEAM,
 		ReportData:   body.ReportData,
