@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -644,56 +643,6 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 }
 
-func TestCheckConfigAndVersion(t *testing.T) {
-	bin := filepath.Join(t.TempDir(), "dstack-vmm")
-	if out, err := exec.Command("go", "build", "-o", bin, "github.com/dstack-go/dstack/cmd/dstack-vmm").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	dir, err := os.MkdirTemp("", "vmm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	path := filepath.Join(dir, "vmm.toml")
-	run := func(args ...string) (string, int) {
-		cmd := exec.Command(bin, args...)
-		out, _ := cmd.CombinedOutput()
-		return string(out), cmd.ProcessState.ExitCode()
-	}
-	os.WriteFile(path, []byte("cvm.tee = 'none'\n"), 0o600)
-	if out, code := run("check-config", "-c", path); code != 0 || !strings.Contains(out, "configuration is valid") {
-		t.Errorf("%d %s", code, out)
-	}
-	if out, code := run("version"); code != 0 || !strings.HasPrefix(out, "dstack-vmm v") {
-		t.Errorf("%d %s", code, out)
-	}
-	os.WriteFile(path, []byte("address = 'tcp:127.0.0.1:0'\n"), 0o600)
-	for _, verb := range []string{"check-config", "serve"} {
-		if out, code := run(verb, "-c", path); code != 1 || !strings.Contains(out, "code: listen_needs_token") || !strings.Contains(out, "fix: ") {
-			t.Errorf("%s: %d %s", verb, code, out)
-		}
-	}
-	// Serve, then a graceful end.
-	os.WriteFile(path, []byte("cvm.tee = 'none'\n"), 0o600)
-	cmd := exec.Command(bin, "serve", "-c", path)
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line := make([]byte, 100)
-	n, _ := stdout.Read(line)
-	if !strings.HasPrefix(string(line[:n]), "listening") {
-		t.Errorf("%q", line[:n])
-	}
-	cmd.Process.Signal(syscall.SIGTERM)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after SIGTERM: %v", err)
-	}
-}
-
 func TestTerminalControlIsStripped(t *testing.T) {
 	for in, want := range map[string]string{
 		"plain\n":                       "plain\n",
@@ -726,6 +675,22 @@ func TestTerminalControlIsStripped(t *testing.T) {
 			}
 		}
 	}
+}
+
+func FuzzStripper(f *testing.F) {
+	f.Add([]byte("a\x1b[31mb\x1b]0;t\x07c\x1bP\x1b\\d\n\u009b"))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		var out bytes.Buffer
+		(&stripper{w: &out}).Write(in)
+		for _, c := range out.Bytes() {
+			if c < 0x20 && c != '\n' && c != '\t' || c == 0x7f {
+				t.Fatalf("%q lets %#x through", in, c)
+			}
+		}
+		if bytes.Count(out.Bytes(), []byte("\n")) > bytes.Count(in, []byte("\n")) {
+			t.Fatal("lines appeared")
+		}
+	})
 }
 
 func TestLogsAreCut(t *testing.T) {
@@ -774,12 +739,12 @@ func TestLogsAreCut(t *testing.T) {
 
 func TestJournalIsBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events.jsonl")
-	j := openJournal(path, 5, func(Event) {})
+	j := openJournal(path, func(Event) {})
 	_, ch := j.follow()
 	for i := range 700 {
 		j.add("boot.progress", strings.Repeat("x", 8000)+fmt.Sprint(i))
 	}
-	if n := len(j.list()); n != 5 {
+	if n := len(j.list(5)); n != 5 || len(j.list(1<<20)) != maxRecent {
 		t.Errorf("%d in memory", n)
 	}
 	var total int64
@@ -803,7 +768,7 @@ func TestJournalIsBounded(t *testing.T) {
 	f.WriteString(`{"time_ms":1,"ev`)
 	f.Close()
 	count := 0
-	openJournal(path, 5, func(Event) { count++ })
+	openJournal(path, func(Event) { count++ })
 	if count == 0 {
 		t.Error("nothing read back")
 	}

@@ -271,7 +271,7 @@ func (c *Config) Check() (err error) {
 	}
 	for key, ok := range map[string]bool{
 		"cvm.max_allocable_vcpu": c.CVM.MaxVCPU > 0, "cvm.max_allocable_memory_in_mb": c.CVM.MaxMemoryMB >= minMemoryMB,
-		"cvm.max_disk_size_in_gb": c.CVM.MaxDiskGB > 0, "cvm.max_vms": c.CVM.MaxVMs > 0, "event_buffer_size": c.EventBufferSize > 0 && c.EventBufferSize <= 10_000,
+		"cvm.max_disk_size_in_gb": c.CVM.MaxDiskGB > 0, "cvm.max_vms": c.CVM.MaxVMs > 0, "event_buffer_size": c.EventBufferSize > 0 && c.EventBufferSize <= maxRecent,
 		"blobs.max_size": c.Blobs.MaxSize > 0 && c.Blobs.MaxSize < 1<<50, "cvm.log.max_bytes": c.CVM.Log.MaxBytes >= 1<<12,
 	} {
 		if !ok {

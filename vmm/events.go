@@ -25,6 +25,7 @@ const (
 	maxEventName = 64
 	maxEventBody = 4096 // longer ones are cut (vmm.md §9.1: upstream loses them)
 	maxJournal   = 1 << 20
+	maxRecent    = 512 // events in memory
 	maxFollowers = 16
 )
 
@@ -33,7 +34,6 @@ const (
 // power cut loses is no harm, so nothing is flushed.
 type journal struct {
 	path string
-	keep int
 
 	mu        sync.Mutex
 	recent    []Event
@@ -41,8 +41,8 @@ type journal struct {
 }
 
 // openJournal reads the newest events back, calling seen for each in order.
-func openJournal(path string, keep int, seen func(Event)) *journal {
-	j := &journal{path: path, keep: keep, followers: map[chan Event]bool{}}
+func openJournal(path string, seen func(Event)) *journal {
+	j := &journal{path: path, followers: map[chan Event]bool{}}
 	for _, name := range []string{path + ".1", path} {
 		data, err := readFile(name, 2*maxJournal)
 		if err != nil {
@@ -63,7 +63,7 @@ func openJournal(path string, keep int, seen func(Event)) *journal {
 }
 
 func (j *journal) remember(e Event) {
-	if len(j.recent) >= j.keep {
+	if len(j.recent) >= maxRecent {
 		copy(j.recent, j.recent[1:])
 		j.recent = j.recent[:len(j.recent)-1]
 	}
@@ -104,11 +104,11 @@ func (j *journal) write(e Event) {
 	}
 }
 
-// list returns the newest events, oldest first.
-func (j *journal) list() []Event {
+// list returns the newest n events, oldest first.
+func (j *journal) list(n int) []Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return append([]Event(nil), j.recent...)
+	return append([]Event(nil), j.recent[max(0, len(j.recent)-n):]...)
 }
 
 // follow returns the newest events, and a channel with those to come. It is nil

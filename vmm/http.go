@@ -162,7 +162,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) {
 		httpError(w, http.StatusBadRequest, err)
 		return
 	}
-	past := v.journal.list()
+	past := v.journal.list(maxRecent)
 	var more chan Event
 	if follow {
 		if past, more = v.journal.follow(); more == nil {

@@ -209,7 +209,7 @@ func (v *vm) info(full bool) *vmmpb.VmInfo {
 			out.AppUrl = proto.String(v.server.appURL(r.Instance))
 		}
 	}
-	for _, e := range v.journal.list() {
+	for _, e := range v.journal.list(v.server.config.EventBufferSize) {
 		out.Events = append(out.Events, &vmmpb.GuestEvent{Event: e.Event, Body: e.Body, Timestamp: uint64(e.TimeMS)})
 	}
 	if full {

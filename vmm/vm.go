@@ -95,7 +95,7 @@ const (
 func newVM(s *Server, dir string, spec *Spec, m *manifest.Manifest, rec record) *vm {
 	v := &vm{server: s, dir: dir, spec: *spec, manifest: m, saved: rec.State, log: s.log.With("vm", spec.ID),
 		wake: make(chan struct{}, 1), changed: make(chan struct{}), watched: map[process.ID]bool{}, children: map[process.ID]*proc.Child{}}
-	v.journal = openJournal(filepath.Join(dir, eventsFile), s.config.EventBufferSize, v.report.absorb)
+	v.journal = openJournal(filepath.Join(dir, eventsFile), v.report.absorb)
 	v.readInstance()
 	v.driver = fsm.New(fsm.Func[lifecycle.State, lifecycle.Input, lifecycle.Effect](lifecycle.Step), rec, v.save, v.perform)
 	return v

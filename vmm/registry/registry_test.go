@@ -192,3 +192,33 @@ func TestLocked(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func FuzzResolve(f *testing.F) {
+	store, err := blob.Open(f.TempDir(), 1<<20, 0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	config := `{}`
+	d := blob.Digest(sha256.Sum256([]byte(config)))
+	if err := store.Put(d, strings.NewReader(config)); err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte(`{"mediaType":"` + typeOCIManifest + `","config":{"digest":"` + d.String() + `"},"layers":[]}`))
+	f.Add([]byte(`{"manifests":[{"digest":"` + d.String() + `"}]}`))
+	f.Add([]byte(`{"config":{"digest":"sha256:x"}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		self := blob.Digest(sha256.Sum256(data))
+		if err := store.Put(self, bytes.NewReader(data)); err != nil {
+			t.Skip()
+		}
+		c, err := Resolve(store, []blob.Digest{self})
+		if err != nil {
+			return
+		}
+		for d, e := range c {
+			if !store.Has(d) || e.Kind == Manifest && e.MediaType == "" {
+				t.Fatalf("%s: %+v", d, e)
+			}
+		}
+	})
+}
