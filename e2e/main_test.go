@@ -203,7 +203,7 @@ var hello = sync.OnceValues(func() (deployed, error) {
 		return deployed{}, err
 	}
 	cmd := exec.Command(filepath.Join(shared.bin, "dstack"), "--state", shared.state, "--json", "deploy",
-		"-c", "examples/hello/docker-compose.yaml", "-n", "hello", "--port", fmt.Sprintf("%d:8080", port),
+		"-c", "examples/hello/docker-compose.yaml", "-n", "hello", "--image", shared.image, "--port", fmt.Sprintf("%d:8080", port),
 		"--app-image", "hello:1="+binary, "--lock", filepath.Join(dir, "hello.lock.json"))
 	cmd.Dir = testkit.Root()
 	var out, errOut bytes.Buffer
