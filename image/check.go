@@ -45,18 +45,25 @@ func Check(ctx context.Context, opt Options, withKernel bool) error {
 	}
 	defer os.RemoveAll(work)
 
+	// Both build from copies of the moment, so that an edit under way is no
+	// difference.
 	first.Out = filepath.Join(work, "a")
+	origin := first.Source
+	first.Source = filepath.Join(work, "sources")
+	second := *first
+	second.Out = filepath.Join(work, "other", "place", "b")
+	second.Source = filepath.Join(work, "elsewhere", "the sources")
+	if err := copySources(origin, first.Source); err != nil {
+		return diskFull(err)
+	}
+	if err := copySources(first.Source, second.Source); err != nil {
+		return diskFull(err)
+	}
 	a, err := first.run(ctx)
 	if err != nil {
 		return err
 	}
 
-	second := *first
-	second.Out = filepath.Join(work, "other", "place", "b")
-	second.Source = filepath.Join(work, "sources elsewhere")
-	if err := copySources(first.Source, second.Source); err != nil {
-		return diskFull(err)
-	}
 	second.steps, second.cold, second.UpdateFileList = nil, false, false
 	second.vary = variation{
 		env:    map[string]string{"TZ": "Asia/Kathmandu", "LC_ALL": "", "LANG": "tr_TR.UTF-8"},

@@ -255,7 +255,7 @@ func TestPackedRootHoldsModesLinksAndOwners(t *testing.T) {
 
 func TestFileListDifferenceFailsTheBuild(t *testing.T) {
 	dir := t.TempDir()
-	b := &build{Options: Options{Flavour: Sim, Source: dir}}
+	b := &build{Options: Options{Flavour: Sim, Source: dir}, cache: cache(dir)}
 	tr := sample()
 	wantCode(t, b.compareFileList(tr), "image_files_differ", "committed file list")
 	if err := os.MkdirAll(filepath.Dir(b.recipe("x")), 0o755); err != nil {

@@ -301,11 +301,15 @@ func (b *build) compareFileList(t tree) error {
 	}
 	want, err := os.ReadFile(file)
 	if err != nil {
-		return fault.Wrap(err, "image_files_differ", "read the committed file list")
+		return fault.Wrap(err, "image_files_differ", "read the committed file list").WithFix("restore it from version control")
 	}
 	if diff := diffLines(string(want), have); diff != "" {
+		found := filepath.Join(string(b.cache), filepath.Base(file))
+		if err := os.WriteFile(found, []byte(have), 0o644); err != nil {
+			return diskFull(err)
+		}
 		return fault.New("image_files_differ", "the files of the %s root are not those of %s:\n%s", b.Flavour, filepath.Base(file), diff).
-			WithFix("if the change is meant, build with UpdateFileList and review the list")
+			WithFix("if the change is meant: cp %s %s", found, file)
 	}
 	return nil
 }
@@ -419,6 +423,10 @@ func packRoot(ctx context.Context, t tree, comp []string, dir string, vary varia
 	}
 	disk, err := os.OpenFile(filepath.Join(dir, "rootfs.img.parted.verity"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
+		return err
+	}
+	if err := disk.Chmod(0o644); err != nil { // whatever the umask: it becomes a file of the release
+		disk.Close()
 		return err
 	}
 	content := io.MultiReader(io.NewSectionReader(f, 0, size), bytes.NewReader(vtree))
