@@ -539,3 +539,33 @@ func (w *world) killed(disk string, n int, do func()) string {
 	}
 	return out.String()
 }
+
+// QEMU was started, its VMM died before it could say so, and then QEMU died: the
+// TEE's registers may have been extended, so this run must not be continued.
+func TestInterruptedStartBeginsAnew(t *testing.T) {
+	w := newWorld(t, bootDisk(t, "up\r\n", codeHalt)).open()
+	req := request()
+	req.Stopped = true
+	id := w.mustCreate(req)
+	w.close()
+	for name, text := range map[string]string{
+		stateFile:            `{"state":{"phase":"starting-qemu","started":true,"has_tee":true,"run":1},"pending":[{"do":"start qemu","run":1}]}`,
+		qemuRecord:           `{"pid":0,"start_ticks":0,"run":1}`,
+		teeState + "/starts": "used\n",
+	} {
+		path := filepath.Join(w.dir(id), name)
+		os.MkdirAll(filepath.Dir(path), 0o700)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.open()
+	w.untilStatus(id, "running")
+	rec, err := loadRecord(w.dir(id))
+	if err != nil || rec.State.Run != 2 {
+		t.Fatalf("%+v %v", rec, err)
+	}
+	if starts, _ := os.ReadFile(filepath.Join(w.dir(id), teeState, "starts")); bytes.Contains(starts, []byte("used")) {
+		t.Fatal("the TEE's used state was kept")
+	}
+}
