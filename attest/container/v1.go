@@ -80,9 +80,6 @@ func (p *pack) bytes(max uint64, what string) []byte {
 		p.off--
 	}
 	n = p.array(max, what)
-	if n > uint64(len(p.data)-p.off) { // each element takes a byte at least
-		p.fail(malformed("%s declares %d elements at byte %d, %d bytes are left", what, n, p.off, len(p.data)-p.off))
-	}
 	if p.err != nil || n == 0 {
 		return nil
 	}
