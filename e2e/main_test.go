@@ -216,7 +216,16 @@ var hello = sync.OnceValues(func() (deployed, error) {
 		return d, err
 	}
 	d.httpURL = fmt.Sprintf("http://127.0.0.1:%d/", port)
-	return d, nil
+	// Compose has started the container; its process may not listen yet.
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+		_, err := get(d.httpURL)
+		if err == nil {
+			return d, nil
+		}
+		if time.Now().After(deadline) {
+			return d, fmt.Errorf("the app does not answer: %w", err)
+		}
+	}
 })
 
 // helloApp returns the shared app, deploying it the first time.

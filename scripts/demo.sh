@@ -19,7 +19,8 @@ url=$(sed -n 's/.*"attest_url": "\(.*\)".*/\1/p' bin/hello.deploy.json)
 
 echo
 echo "== 3. It answers, from inside the VM"
-curl --silent --show-error --fail --max-time 20 http://127.0.0.1:8080/
+# The container has just been started; give its process a moment to listen.
+curl --silent --show-error --fail --max-time 20 --retry 30 --retry-delay 1 --retry-all-errors http://127.0.0.1:8080/ 2>/dev/null
 
 echo
 echo "== 4. Check it yourself: fresh nonce, quote, log, and the lock that deploy wrote"

@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -26,6 +27,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -267,6 +270,11 @@ func (s *Stack) startVMM(ctx context.Context) error {
 	cmd := exec.Command(filepath.Join(s.Bin, "dstack-vmm"), "serve", "--config", s.ConfigFile())
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// The VMM and its VMs outlive this command. What it inherited from its caller,
+	// such as a lock, must not live on in them.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("close what was inherited: %w", err)
+	}
 	if err := cmd.Start(); err != nil {
 		return fault.Wrap(err, "binary_missing", "start dstack-vmm").WithFix("run `make build` and use bin/dstack")
 	}
