@@ -67,6 +67,14 @@ apt() {
 	$as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 "$@"
 }
 
+# The major version of QEMU that a plain installation would take, or 0.
+qemu_default() {
+	v=$(apt-cache policy "$qemu" | awk '$1 == "Candidate:" { print $2 }')
+	v=${v#*:}
+	v=${v%%.*}
+	case $v in '' | *[!0-9]*) echo 0 ;; *) echo "$v" ;; esac
+}
+
 # Does a version of QEMU that is new enough lie in a suite apt knows? Prints its
 # version.
 qemu_candidate() {
@@ -83,7 +91,10 @@ qemu_candidate() {
 apt update
 
 case " $missing " in
-*" $qemu "*)
+*" $qemu "*) wanted=yes ;;
+*) wanted= ;;
+esac
+if [ -n "$wanted" ] && [ "$(qemu_default)" -lt "$qemu_least" ]; then
 	if [ -z "$(qemu_candidate)" ]; then
 		# Enable the backports of the host's own release, from the archive that
 		# apt already uses: mirror and proxy stay the administrator's choice.
@@ -99,15 +110,15 @@ case " $missing " in
 	fi
 	version=$(qemu_candidate)
 	[ -n "$version" ] || die "no suite that apt knows has $qemu $qemu_least or newer"
-	# QEMU's parts must be of one version; name those that come with it. The
-	# suite is named so that what they depend on may come from it as well.
+	# QEMU's parts must be of one version. Only they are asked for by suite, so
+	# that everything else stays the release's own: `-t` would also take
+	# libraries from there, and leave libelf-dev without its libelf1.
 	suite=$(apt-cache madison "$qemu" | awk -F'|' -v v="$version" '{ gsub(/ /, "", $2); split($3, w, " "); split(w[2], s, "/") } $2 == v { print s[1]; exit }')
 	missing=$(echo " $missing " | sed "s/ $qemu / /; s/ qemu-utils / /")
-	apt install --no-install-recommends -t "$suite" "$qemu" qemu-utils
-	;;
-esac
+	missing="$missing $qemu/$suite qemu-utils/$suite qemu-system-common/$suite qemu-system-data/$suite seabios/$suite"
+fi
 # shellcheck disable=SC2086
-[ -z "$(echo $missing)" ] || apt install --no-install-recommends $missing
+apt install --no-install-recommends $missing
 
 [ "$(qemu_major)" -ge "$qemu_least" ] || die "$qemu is still older than $qemu_least"
 say "done"
