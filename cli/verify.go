@@ -231,13 +231,13 @@ func usage(format string, args ...any) error { return fault.New("usage", format,
 func readLimited(path string, limit int64) ([]byte, error) {
 	st, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New("file_missing", "%s does not exist", path)
+		return nil, fault.New("file_missing", "%s does not exist", path).WithFix("give the path of a file that does")
 	}
 	if err != nil {
 		return nil, err
 	}
 	if !st.Mode().IsRegular() {
-		return nil, fault.New("file_kind", "%s is not a regular file", path)
+		return nil, fault.New("file_kind", "%s is not a regular file", path).WithFix("give the path of a file")
 	}
 	if st.Size() > limit {
 		return nil, fault.New("file_too_large", "%s has %d bytes, the limit is %d", path, st.Size(), limit).WithFix("give the right file; none of its kind is that large")
