@@ -219,9 +219,7 @@ func compareLocks(old, next *LockFile) []string {
 	for name := range was {
 		lines = append(lines, name+" removed")
 	}
-	for _, t := range old.Tools.differences(next.Tools) {
-		lines = append(lines, t)
-	}
+	lines = append(lines, old.Tools.differences(next.Tools)...)
 	sort.Strings(lines)
 	return lines
 }
