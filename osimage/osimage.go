@@ -290,9 +290,6 @@ func (i *Image) checkRootShape() error {
 		return err
 	}
 	defer f.Close()
-	if st.Size() < i.RootSize {
-		return truncated(RootfsName, st.Size(), i.RootSize)
-	}
 	part, err := gpt.Find(f)
 	if err != nil {
 		return fault.Wrap(err, "image_altered", "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)

@@ -139,6 +139,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"an altered initramfs", "image_altered", InitrdName, alter(InitrdName)},
 		{"altered metadata", "image_altered", MetadataName, alter(MetadataName)},
 		{"an altered checksum list", "image_altered", SumsName, replace(SumsName, "0", "1")},
+		{"another digest", "image_altered", "says " + strings.Repeat("00", 32), func(t *testing.T, dir string) {
+			write(t, dir, DigestName, []byte(strings.Repeat("00", 32)+"\n"))
+		}},
 		{"an empty kernel", "image_truncated", KernelName, func(t *testing.T, dir string) { write(t, dir, KernelName, nil) }},
 		{"an empty digest", "image_truncated", DigestName, func(t *testing.T, dir string) { write(t, dir, DigestName, nil) }},
 		{"a root image cut short", "image_truncated", RootfsName, func(t *testing.T, dir string) {
@@ -154,7 +157,7 @@ func TestLoadRefuses(t *testing.T) {
 			write(t, dir, RootfsName, d)
 		}},
 		{"a digest that is no hash", "image_malformed", DigestName, func(t *testing.T, dir string) { write(t, dir, DigestName, []byte("abc\n")) }},
-		{"an oversize digest", "image_malformed", DigestName, func(t *testing.T, dir string) { write(t, dir, DigestName, bytes.Repeat([]byte("a"), 4096)) }},
+		{"an oversize digest", "image_malformed", "more than 128", func(t *testing.T, dir string) { write(t, dir, DigestName, bytes.Repeat([]byte("a"), 4096)) }},
 		{"a listed name twice", "image_malformed", "twice", relist(func(t *testing.T, dir string) {
 			d := read(t, dir, SumsName)
 			line, _, _ := bytes.Cut(d, []byte("\n"))
