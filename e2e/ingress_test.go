@@ -96,10 +96,18 @@ func TestThreat_K05_NoInboundPacketBeforeSystemReady(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
+	// This host also starts the TEE with its debug attribute: a lie that the guest
+	// cannot see and a verifier must.
+	helper := filepath.Join(dir, "debug-simtee")
+	script := "#!/bin/sh\n[ \"$1\" = run ] && sed -i 's/\"debug\": *false/\"debug\":true/' tee/launch.json\nexec " + filepath.Join(shared.bin, "dstack-simtee") + " \"$@\"\n"
+	if err := os.WriteFile(helper, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	tool := func(args ...string) *exec.Cmd {
 		cmd := exec.Command("ip", append([]string{"netns", "exec", ns, filepath.Join(shared.bin, "dstack"), "--state", dir}, args...)...)
 		cmd.Env = append(os.Environ(), "DSTACK_VMM_CVM__NETWORKING__MODE=tap", "DSTACK_VMM_CVM__NETWORKING__IFNAME=tap0",
-			"DSTACK_VMM_CVM__NETWORKING__ADDRESS=10.77.0.2/24", "DSTACK_VMM_CVM__NETWORKING__GATEWAY=10.77.0.1")
+			"DSTACK_VMM_CVM__NETWORKING__ADDRESS=10.77.0.2/24", "DSTACK_VMM_CVM__NETWORKING__GATEWAY=10.77.0.1",
+			"DSTACK_VMM_CVM__TEE_HELPER="+helper)
 		return cmd
 	}
 	t.Cleanup(func() { _ = tool("down").Run() })
@@ -176,6 +184,22 @@ func TestThreat_K05_NoInboundPacketBeforeSystemReady(t *testing.T) {
 			t.Errorf("port %d answered %d ms before system-ready", port, before-uint64(r.Millis))
 		}
 	}
+	checkDebugRefused(t, tool, app.Lock, filepath.Join(dir, "dev-pki", "dev-roots.json"))
+}
+
+// B01: evidence of a TEE whose memory the host can read is refused.
+func checkDebugRefused(t *testing.T, tool func(...string) *exec.Cmd, lock, roots string) {
+	t.Helper()
+	out, err := tool("--json", "verify", "https://10.77.0.2:8090", "--lock", lock, "--dev-roots", roots).Output()
+	var v verdict
+	if jsonErr := json.Unmarshal(out, &v); jsonErr != nil {
+		t.Fatalf("%v (%v): %s", jsonErr, err, out)
+	}
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		t.Fatalf("a debug TEE was accepted: %s", out)
+	}
+	wantRefused(t, v, exit.ExitCode(), "td_debug")
 }
 
 // copyBlobs gives one stack the blobs of another.

@@ -161,27 +161,23 @@ func clipHex(b []byte) string {
 // quote verifies the hardware's signature and the vendor's collateral.
 func (a *appraisal) quote(roots []tdx.Roots, col *collateral.TDX, at time.Time) bool {
 	opt := tdx.Options{AllowDebug: a.pol.AllowDebug}
-	none := col == nil && a.src.Collateral == nil
-	sets := []*collateral.TDX{col, a.src.Collateral}
+	// The caller's collateral decides alone: evidence that brought its own could
+	// bring revocation lists from before its revocation (B03).
+	set := col
+	if set == nil {
+		set = a.src.Collateral
+	}
+	none := set == nil
 	if none {
 		// Without collateral nothing can be accepted, but a quote that is malformed
 		// or of an unknown root can be refused.
-		sets = []*collateral.TDX{{}}
+		set = &collateral.TDX{}
 	}
-	var first error
-	for _, set := range sets {
-		if set == nil {
-			continue
-		}
-		claims, err := tdx.VerifyOptions(a.ev.Quote, *set, roots, at, opt)
-		if err == nil {
-			a.claims, a.v.Claims, a.v.Trust = claims, claims, claims.Trust
-			a.anchor("TEE quote", fmt.Sprintf("TDX, TCB %s", claims.TCBStatus), claims.Root)
-			return true
-		}
-		if first == nil {
-			first = err
-		}
+	claims, first := tdx.VerifyOptions(a.ev.Quote, *set, roots, at, opt)
+	if first == nil {
+		a.claims, a.v.Claims, a.v.Trust = claims, claims, claims.Trust
+		a.anchor("TEE quote", fmt.Sprintf("TDX, TCB %s", claims.TCBStatus), claims.Root)
+		return true
 	}
 	code := fault.Code(first)
 	switch {

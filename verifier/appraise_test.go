@@ -206,6 +206,13 @@ func mutations(t *testing.T) []mutation {
 			c := g.platform.Collateral()
 			r.col = &c
 		}, nil},
+		{"B03: a revoked platform that brings collateral from before", "pck_revoked", func(g *guest, r *request) {
+			before := g.platform.Collateral()
+			g.edit.source = func(s *Source) { s.Collateral = &before }
+			g.platform.PCKCRL.Revoked = append(g.platform.PCKCRL.Revoked, new(big.Int).Set(g.platform.PCK.Cert.SerialNumber))
+			c := g.platform.Collateral()
+			r.col = &c
+		}, nil},
 
 		// The quote.
 		{"a TD in debug mode", "td_debug", func(g *guest, r *request) { g.edit.body = func(b *tdx.ReportBody) { b.TDAttributes[0] |= 1 } }, nil},
@@ -575,12 +582,6 @@ func TestAccepted(t *testing.T) {
 		"collateral that the evidence carries": func(g *guest, r *request) {
 			c := r.col
 			r.col = nil
-			g.edit.source = func(s *Source) { s.Collateral = c }
-		},
-		"collateral of the caller that is for another platform, beside the evidence's own": func(g *guest, r *request) {
-			c := r.col
-			o := tdxtest.New(t).Collateral()
-			r.col = &o
 			g.edit.source = func(s *Source) { s.Collateral = c }
 		},
 		"an app without instance ids": func(g *guest, r *request) {
