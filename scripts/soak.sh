@@ -1,6 +1,11 @@
 #!/bin/sh
-# Long loops: the VMM is killed ten times at random moments of real VMs' lives.
-# SEED=N repeats a run; the seed is printed.
+# Long loops: the VMM is killed at every moment of its VMs' lives (lab guests), ten
+# times at random moments of real VMs' lives, and a VM is made to fail in every boot
+# phase that a host can break. SEED=N repeats a run; the seed is printed.
 set -eu
 cd "$(dirname "$0")/.."
-DSTACK_SOAK=1 go test -count=1 -timeout 60m -v -run 'TestSoak' ./e2e/
+export DSTACK_SOAK=1
+go test -count=1 -timeout 60m ./vmm/
+go test -count=1 -timeout 60m -v -run 'TestSoak' ./e2e/
+image=$(bin/dstack --json image build sim | sed -n 's/.*"dir": "\(.*\)".*/\1/p')
+DSTACK_TEST_IMAGE="$image" DSTACK_TEST_BOOTS=all go test -count=1 -timeout 60m -v ./guest/boot/boottest/
