@@ -292,7 +292,7 @@ func (i *Image) checkRootShape() error {
 	defer f.Close()
 	part, err := gpt.Find(f)
 	if err != nil {
-		return fault.Wrap(err, "image_altered", "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)
+		return i.rootError(err)
 	}
 	if want := part.Start + part.Size + gpt.Align; st.Size() < want {
 		return truncated(RootfsName, st.Size(), want)
@@ -313,16 +313,22 @@ func (i *Image) VerifyRootfs() error {
 	defer f.Close()
 	part, err := gpt.Find(f)
 	if err != nil {
-		return fault.Wrap(err, "image_altered", "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)
+		return i.rootError(err)
 	}
-	err = verity.Verify(io.NewSectionReader(f, part.Start, part.Size), i.RootSize, i.RootHash)
-	switch {
-	case errors.Is(err, verity.ErrMismatch):
-		return fault.Wrap(err, "image_altered", "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return fault.Wrap(err, "image_truncated", "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)
+	if err := verity.Verify(io.NewSectionReader(f, part.Start, part.Size), i.RootSize, i.RootHash); err != nil {
+		return i.rootError(err)
 	}
-	return err
+	return nil
+}
+
+// rootError names what is wrong with the root disk: it ends too early, or is not
+// what its hash says.
+func (i *Image) rootError(err error) error {
+	code := "image_altered"
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		code = "image_truncated"
+	}
+	return fault.Wrap(err, code, "%s", filepath.Join(i.Dir, RootfsName)).WithFix(rebuild)
 }
 
 func open(dir, name string) (*os.File, fs.FileInfo, error) {
