@@ -14,7 +14,7 @@ export LC_ALL=C
 # Building: kernel, engine, root file system.
 packages="build-essential bc bison cpio flex kmod libelf-dev libssl-dev lz4 make xz-utils zstd squashfs-tools"
 # Running and testing.
-packages="$packages qemu-utils ovmf swtpm nftables iproute2 ca-certificates"
+packages="$packages qemu-utils ovmf swtpm nftables iproute2 ca-certificates curl"
 qemu="qemu-system-x86"
 qemu_least=10
 
