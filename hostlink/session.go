@@ -34,7 +34,7 @@ type Session struct {
 	mux    *yamux.Session
 	guard  *guard
 	table  *table
-	own    bool // table belongs to this session alone
+	own    bool // the table is not shared with another Session
 	out    chan struct{}
 	in     chan struct{}
 	accept sync.WaitGroup

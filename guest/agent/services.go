@@ -219,14 +219,7 @@ func (a *Agent) tdxQuote(ctx context.Context, req *agentpb.TdxQuoteArgs) (*agent
 	if algorithm == binding.AlgorithmRaw {
 		prefix = ""
 	}
-	var data dstack.ReportData
-	var err error
-	if algorithm == "keccak384" { // binding has what x/crypto has
-		sum := keccak384(append([]byte(prefix+":"), req.ReportData...))
-		copy(data[:], sum[:])
-	} else {
-		data, err = binding.ReportDataWith(algorithm, prefix, req.ReportData)
-	}
+	data, err := binding.ReportDataWith(algorithm, prefix, req.ReportData)
 	switch fault.Code(err) {
 	case "":
 	case "report_data_length": // upstream's words first: clients match on them
