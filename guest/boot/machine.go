@@ -187,6 +187,9 @@ func (m *Machine) mounts(context.Context) error {
 	}
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	_ = unix.Sethostname([]byte("dstack"))
+	if err := smallPagesWhenSmall("/sys"); err != nil {
+		return err
+	}
 	return applySysctls("/proc", hardening)
 }
 

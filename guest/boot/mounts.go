@@ -137,6 +137,27 @@ const rootMapping = "dstack-root"
 
 const newRoot = "/newroot"
 
+// hugePagesFrom is the memory from which huge pages are worth their reserve, in bytes.
+const hugePagesFrom = 4 << 30
+
+// smallPagesWhenSmall switches transparent huge pages off on a small machine. With
+// them on, the kernel keeps about 45 MiB free for them: much of a guest of 1 GiB.
+func smallPagesWhenSmall(sys string) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fault.Wrap(err, "mount_failed", "ask for the size of the memory")
+	}
+	if uint64(info.Totalram)*uint64(info.Unit) >= hugePagesFrom {
+		return nil
+	}
+	path := filepath.Join(sys, "kernel/mm/transparent_hugepage/enabled")
+	err := os.WriteFile(path, []byte("never"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fault.Wrap(err, "mount_failed", "set %s", path)
+	}
+	return nil
+}
+
 // openRoot maps the root partition under the measured hash and mounts it.
 func openRoot(cmdline string, finder *disk.Finder, mapper *disk.Mapper) error {
 	verity, err := parseCmdline(cmdline)
