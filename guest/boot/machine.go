@@ -187,7 +187,11 @@ func (m *Machine) mounts(context.Context) error {
 	}
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	_ = unix.Sethostname([]byte("dstack"))
-	if err := smallPagesWhenSmall("/sys"); err != nil {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fault.Wrap(err, "mount_failed", "ask for the size of the memory")
+	}
+	if err := hugePages("/sys", uint64(info.Totalram)*uint64(info.Unit)); err != nil {
 		return err
 	}
 	return applySysctls("/proc", hardening)
