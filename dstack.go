@@ -81,10 +81,13 @@ const (
 type Trust string
 
 // Production evidence chains to a vendor's root; development evidence to a root
-// that the caller added for this run, and proves nothing about hardware.
+// that the caller added for this run, and proves nothing about hardware. Evidence
+// under a key that the caller named (an Arm CCA platform key, which no public
+// authority certifies) is as good as the caller's knowledge of whose key it is.
 const (
 	TrustProduction  Trust = "production"
 	TrustDevelopment Trust = "development"
+	TrustCaller      Trust = "caller"
 )
 
 func parseHex(kind string, dst, text []byte) error {

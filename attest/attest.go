@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package attest holds the two nouns of attestation: [Evidence], what a machine
-// handed over, and [Claims], what verification established.
+// Package attest holds the nouns of attestation that every kind of TEE shares:
+// [Evidence], what a machine handed over; [Roots], whom the caller trusts; and
+// [Claims], what verification established.
 //
-// Evidence is attacker-controlled in every field. Claims are made only by the
-// verifying packages below this one (attest/tdx and its siblings), from bytes
-// that chain to a root the caller trusts. No field of Claims is ever copied from
-// Evidence unverified. Specification: attestation.md.
+// Each TEE has one package below this one with one pure function of the type
+// [Verify]: no clock, network or file, the same code on a server and in a
+// browser. Evidence is attacker-controlled in every field. Claims are made only by
+// those functions, from bytes that chain to a root the caller trusts; no field of
+// Claims is ever copied from Evidence unverified. Specification: attestation.md.
 package attest
 
 import (
+	"crypto"
+	"crypto/x509"
 	"time"
 
 	dstack "github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/collateral"
 )
 
 // MaxQuote bounds raw hardware evidence in bytes (threats.md B15).
@@ -22,10 +27,14 @@ const MaxQuote = 128 << 10
 // Evidence is what one machine produced; typed, unverified.
 type Evidence struct {
 	TEE        dstack.TEE
-	Quote      []byte            // raw hardware evidence: TDX quote, SNP report, COSE_Sign1
+	Quote      []byte            // raw hardware evidence: TDX quote, SNP report, CCA token, COSE_Sign1; empty for TPM
 	EventLog   []eventlog.Event  // boot events (imr 0..2, may be empty) followed by runtime events (imr 3)
 	Config     string            // vm_config JSON, or a sys-config that nests it (hostile)
-	ReportData dstack.ReportData // as claimed
+	ReportData dstack.ReportData // as claimed; meaningless without ReportDataClaimed
+
+	// ReportDataClaimed says that the evidence came with a claim of its report data
+	// (containers do, raw quotes do not).
+	ReportDataClaimed bool
 
 	// ReportDataPayload is the text that ReportData commits to as app data
 	// (container kind dstack-pod), or nil.
@@ -33,15 +42,15 @@ type Evidence struct {
 	// Unbound are runtime events of a TEE without a runtime register. Nothing
 	// vouches for them; they are kept for display only (threats.md B19).
 	Unbound   []eventlog.Event
-	CertChain [][]byte  // SEV-SNP: certificates beside the report
-	MRConfig  string    // SEV-SNP: the config document whose hash is HOST_DATA
-	TPMQuote  *TPMQuote // Google Cloud TDX: the vTPM's quote, nil elsewhere
+	CertChain [][]byte  // SEV-SNP: certificates beside the report (DER or PEM each, or one GHCB table)
+	MRConfig  string    // SEV-SNP, CCA: the config document whose hash is HOST_DATA or RPV
+	TPMQuote  *TPMQuote // TPM, and the vTPM's quote beside a TDX quote on Google Cloud; nil elsewhere
 }
 
-// TPMQuote is the vTPM evidence beside a TDX quote on Google Cloud; unverified.
+// TPMQuote is TPM 2.0 evidence; unverified.
 type TPMQuote struct {
 	Message   []byte // TPMS_ATTEST
-	Signature []byte
+	Signature []byte // TPMT_SIGNATURE
 	PCRs      []PCR
 	AKCert    []byte // DER
 	Platform  uint8  // index of attestation.md §1.1
@@ -51,7 +60,7 @@ type TPMQuote struct {
 // PCR is one quoted register.
 type PCR struct {
 	Index     uint32
-	Algorithm string
+	Algorithm string // sha1, sha256, sha384, sha512
 	Value     []byte
 }
 
@@ -61,36 +70,53 @@ type PCREvent struct {
 	Digest []byte
 }
 
-// Claims is what verification established about one piece of evidence at one
-// time. The strings of TCB statuses are Intel's (UpToDate, OutOfDate, …).
-type Claims struct {
-	TEE   dstack.TEE   `json:"tee"`
-	Trust dstack.Trust `json:"trust"`
-	Root  string       `json:"root"` // subject and SHA-256 fingerprint of the root that vouches
-
-	MRTD          dstack.Measurement    `json:"mrtd"`
-	RTMR          [4]dstack.Measurement `json:"rtmr"`
-	MRConfigID    dstack.MRConfigID     `json:"mr_config_id"`
-	MROwner       dstack.Measurement    `json:"mr_owner"`
-	MROwnerConfig dstack.Measurement    `json:"mr_owner_config"`
-	MRSEAM        dstack.Measurement    `json:"mr_seam"`
-	ReportData    dstack.ReportData     `json:"report_data"`
-	TDAttributes  string                `json:"td_attributes"` // 8 bytes, hex in memory order
-	XFAM          string                `json:"xfam"`          // 8 bytes, hex in memory order
-	TEETCBSVN     string                `json:"tee_tcb_svn"`   // 16 bytes, hex
-	Debug         bool                  `json:"debug"`         // the host can read the TD's memory
-
-	TCBStatus      string    `json:"tcb_status"`      // worst of the three below
-	PlatformStatus string    `json:"platform_status"` // of the matching TCB level
-	ModuleStatus   string    `json:"module_status"`   // of the TDX module, empty when it has no identity of its own
-	QEStatus       string    `json:"qe_status"`       // of the quoting enclave
-	Advisories     []string  `json:"advisories"`      // sorted, without duplicates
-	TCBDate        time.Time `json:"tcb_date"`        // the oldest date among the matching levels
-	// TCBEvaluation is the lower of the evaluation data numbers of TCB info and
-	// QE identity; a floor on it detects replayed collateral (threats.md B03).
-	TCBEvaluation uint32          `json:"tcb_evaluation"`
-	FMSPC         string          `json:"fmspc"`     // 6 bytes, lowercase hex: the processor family and platform
-	DeviceID      dstack.DeviceID `json:"device_id"` // SHA-256 of the PPID
-	At            time.Time       `json:"at"`        // when this was verified
-	Expires       time.Time       `json:"expires"`   // when the first part of the collateral ends
+// Roots are trust anchors of one kind of TEE that stand for one kind of trust. The
+// whole of one verification must lead to a single one of them, so that
+// development collateral never grades production evidence.
+type Roots struct {
+	TEE   dstack.TEE
+	Trust dstack.Trust
+	CA    []*x509.Certificate
+	Keys  []RootKey // Arm CCA: platform attestation keys, which no public authority certifies
 }
+
+// RootKey is a bare public key that the caller trusts.
+type RootKey struct {
+	Name string // for people: where it came from
+	Key  crypto.PublicKey
+}
+
+// Input is all that verification depends on.
+type Input struct {
+	Evidence   *Evidence
+	Collateral *collateral.Bundle // nil means none
+	Roots      []Roots            // of any TEE; those of another are ignored
+	At         time.Time
+	Options    Options
+}
+
+// Options widen what verification accepts, on the caller's responsibility. The
+// zero value is the strictest.
+type Options struct {
+	// AllowDebug accepts a VM whose memory the host can read; Claims.Debug is then
+	// set. Never for secrets.
+	AllowDebug bool
+	// TDXAttributes are TD attributes accepted beside SEPT_VE_DISABLE, out of PKS,
+	// KL and PERFMON; others are ignored.
+	TDXAttributes uint64
+	// SNPAllowMigration accepts a guest policy that admits a migration agent.
+	SNPAllowMigration bool
+}
+
+// Verify establishes what evidence proves at a stated time.
+//
+// It returns claims exactly when signatures, certificate chains and collateral all
+// hold. An error beside them says why the platform or the VM is not acceptable
+// nonetheless (debug mode, a revoked or unknown TCB level): claims then are for
+// display, and nothing may rest on them. Every error carries a stable code
+// (internal/fault). A TCB status other than Revoked is no error but a grade for the
+// caller's policy.
+//
+// Missing collateral has the code collateral_missing, evidence that leads to none
+// of the roots unknown_root, no roots at all no_roots.
+type Verify func(Input) (*Claims, error)
