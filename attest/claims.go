@@ -87,31 +87,31 @@ type TDX struct {
 // 64-bit values, little-endian in memory; which byte means what depends on the
 // product.
 type SNP struct {
-	Version       uint32 // of the report, 2 to 5
-	GuestSVN      uint32
-	Policy        uint64
-	FamilyID      [16]byte
-	ImageID       [16]byte
-	VMPL          uint32
-	PlatformInfo  uint64
-	KeyInfo       uint32
-	Measurement   dstack.Measurement
-	HostData      [32]byte
-	IDKeyDigest   [48]byte // zero without an ID block
-	AuthorKey     [48]byte
-	ReportID      [32]byte
-	ReportIDMA    [32]byte
-	ChipID        [64]byte
-	CurrentTCB    uint64
-	ReportedTCB   uint64
-	CommittedTCB  uint64
-	LaunchTCB     uint64
-	CertifiedTCB  uint64   // from the extensions of the signing certificate, in the report's layout
-	CPUID         [3]byte  // family, model, stepping (report version 3 and later)
-	Product       string   // Milan, Genoa, Turin
-	SigningKey    string   // VCEK or VLEK
-	CSPID         string   // VLEK: the cloud provider that the certificate names
-	Parts         SNPParts // CertifiedTCB, taken apart
+	Version      uint32 // of the report, 2 to 5
+	GuestSVN     uint32
+	Policy       uint64
+	FamilyID     [16]byte
+	ImageID      [16]byte
+	VMPL         uint32
+	PlatformInfo uint64
+	KeyInfo      uint32
+	Measurement  dstack.Measurement
+	HostData     [32]byte
+	IDKeyDigest  [48]byte // zero without an ID block
+	AuthorKey    [48]byte
+	ReportID     [32]byte
+	ReportIDMA   [32]byte
+	ChipID       [64]byte
+	CurrentTCB   uint64
+	ReportedTCB  uint64
+	CommittedTCB uint64
+	LaunchTCB    uint64
+	CertifiedTCB uint64   // from the extensions of the signing certificate, in the report's layout
+	CPUID        [3]byte  // family, model, stepping (report version 3 and later)
+	Product      string   // Milan, Genoa, Turin
+	SigningKey   string   // VCEK or VLEK
+	CSPID        string   // VLEK: the cloud provider that the certificate names
+	Parts        SNPParts // CertifiedTCB, taken apart
 }
 
 // SNPParts are the security versions inside a SEV-SNP TCB version.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
@@ -55,7 +56,7 @@ func TestDevRootsAreReadBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tdx.Verify(p.Quote(p.Body()), d.TDX, []tdx.Roots{roots}, tdxtest.At); err != nil {
+	if _, err := tdxtest.Verify(p.Quote(p.Body()), d.TDX, []attest.Roots{roots}, tdxtest.At); err != nil {
 		t.Error(err)
 	}
 }
@@ -126,7 +127,7 @@ func TestCollateralIsRefusedForItsOwnReason(t *testing.T) {
 			}
 		})
 	}
-	if _, err := (collateral.Static{}).TDX(t.Context(), "", collateral.Platform); fault.Code(err) != "collateral_missing" {
+	if _, err := (collateral.Static{}).Collateral(t.Context(), collateral.Request{}); fault.Code(err) != "collateral_missing" {
 		t.Errorf("an empty source: %v", err)
 	}
 }

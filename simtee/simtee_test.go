@@ -23,10 +23,12 @@ import (
 	gotdx "github.com/google/go-tdx-guest/verify"
 
 	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/collect"
 	"github.com/dstack-go/dstack/attest/collect/sim"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/tdx"
+	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/measure"
@@ -159,14 +161,14 @@ func TestGoTDXGuestAcceptsQuotes(t *testing.T) {
 	})
 }
 
-func ourRoots(t *testing.T, roots *collateral.DevRoots) []tdx.Roots {
+func ourRoots(t *testing.T, roots *collateral.DevRoots) []attest.Roots {
 	t.Helper()
 	block, _ := pem.Decode([]byte(roots.TDXRootPEM))
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return []tdx.Roots{{CA: []*x509.Certificate{cert}, Trust: dstack.TrustDevelopment}}
+	return []attest.Roots{{TEE: dstack.TDX, CA: []*x509.Certificate{cert}, Trust: dstack.TrustDevelopment}}
 }
 
 func TestOurVerifierAcceptsQuotes(t *testing.T) {
@@ -181,7 +183,7 @@ func TestOurVerifierAcceptsQuotes(t *testing.T) {
 		t.Fatal(err)
 	}
 	roots := testPKI().DevRoots()
-	claims, err := tdx.Verify(quote, roots.TDX, ourRoots(t, roots), time.Now())
+	claims, err := tdxtest.Verify(quote, roots.TDX, ourRoots(t, roots), time.Now())
 	if fault.Code(err) == "not_implemented" {
 		t.Skip("SKIP: attest/tdx cannot verify yet")
 	}
@@ -190,7 +192,7 @@ func TestOurVerifierAcceptsQuotes(t *testing.T) {
 	}
 	mrtd, rtmr := expected(t)
 	rtmr[3] = eventlog.Extend(dstack.Measurement{}, dstack.Measurement{9})
-	if claims.MRTD != mrtd || claims.RTMR != rtmr || claims.MRConfigID != spec.MRConfigID || claims.ReportData != data {
+	if claims.TDX.MRTD != mrtd || claims.TDX.RTMR != rtmr || claims.TDX.MRConfigID != spec.MRConfigID || !bytes.Equal(claims.ReportData, data[:]) {
 		t.Errorf("claims %+v", claims)
 	}
 	if claims.Trust != dstack.TrustDevelopment || claims.TCBStatus != "UpToDate" || len(claims.Advisories) != 0 || claims.Debug {
@@ -201,16 +203,16 @@ func TestOurVerifierAcceptsQuotes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = tdx.Verify(debug, roots.TDX, ourRoots(t, roots), time.Now())
+		_, err = tdxtest.Verify(debug, roots.TDX, ourRoots(t, roots), time.Now())
 		wantCode(t, err, "td_debug")
 	})
 	t.Run("nor under the vendor's root", func(t *testing.T) {
-		if _, err := tdx.Verify(quote, roots.TDX, []tdx.Roots{tdx.VendorRoots()}, time.Now()); err == nil {
+		if _, err := tdxtest.Verify(quote, roots.TDX, []attest.Roots{tdx.VendorRoots()}, time.Now()); err == nil {
 			t.Fatal("accepted")
 		}
 	})
 	t.Run("nor after the collateral expired", func(t *testing.T) {
-		if _, err := tdx.Verify(quote, roots.TDX, ourRoots(t, roots), time.Now().Add(366*24*time.Hour)); err == nil {
+		if _, err := tdxtest.Verify(quote, roots.TDX, ourRoots(t, roots), time.Now().Add(366*24*time.Hour)); err == nil {
 			t.Fatal("accepted")
 		}
 	})

@@ -42,12 +42,13 @@ const (
 	variantNitro
 	variantSNP
 	variantNitroTPM
+	variantCCA // V1 only: upstream has no index for it
 )
 
 // kinds are the V1 names of the variants.
 var kinds = map[variant]string{
 	variantTDX: "tdx", variantGCPTDX: "gcp-tdx", variantNitro: "nitro-enclave",
-	variantSNP: "sev-snp", variantNitroTPM: "aws-nitro-tpm",
+	variantSNP: "sev-snp", variantNitroTPM: "aws-nitro-tpm", variantCCA: "arm-cca",
 }
 
 // platforms are the V1 names of TPMQuote.Platform.
@@ -65,6 +66,8 @@ func variantOf(e *attest.Evidence) (variant, error) {
 		return variantSNP, nil
 	case e.TEE == dstack.NitroTPM:
 		return variantNitroTPM, nil
+	case e.TEE == dstack.CCA:
+		return variantCCA, nil
 	}
 	return 0, fault.New("container_tee", "no container form for evidence of TEE %q", e.TEE)
 }
@@ -72,7 +75,7 @@ func variantOf(e *attest.Evidence) (variant, error) {
 func (v variant) tee() dstack.TEE {
 	return map[variant]dstack.TEE{
 		variantTDX: dstack.TDX, variantGCPTDX: dstack.TDX, variantNitro: dstack.Nitro,
-		variantSNP: dstack.SEVSNP, variantNitroTPM: dstack.NitroTPM,
+		variantSNP: dstack.SEVSNP, variantNitroTPM: dstack.NitroTPM, variantCCA: dstack.CCA,
 	}[v]
 }
 
@@ -104,7 +107,7 @@ func Encode(e *attest.Evidence) ([]byte, error) {
 }
 
 func needsV1(e *attest.Evidence) bool {
-	if e.ReportDataPayload != nil {
+	if e.ReportDataPayload != nil || e.TEE == dstack.CCA {
 		return true
 	}
 	for _, l := range [][]eventlog.Event{e.EventLog, e.Unbound} {
@@ -130,9 +133,9 @@ type decoded struct {
 // upstream replays the one and shows the other.
 func (d *decoded) finish() (*attest.Evidence, error) {
 	e := &d.evidence
-	e.TEE = d.variant.tee()
+	e.TEE, e.ReportDataClaimed = d.variant.tee(), true
 	switch d.variant {
-	case variantTDX, variantGCPTDX:
+	case variantTDX, variantGCPTDX, variantCCA:
 		copies := eventlog.Runtime(d.log)
 		if len(copies) == 0 {
 			e.EventLog = append(d.log, d.runtime...)

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vmihailenco/msgpack/v5"
 
 	dstack "github.com/dstack-go/dstack"
@@ -205,6 +206,25 @@ func toInt(v any) (int64, bool) {
 	return 0, false
 }
 
+func TestArmCCATravelsInV1WithItsLog(t *testing.T) {
+	e := sample(t)
+	e.TEE, e.TPMQuote, e.ReportDataPayload, e.MRConfig, e.ReportDataClaimed = dstack.CCA, nil, nil, "{}", true
+	raw, err := Encode(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back, err := Decode(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(e, back); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if _, err := EncodeV0(e); fault.Code(err) != "container_needs_v1" {
+		t.Errorf("V0 holds an Arm CCA token: %v", err)
+	}
+}
+
 func TestV0RefusesWhatOnlyV1CanHold(t *testing.T) {
 	if _, err := EncodeV0(sample(t)); fault.Code(err) != "container_needs_v1" {
 		t.Errorf("err = %v", err)
@@ -255,7 +275,7 @@ func TestContainersAreRefusedForTheirOwnReason(t *testing.T) {
 		if _, err := with(&attest.Evidence{TEE: dstack.TDX, Config: strings.Repeat("a", MaxSize)}); fault.Code(err) != "container_too_large" {
 			t.Errorf("a container beyond the limit is encoded: %v", err)
 		}
-		if _, err := with(&attest.Evidence{TEE: dstack.CCA}); fault.Code(err) != "container_tee" {
+		if _, err := with(&attest.Evidence{TEE: dstack.TPM}); fault.Code(err) != "container_tee" {
 			t.Errorf("evidence of a TEE without a form is encoded: %v", err)
 		}
 	}

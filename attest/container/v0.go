@@ -162,7 +162,7 @@ func EncodeV0(e *attest.Evidence) ([]byte, error) {
 		return nil, err
 	}
 	if needsV1(e) {
-		return nil, fault.New("container_needs_v1", "container form V0 cannot hold events of version 2 or a report data payload").
+		return nil, fault.New("container_needs_v1", "container form V0 cannot hold events of version 2, a report data payload or an Arm CCA token").
 			WithFix("encode form V1")
 	}
 	b := []byte{0, byte(v)}

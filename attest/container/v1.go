@@ -280,6 +280,11 @@ func (p *pack) platformData(d *decoded, kind string) {
 			},
 			"mr_config": func() { e.MRConfig = p.string(maxConfig, "config document") },
 		})
+	case "arm-cca":
+		d.variant = variantCCA
+		p.fields("arm-cca evidence", []string{"token", "event_log"}, map[string]func(){
+			"token": quote("token"), "event_log": log, "mr_config": func() { e.MRConfig = p.string(maxConfig, "config document") },
+		})
 	default:
 		p.fail(fault.New("container_tee", "container has unknown platform kind %q", kind))
 	}
@@ -438,11 +443,7 @@ func EncodeV1(e *attest.Evidence) ([]byte, error) {
 		o.mapHeader(2 + int(v))
 		o.str("quote")
 		o.ints(e.Quote)
-		o.str("event_log")
-		o.array(len(e.EventLog))
-		for _, ev := range e.EventLog {
-			o.event(ev)
-		}
+		o.eventLog(e.EventLog)
 		if v == variantGCPTDX {
 			o.str("tpm_quote")
 			if err := o.tpmQuote(e.TPMQuote); err != nil {
@@ -466,6 +467,13 @@ func EncodeV1(e *attest.Evidence) ([]byte, error) {
 		for _, c := range e.CertChain {
 			o.ints(c)
 		}
+		o.str("mr_config")
+		o.str(e.MRConfig)
+	case variantCCA:
+		o.mapHeader(3)
+		o.str("token")
+		o.ints(e.Quote)
+		o.eventLog(e.EventLog)
 		o.str("mr_config")
 		o.str(e.MRConfig)
 	}
@@ -508,6 +516,14 @@ func EncodeV1(e *attest.Evidence) ([]byte, error) {
 		o.str(*e.ReportDataPayload)
 	}
 	return checkSize(o)
+}
+
+func (o *out) eventLog(events []eventlog.Event) {
+	o.str("event_log")
+	o.array(len(events))
+	for _, ev := range events {
+		o.event(ev)
+	}
 }
 
 func (o *out) event(ev eventlog.Event) {

@@ -21,6 +21,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"hash"
 	"strings"
 	"unicode/utf8"
 
@@ -182,6 +183,40 @@ func (e Event) Check() error {
 		return fault.New("log_preimage_mismatch", "event %q carries a preimage that is not its canonical form", e.Name)
 	}
 	return nil
+}
+
+// runtimeHashes are the hashes of registers that runtime events are extended into.
+var runtimeHashes = map[string]func() hash.Hash{"sha-256": sha256.New, "sha-384": sha512.New384, "sha-512": sha512.New}
+
+// ReplayRuntime returns the value that a register of the named hash (sha-256,
+// sha-384 or sha-512) has after the runtime events among events, from zero:
+// register ← H(register ‖ H(preimage)). Boot events are passed over.
+func ReplayRuntime(events []Event, name string) ([]byte, error) {
+	newHash := runtimeHashes[name]
+	if newHash == nil {
+		return nil, fault.New("log_hash", "no runtime register of hash %q is known", name)
+	}
+	if len(events) > MaxEvents {
+		return nil, fault.New("log_too_large", "event log has %d events, more than %d", len(events), MaxEvents)
+	}
+	h := newHash()
+	register := make([]byte, h.Size())
+	for _, e := range events {
+		if !e.IsRuntime() && e.IMR != RuntimeIMR {
+			continue
+		}
+		if err := e.Check(); err != nil {
+			return nil, err
+		}
+		h.Reset()
+		h.Write(PreimageOf(e))
+		digest := h.Sum(nil)
+		h.Reset()
+		h.Write(register)
+		h.Write(digest)
+		register = h.Sum(register[:0])
+	}
+	return register, nil
 }
 
 // Replay returns the value that register imr has after the events, from zero.

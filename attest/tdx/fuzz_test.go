@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"testing"
 
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -63,13 +64,13 @@ func FuzzVerifyCollateral(f *testing.F) {
 	p := tdxtest.New(f)
 	quote, good := p.Quote(p.Body()), p.Collateral()
 	f.Add(good.TCBInfo, good.QEIdentity, []byte(good.RootCACRL), []byte(good.PCKCRL), good.TCBInfoIssuerChain)
-	roots := []tdx.Roots{p.Roots()}
+	roots := []attest.Roots{p.Roots()}
 	f.Fuzz(func(t *testing.T, info, identity string, rootCRL, pckCRL []byte, chain string) {
 		col := good
 		col.RootCACRL, col.PCKCRL, col.TCBInfoIssuerChain = rootCRL, pckCRL, chain
 		col.TCBInfo, col.TCBInfoSignature = info, p.Sign(p.TCBSigner, []byte(info))
 		col.QEIdentity, col.QEIdentitySignature = identity, p.Sign(p.QESigner, []byte(identity))
-		claims, err := tdx.Verify(quote, col, roots, tdxtest.At)
+		claims, err := tdxtest.Verify(quote, col, roots, tdxtest.At)
 		if err != nil && fault.Code(err) == "" {
 			t.Fatalf("an error without a code: %v", err)
 		}

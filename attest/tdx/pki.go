@@ -13,6 +13,7 @@ import (
 	"time"
 
 	dstack "github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -66,10 +67,13 @@ func checkProfile(cert *x509.Certificate) error {
 }
 
 // chooseRoot finds the trusted certificate that the chain ends in or is signed by.
-func (v *verification) chooseRoot(chain []*x509.Certificate, roots []Roots) (dstack.Trust, error) {
+func (v *verification) chooseRoot(chain []*x509.Certificate, roots []attest.Roots) (dstack.Trust, error) {
 	top := chain[len(chain)-1]
 	known := 0
 	for _, r := range roots {
+		if r.TEE != dstack.TDX {
+			continue
+		}
 		for _, ca := range r.CA {
 			known++
 			if !top.Equal(ca) && (!bytes.Equal(top.RawIssuer, ca.RawSubject) || top.CheckSignatureFrom(ca) != nil) {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 
 	dstack "github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -24,38 +25,31 @@ var intelRoot []byte
 // IntelRootSHA256 is the SHA-256 fingerprint of the Intel SGX Root CA's DER form.
 const IntelRootSHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
 
-// Roots is a set of root certificates that stand for one kind of trust. The
-// whole of one verification must chain to a single certificate of it.
-type Roots struct {
-	CA    []*x509.Certificate
-	Trust dstack.Trust
-}
-
 // VendorRoots returns the roots of real hardware: the Intel SGX Root CA.
-func VendorRoots() Roots {
+func VendorRoots() attest.Roots {
 	block, _ := pem.Decode(intelRoot)
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
 		panic("attest/tdx: the embedded Intel SGX Root CA does not parse: " + err.Error())
 	}
-	return Roots{CA: []*x509.Certificate{cert}, Trust: dstack.TrustProduction}
+	return attest.Roots{TEE: dstack.TDX, CA: []*x509.Certificate{cert}, Trust: dstack.TrustProduction}
 }
 
 // DevelopmentRoots returns the root of a development trust anchor. Evidence
 // accepted under it says nothing about hardware.
-func DevelopmentRoots(d *collateral.DevRoots) (Roots, error) {
+func DevelopmentRoots(d *collateral.DevRoots) (attest.Roots, error) {
 	block, _ := pem.Decode([]byte(d.TDXRootPEM))
 	if block == nil {
-		return Roots{}, fault.New("dev_roots_malformed", "tdx_root_pem of %q is not PEM", d.Name)
+		return attest.Roots{}, fault.New("dev_roots_malformed", "tdx_root_pem of %q is not PEM", d.Name)
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return Roots{}, fault.Wrap(err, "dev_roots_malformed", "tdx_root_pem of %q", d.Name)
+		return attest.Roots{}, fault.Wrap(err, "dev_roots_malformed", "tdx_root_pem of %q", d.Name)
 	}
 	if Fingerprint(cert) == IntelRootSHA256 {
-		return Roots{}, fault.New("dev_roots_malformed", "development roots %q contain the vendor's root", d.Name)
+		return attest.Roots{}, fault.New("dev_roots_malformed", "development roots %q contain the vendor's root", d.Name)
 	}
-	return Roots{CA: []*x509.Certificate{cert}, Trust: dstack.TrustDevelopment}, nil
+	return attest.Roots{TEE: dstack.TDX, CA: []*x509.Certificate{cert}, Trust: dstack.TrustDevelopment}, nil
 }
 
 // Fingerprint returns the SHA-256 of a certificate's DER form, in hex.

@@ -26,6 +26,7 @@ const (
 	OutOfDate                            = "OutOfDate"
 	OutOfDateConfigurationNeeded         = "OutOfDateConfigurationNeeded"
 	Revoked                              = "Revoked"
+	Unsupported                          = "Unsupported"                          // below every published level; never in TCB info
 	TDRelaunchAdvised                    = "TDRelaunchAdvised"                    // ours to conclude, never in TCB info
 	TDRelaunchAdvisedConfigurationNeeded = "TDRelaunchAdvisedConfigurationNeeded" // same
 )
@@ -181,6 +182,11 @@ func (v *verification) tcbInfo(col collateral.TDX) (*info, error) {
 		}
 		if err := checkLevel(l.Status, l.Date, platformStatuses); err != nil {
 			return nil, fmt.Errorf("level %d of TCB info: %w", i, err)
+		}
+	}
+	for _, m := range append([]module{t.Module}, t.Identities...) {
+		if _, err := m.parse(); err != nil {
+			return nil, err
 		}
 	}
 	for _, m := range t.Identities {
@@ -444,19 +450,31 @@ func (t *info) moduleIdentity(version byte) (module, bool) {
 	return module{}, false
 }
 
+// moduleValues are what identifies a module.
+type moduleValues struct {
+	signer     [48]byte
+	attr, mask [8]byte
+}
+
+func (m module) parse() (v moduleValues, err error) {
+	if hexInto(v.signer[:], m.MRSigner) != nil || hexInto(v.attr[:], m.Attributes) != nil || hexInto(v.mask[:], m.AttributesMask) != nil {
+		return v, fault.New("tcb_info_malformed", "identity %q of the TDX module lacks mrsigner, attributes or mask", m.ID)
+	}
+	return v, nil
+}
+
 // check compares the module that ran the TD with its published identity.
 func (m module) check(b ReportBody) error {
-	var signer [48]byte
-	var attr, mask [8]byte
-	if hexInto(signer[:], m.MRSigner) != nil || hexInto(attr[:], m.Attributes) != nil || hexInto(mask[:], m.AttributesMask) != nil {
-		return fault.New("tcb_info_malformed", "identity %q of the TDX module lacks mrsigner, attributes or mask", m.ID)
+	v, err := m.parse()
+	if err != nil {
+		return err
 	}
-	if b.MRSignerSEAM != signer {
-		return fault.New("module_mrsigner", "the TDX module is signed by %s, want %x", b.MRSignerSEAM, signer)
+	if b.MRSignerSEAM != v.signer {
+		return fault.New("module_mrsigner", "the TDX module is signed by %s, want %x", b.MRSignerSEAM, v.signer)
 	}
 	// Beyond the mask no attribute may be set at all.
-	if !masked(b.SEAMAttributes[:], mask[:], attr[:]) || b.SEAMAttributes != attr {
-		return fault.New("module_attributes", "the TDX module has attributes %x, want %x under mask %x", b.SEAMAttributes, attr, mask)
+	if !masked(b.SEAMAttributes[:], v.mask[:], v.attr[:]) || b.SEAMAttributes != v.attr {
+		return fault.New("module_attributes", "the TDX module has attributes %x, want %x under mask %x", b.SEAMAttributes, v.attr, v.mask)
 	}
 	return nil
 }

@@ -9,7 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
+	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
@@ -46,11 +48,11 @@ func vector(t testing.TB, version string) (quote []byte, col collateral.TDX, at 
 
 func TestRealQuoteV4VerifiesAsUpToDate(t *testing.T) {
 	quote, col, at := vector(t, "v4")
-	c, err := tdx.Verify(quote, col, []tdx.Roots{tdx.VendorRoots()}, at)
+	c, err := tdxtest.Verify(quote, col, []attest.Roots{tdx.VendorRoots()}, at)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.TCBStatus != tdx.UpToDate || len(c.Advisories) != 0 || c.Trust != dstack.TrustProduction || c.FMSPC != "b0c06f000000" || c.TCBEvaluation != 17 {
+	if c.TCBStatus != tdx.UpToDate || len(c.Advisories) != 0 || c.Trust != dstack.TrustProduction || c.Product != "b0c06f000000" || c.TCBEvaluation != 17 {
 		t.Errorf("claims = %+v", *c)
 	}
 	if got := c.Expires.Sub(at); got != time.Second {
@@ -70,8 +72,9 @@ func TestRealQuoteV5IsBelowEveryTCBLevel(t *testing.T) {
 	if q.Header.Version != 5 || q.BodyType != tdx.BodyTypeTD15 || !q.Body().V15 || len(q.Signed) != 54+648 {
 		t.Errorf("quote has version %d, body type %d, %d signed bytes", q.Header.Version, q.BodyType, len(q.Signed))
 	}
-	if _, err := tdx.Verify(quote, col, []tdx.Roots{tdx.VendorRoots()}, at); fault.Code(err) != "tcb_unsupported" {
-		t.Errorf("err = %v, want tcb_unsupported", err)
+	c, err := tdxtest.Verify(quote, col, []attest.Roots{tdx.VendorRoots()}, at)
+	if fault.Code(err) != "tcb_unsupported" || c == nil || c.TCBStatus != tdx.Unsupported {
+		t.Errorf("err = %v, claims %+v, want tcb_unsupported beside claims", err, c)
 	}
 }
 

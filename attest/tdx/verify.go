@@ -19,30 +19,21 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
-// Options widens what VerifyOptions accepts. The zero value is the strictest.
-type Options struct {
-	// AllowDebug accepts a TD whose memory the host can read; Claims.Debug is
-	// then set. Never for secrets.
-	AllowDebug bool
-	// ExtraAttributes are TD attributes accepted beside SEPT_VE_DISABLE, out of
-	// AttrPKS, AttrKL and AttrPerfmon; others are ignored.
-	ExtraAttributes uint64
-}
-
-// Verify establishes what a quote proves at a stated time. Collateral must be
-// complete: a missing revocation list is a refusal. Everything, quote and
-// collateral, must chain to one certificate of one of the roots, whose Trust the
-// claims carry.
+// Verify establishes what a quote proves at a stated time; it is an
+// [attest.Verify]. Collateral must be complete: a missing revocation list is a
+// refusal. Everything, quote and collateral, must chain to one certificate of one
+// of the roots, whose Trust the claims carry.
 //
 // A TCB status other than Revoked is not an error but a grade, Claims.TCBStatus,
-// which the caller's policy must judge. Every error carries a code of its own.
-func Verify(quote []byte, col collateral.TDX, roots []Roots, at time.Time) (*attest.Claims, error) {
-	return VerifyOptions(quote, col, roots, at, Options{})
-}
-
-// VerifyOptions is Verify with exceptions that the caller answers for.
-func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time, opt Options) (*attest.Claims, error) {
-	q, err := ParseQuote(quote)
+// which the caller's policy must judge. A platform whose level is revoked or below
+// every published one, a module that is not Intel's, and TD attributes outside the
+// allow-list are errors beside the claims.
+func Verify(in attest.Input) (*attest.Claims, error) {
+	var col collateral.TDX
+	if in.Collateral != nil {
+		col = in.Collateral.TDX
+	}
+	q, err := ParseQuote(in.Evidence.Quote)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +47,7 @@ func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time
 	// Who vouches: the PCK certificate chain selects the one root that all the
 	// collateral must chain to as well, so that development collateral can never
 	// grade a production quote.
-	v := verification{at: at}
+	v := verification{at: in.At}
 	pckPEM := q.CertData
 	switch q.CertType {
 	case CertTypePCKChain:
@@ -70,9 +61,13 @@ func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time
 	if err != nil {
 		return nil, err
 	}
-	trust, err := v.chooseRoot(pckChain, roots)
+	trust, err := v.chooseRoot(pckChain, in.Roots)
 	if err != nil {
 		return nil, err
+	}
+	if in.Collateral == nil || !in.Collateral.HasTDX() {
+		return nil, fault.New("collateral_missing", "there is no collateral (TCB info, QE identity, revocation lists) to verify the quote with").
+			WithFix("fetch it for FMSPC and CA of the quote's PCK certificate")
 	}
 	if err := v.loadRootCRL(col.RootCACRL); err != nil {
 		return nil, err
@@ -123,33 +118,40 @@ func VerifyOptions(quote []byte, col collateral.TDX, roots []Roots, at time.Time
 	}
 
 	body := q.Body()
-	if err := checkAttributes(body, opt); err != nil {
-		return nil, err
-	}
-	grade, err := info.appraise(body, ext, qeLevel)
-	if err != nil {
-		return nil, err
-	}
-	if !body.MRSignerSEAM.IsZero() {
-		return nil, fault.New("mr_signer_seam", "the TDX module is signed by %s, want Intel's (all zero)", body.MRSignerSEAM)
+	claims := &attest.Claims{
+		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor, trust),
+		TDX: &attest.TDX{
+			MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
+			MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig,
+			MRSEAM: body.MRSEAM, MRSignerSEAM: body.MRSignerSEAM, MRServiceTD: body.MRServiceTD,
+			SEAMAttributes: body.SEAMAttributes, TDAttributes: body.TDAttributes, XFAM: body.XFAM,
+			TEETCBSVN: body.TEETCBSVN, TEETCBSVN2: body.TEETCBSVN2, V15: body.V15,
+			QEStatus: qeLevel.Status, PPID: ext.PPID, FMSPC: ext.FMSPC,
+		},
+		ReportData:    body.ReportData[:],
+		TCBStatus:     Unsupported,
+		Advisories:    []string{},
+		TCBEvaluation: min(info.Evaluation, identity.Evaluation),
+		Product:       hex.EncodeToString(ext.FMSPC[:]),
+		Debug:         body.Attributes()&AttrDebug != 0,
+		DeviceID:      sha256.Sum256(ext.PPID[:]), DeviceScheme: "ppid",
+		At: in.At, Expires: v.expires,
 	}
 
-	return &attest.Claims{
-		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor, trust),
-		MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
-		MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig, MRSEAM: body.MRSEAM,
-		ReportData:   body.ReportData,
-		TDAttributes: hex.EncodeToString(body.TDAttributes[:]),
-		XFAM:         hex.EncodeToString(body.XFAM[:]),
-		TEETCBSVN:    hex.EncodeToString(body.TEETCBSVN[:]),
-		Debug:        body.Attributes()&AttrDebug != 0,
-		TCBStatus:    grade.status, PlatformStatus: grade.platform, ModuleStatus: grade.module, QEStatus: qeLevel.Status,
-		Advisories: grade.advisories, TCBDate: grade.date,
-		TCBEvaluation: min(info.Evaluation, identity.Evaluation),
-		FMSPC:         hex.EncodeToString(ext.FMSPC[:]),
-		DeviceID:      sha256.Sum256(ext.PPID[:]),
-		At:            at, Expires: v.expires,
-	}, nil
+	// From here on the signatures hold; what follows judges platform and TD.
+	grade, err := info.appraise(body, ext, qeLevel)
+	if err != nil {
+		if fault.Code(err) == "tcb_revoked" {
+			claims.TCBStatus = Revoked
+		}
+		return claims, err
+	}
+	claims.TCBStatus, claims.Advisories, claims.TCBDate = grade.status, grade.advisories, grade.date
+	claims.TDX.PlatformStatus, claims.TDX.ModuleStatus = grade.platform, grade.module
+	if !body.MRSignerSEAM.IsZero() {
+		return claims, fault.New("mr_signer_seam", "the TDX module is signed by %s, want Intel's (all zero)", body.MRSignerSEAM)
+	}
+	return claims, checkAttributes(body, in.Options)
 }
 
 // verification is the state of one call: the time, the one root, its revocation
@@ -214,9 +216,9 @@ func checkQEReport(q *Quote, pck *x509.Certificate) error {
 }
 
 // checkAttributes admits the allow-list of TD attributes only (threats.md A06, B01).
-func checkAttributes(b ReportBody, opt Options) error {
+func checkAttributes(b ReportBody, opt attest.Options) error {
 	attr := b.Attributes()
-	allowed := AttrSEPTVEDisable | opt.ExtraAttributes&(AttrPKS|AttrKL|AttrPerfmon)
+	allowed := AttrSEPTVEDisable | opt.TDXAttributes&(AttrPKS|AttrKL|AttrPerfmon)
 	if opt.AllowDebug {
 		allowed |= AttrDebug
 	}

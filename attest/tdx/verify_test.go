@@ -19,6 +19,7 @@ import (
 	"time"
 
 	dstack "github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
@@ -41,7 +42,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 				p.Header.Version = version
 				body := p.Body()
 				body.V15 = v15
-				c, err := tdx.Verify(p.Quote(body), p.Collateral(), []tdx.Roots{tdx.VendorRoots(), p.Roots()}, tdxtest.At)
+				c, err := tdxtest.Verify(p.Quote(body), p.Collateral(), []attest.Roots{tdx.VendorRoots(), p.Roots()}, tdxtest.At)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -51,7 +52,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 				if c.TCBStatus != tdx.UpToDate || len(c.Advisories) != 0 || c.TCBEvaluation != 18 || c.Debug {
 					t.Errorf("claims = %+v", *c)
 				}
-				if c.MRTD != body.MRTD || c.RTMR != body.RTMR || c.ReportData != body.ReportData || c.FMSPC != "90c06f000000" {
+				if c.TDX.MRTD != body.MRTD || c.TDX.RTMR != body.RTMR || !bytes.Equal(c.ReportData, body.ReportData[:]) || c.Product != "90c06f000000" {
 					t.Errorf("claims = %+v", *c)
 				}
 				if !c.Expires.Equal(tdxtest.NextUpdate) || !c.At.Equal(tdxtest.At) {
@@ -65,7 +66,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 func TestPaddingAfterTheQuoteIsAccepted(t *testing.T) {
 	p := tdxtest.New(t)
 	quote := append(p.Quote(p.Body()), make([]byte, 300)...)
-	if _, err := tdx.Verify(quote, p.Collateral(), []tdx.Roots{p.Roots()}, tdxtest.At); err != nil {
+	if _, err := tdxtest.Verify(quote, p.Collateral(), []attest.Roots{p.Roots()}, tdxtest.At); err != nil {
 		t.Error(err)
 	}
 }
@@ -75,11 +76,11 @@ func TestPCKChainFromCollateralIsUsedForEncryptedPPID(t *testing.T) {
 	p.CertType, p.CertData = tdx.CertTypeEncryptedPPID3072, make([]byte, 404)
 	col := p.Collateral()
 	quote := p.Quote(p.Body())
-	if _, err := tdx.Verify(quote, col, []tdx.Roots{p.Roots()}, tdxtest.At); fault.Code(err) != "pck_chain" {
+	if _, err := tdxtest.Verify(quote, col, []attest.Roots{p.Roots()}, tdxtest.At); fault.Code(err) != "pck_chain" {
 		t.Errorf("without a chain: %v", err)
 	}
 	col.PCKCertificateChain = p.Chain(p.PCK, p.PCKCA, p.Root)
-	if _, err := tdx.Verify(quote, col, []tdx.Roots{p.Roots()}, tdxtest.At); err != nil {
+	if _, err := tdxtest.Verify(quote, col, []attest.Roots{p.Roots()}, tdxtest.At); err != nil {
 		t.Error(err)
 	}
 }
@@ -95,7 +96,7 @@ type mutation struct {
 	// quote and collateral change what was signed.
 	quote      func(q []byte) []byte
 	collateral func(p *platform, c *collateral.TDX)
-	roots      func(p *platform) []tdx.Roots
+	roots      func(p *platform) []attest.Roots
 	at         time.Time
 }
 
@@ -184,10 +185,12 @@ func mutations() []mutation {
 	add("qe_vendor", "a quoting enclave of another vendor", mutation{platform: func(p *platform) { p.Header.QEVendorID[0] ^= 1 }})
 
 	// Roots.
-	add("no_roots", "no roots at all", mutation{roots: func(*platform) []tdx.Roots { return nil }})
-	add("no_roots", "roots without a certificate", mutation{roots: func(*platform) []tdx.Roots { return []tdx.Roots{{Trust: dstack.TrustProduction}} }})
-	add("unknown_root", "B14: a simulated quote against the vendor's root", mutation{roots: func(*platform) []tdx.Roots { return []tdx.Roots{tdx.VendorRoots()} }})
-	add("unknown_root", "another installation's development root", mutation{roots: func(p *platform) []tdx.Roots { return []tdx.Roots{tdxtest.New(tb(p)).Roots()} }})
+	add("no_roots", "no roots at all", mutation{roots: func(*platform) []attest.Roots { return nil }})
+	add("no_roots", "roots without a certificate", mutation{roots: func(*platform) []attest.Roots {
+		return []attest.Roots{{TEE: dstack.TDX, Trust: dstack.TrustProduction}}
+	}})
+	add("unknown_root", "B14: a simulated quote against the vendor's root", mutation{roots: func(*platform) []attest.Roots { return []attest.Roots{tdx.VendorRoots()} }})
+	add("unknown_root", "another installation's development root", mutation{roots: func(p *platform) []attest.Roots { return []attest.Roots{tdxtest.New(tb(p)).Roots()} }})
 	add("root_expired", "a root that has ended", mutation{at: tdxtest.Issued.AddDate(11, 0, 0)})
 
 	// PCK chain.
@@ -534,7 +537,7 @@ func (m mutation) run(t *testing.T) error {
 	if m.collateral != nil {
 		m.collateral(p, &col)
 	}
-	roots := []tdx.Roots{p.Roots()}
+	roots := []attest.Roots{p.Roots()}
 	if m.roots != nil {
 		roots = m.roots(p)
 	}
@@ -542,11 +545,19 @@ func (m mutation) run(t *testing.T) error {
 	if !m.at.IsZero() {
 		at = m.at
 	}
-	claims, err := tdx.Verify(quote, col, roots, at)
-	if err != nil && claims != nil {
-		t.Error("a refusal came with claims")
+	claims, err := tdxtest.Verify(quote, col, roots, at)
+	if claims != nil && !judgement[fault.Code(err)] {
+		t.Error("claims came with a signature, chain or collateral that does not hold")
 	}
 	return err
+}
+
+// judgement are the codes of errors that come beside claims: the signatures hold,
+// platform or TD are not acceptable.
+var judgement = map[string]bool{
+	"tcb_unsupported": true, "tcb_revoked": true, "module_unknown": true, "module_mrsigner": true, "module_attributes": true,
+	"module_tcb_unsupported": true, "mr_signer_seam": true, "td_debug": true, "td_tud": true, "td_migratable": true,
+	"td_attributes": true, "td_sept_ve": true, "td_service_td": true,
 }
 
 func TestEachMutationIsRefusedForItsOwnReason(t *testing.T) {
@@ -570,24 +581,24 @@ func TestEachMutationIsRefusedForItsOwnReason(t *testing.T) {
 // the caller asks, and debug only by its own name.
 func TestThreat_A06_OnlyListedTDAttributesPass(t *testing.T) {
 	p := tdxtest.New(t)
-	col, roots := p.Collateral(), []tdx.Roots{p.Roots()}
+	col, roots := p.Collateral(), []attest.Roots{p.Roots()}
 	for bit := range 64 {
 		attr := uint64(1) << bit
 		body := p.Body()
 		attributes(attr)(&body)
 		quote := p.Quote(body)
-		_, err := tdx.Verify(quote, col, roots, tdxtest.At)
+		_, err := tdxtest.Verify(quote, col, roots, tdxtest.At)
 		if want := attr == tdx.AttrSEPTVEDisable; (err == nil) != want || !want && !strings.HasPrefix(fault.Code(err), "td_") {
 			t.Errorf("bit %d: %v", bit, err)
 		}
-		_, err = tdx.VerifyOptions(quote, col, roots, tdxtest.At, tdx.Options{ExtraAttributes: ^uint64(0)})
+		_, err = tdxtest.Verify(quote, col, roots, tdxtest.At, attest.Options{TDXAttributes: ^uint64(0)})
 		if want := attr&(tdx.AttrSEPTVEDisable|tdx.AttrPKS|tdx.AttrKL|tdx.AttrPerfmon) != 0; (err == nil) != want {
 			t.Errorf("bit %d with every extra attribute allowed: %v", bit, err)
 		}
 	}
 	body := p.Body()
 	attributes(tdx.AttrDebug)(&body)
-	c, err := tdx.VerifyOptions(p.Quote(body), col, roots, tdxtest.At, tdx.Options{AllowDebug: true})
+	c, err := tdxtest.Verify(p.Quote(body), col, roots, tdxtest.At, attest.Options{AllowDebug: true})
 	if err != nil || !c.Debug {
 		t.Errorf("debug TD with AllowDebug: %v, %+v", err, c)
 	}
@@ -621,12 +632,12 @@ func TestThreat_B05_StatusesConverge(t *testing.T) {
 			p.TCBInfo["tcbLevels"] = []any{tdxtest.PlatformLevel([16]uint8{}, 0, [16]uint8{}, c.in.platform, "INTEL-SA-1", "INTEL-SA-2")}
 			p.TCBInfo["tdxModuleIdentities"] = []any{p.Module("TDX_01", tdxtest.Level(0, c.in.module, "INTEL-SA-2"))}
 			p.QEIdentity["tcbLevels"] = []any{tdxtest.Level(0, c.in.qe, "INTEL-SA-0")}
-			got, err := tdx.Verify(p.Quote(p.Body()), p.Collateral(), []tdx.Roots{p.Roots()}, tdxtest.At)
+			got, err := tdxtest.Verify(p.Quote(p.Body()), p.Collateral(), []attest.Roots{p.Roots()}, tdxtest.At)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got.TCBStatus != c.want || got.PlatformStatus != c.in.platform || got.ModuleStatus != c.in.module || got.QEStatus != c.in.qe {
-				t.Errorf("status %s of %s, %s, %s, want %s", got.TCBStatus, got.PlatformStatus, got.ModuleStatus, got.QEStatus, c.want)
+			if got.TCBStatus != c.want || got.TDX.PlatformStatus != c.in.platform || got.TDX.ModuleStatus != c.in.module || got.TDX.QEStatus != c.in.qe {
+				t.Errorf("status %s of %s, %s, %s, want %s", got.TCBStatus, got.TDX.PlatformStatus, got.TDX.ModuleStatus, got.TDX.QEStatus, c.want)
 			}
 			if fmt.Sprint(got.Advisories) != "[INTEL-SA-0 INTEL-SA-1 INTEL-SA-2]" {
 				t.Errorf("advisories %v", got.Advisories)
@@ -638,11 +649,11 @@ func TestThreat_B05_StatusesConverge(t *testing.T) {
 func TestLevelsAreChosenAsTheVendorChoosesThem(t *testing.T) {
 	upToDate := [16]uint8{3, 3, 2, 2, 4, 1, 0, 5}
 	verify := func(t *testing.T, p *platform, b tdx.ReportBody) (string, error) {
-		c, err := tdx.Verify(p.Quote(b), p.Collateral(), []tdx.Roots{p.Roots()}, tdxtest.At)
+		c, err := tdxtest.Verify(p.Quote(b), p.Collateral(), []attest.Roots{p.Roots()}, tdxtest.At)
 		if err != nil {
 			return "", err
 		}
-		return c.TCBStatus + "/" + c.ModuleStatus, nil
+		return c.TCBStatus + "/" + c.TDX.ModuleStatus, nil
 	}
 	t.Run("components 0 and 1 are the module's from version 1 on", func(t *testing.T) {
 		p := tdxtest.New(t)
@@ -736,7 +747,7 @@ func TestLevelsAreChosenAsTheVendorChoosesThem(t *testing.T) {
 // noticed ("fetched means verified", threats.md B06).
 func TestThreat_B06_EveryCollateralItemIsVerified(t *testing.T) {
 	p := tdxtest.New(t)
-	quote, roots := p.Quote(p.Body()), []tdx.Roots{p.Roots()}
+	quote, roots := p.Quote(p.Body()), []attest.Roots{p.Roots()}
 	for name, corrupt := range map[string]func(*collateral.TDX){
 		"pck_crl_issuer_chain":     func(c *collateral.TDX) { c.PCKCRLIssuerChain = garble(c.PCKCRLIssuerChain) },
 		"root_ca_crl":              func(c *collateral.TDX) { c.RootCACRL[len(c.RootCACRL)-1] ^= 1 },
@@ -749,11 +760,11 @@ func TestThreat_B06_EveryCollateralItemIsVerified(t *testing.T) {
 		"qe_identity_signature":    func(c *collateral.TDX) { c.QEIdentitySignature[63] ^= 1 },
 	} {
 		col := p.Collateral()
-		if _, err := tdx.Verify(quote, col, roots, tdxtest.At); err != nil {
+		if _, err := tdxtest.Verify(quote, col, roots, tdxtest.At); err != nil {
 			t.Fatal(err)
 		}
 		corrupt(&col)
-		if _, err := tdx.Verify(quote, col, roots, tdxtest.At); fault.Code(err) == "" {
+		if _, err := tdxtest.Verify(quote, col, roots, tdxtest.At); fault.Code(err) == "" {
 			t.Errorf("%s corrupted: err = %v", name, err)
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	pb "github.com/google/go-tdx-guest/proto/tdx"
 	"github.com/google/go-tdx-guest/verify"
 
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
@@ -50,7 +51,7 @@ func (g getter) Get(u string) (map[string][]string, []byte, error) {
 	}
 }
 
-func witness(quote []byte, col collateral.TDX, roots tdx.Roots, at time.Time) error {
+func witness(quote []byte, col collateral.TDX, roots attest.Roots, at time.Time) error {
 	pool := x509.NewCertPool()
 	for _, c := range roots.CA {
 		pool.AddCert(c)

@@ -27,6 +27,7 @@ import (
 	"time"
 
 	dstack "github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/collateral"
 )
@@ -267,8 +268,8 @@ func (p *Platform) Collateral() collateral.TDX {
 }
 
 // Roots returns the platform's root, of development trust.
-func (p *Platform) Roots() tdx.Roots {
-	return tdx.Roots{CA: []*x509.Certificate{p.Root.Cert}, Trust: dstack.TrustDevelopment}
+func (p *Platform) Roots() attest.Roots {
+	return attest.Roots{TEE: dstack.TDX, CA: []*x509.Certificate{p.Root.Cert}, Trust: dstack.TrustDevelopment}
 }
 
 // DevRoots returns root and collateral as a development roots file holds them.
@@ -424,3 +425,12 @@ func zeros(n int) string       { return hex.EncodeToString(make([]byte, n)) }
 
 // TB returns the test that the platform belongs to.
 func (p *Platform) TB() testing.TB { return p.t }
+
+// Verify is tdx.Verify of a bare quote.
+func Verify(quote []byte, col collateral.TDX, roots []attest.Roots, at time.Time, opt ...attest.Options) (*attest.Claims, error) {
+	in := attest.Input{Evidence: &attest.Evidence{TEE: dstack.TDX, Quote: quote}, Collateral: &collateral.Bundle{TDX: col}, Roots: roots, At: at}
+	if len(opt) > 0 {
+		in.Options = opt[0]
+	}
+	return tdx.Verify(in)
+}
