@@ -5,14 +5,20 @@ package cli
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
+	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/pelletier/go-toml/v2"
+
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest/tdx"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -23,117 +29,246 @@ import (
 )
 
 type verifyCmd struct {
-	Source      string `arg:"" help:"URL of a running app's agent, or a file of saved evidence."`
-	Lock        string `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
-	Compose     string `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
-	ComposeHash string `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
-	AppID       string `name:"app-id" help:"App id to expect. It does not pin what runs: give a compose hash as well." placeholder:"HEX"`
-	Image       string `help:"OS image release directory to expect; its registers are computed from its files." placeholder:"DIR"`
-	OSImageHash string `name:"os-image-hash" help:"OS image hash to expect." placeholder:"HEX"`
-	ReportData  string `help:"Report data to expect, instead of the nonce's envelope (saved evidence)." placeholder:"HEX"`
-	Nonce       string `help:"Nonce to send, or that saved evidence must answer; random by default." placeholder:"HEX"`
-	DevRoots    string `help:"Accept the public roots of a development TEE for this run: trust is then development." placeholder:"FILE"`
-	Collateral  string `help:"Collateral for the quote (upstream's JSON), instead of what the evidence carries." placeholder:"FILE"`
-	Save        string `help:"Write the evidence to a file, to be verified again or by others." placeholder:"FILE"`
+	Source string `arg:"" help:"URL of a running app's agent, host:port that serves an RA-TLS certificate, or a file: evidence of any kind, binary, hex or base64 ('-' for standard input)."`
+
+	Tee      string `help:"What the file is, when looking at it does not tell: tdx, sev-snp, cca, tpm, nitro, nitro-tpm, or dstack (a container or reply)." enum:",tdx,sev-snp,cca,tpm,nitro,nitro-tpm,dstack" default:"" placeholder:"KIND"`
+	EventLog string `name:"event-log" help:"Event log that belongs to a bare quote: JSON, or a binary CCEL." placeholder:"FILE"`
+
+	Lock        string   `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
+	Compose     string   `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
+	ComposeHash string   `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
+	AppID       string   `name:"app-id" help:"App id to expect. It does not pin what runs: give a compose hash as well." placeholder:"HEX"`
+	InstanceID  string   `name:"instance-id" help:"Instance to expect." placeholder:"HEX"`
+	Image       string   `help:"OS image release directory to expect; its registers are computed from its files." placeholder:"DIR"`
+	OSImageHash string   `name:"os-image-hash" help:"OS image hash to expect." placeholder:"HEX"`
+	ReportData  string   `help:"Report data to expect, instead of the nonce's envelope (saved evidence)." placeholder:"HEX"`
+	Nonce       string   `help:"Nonce to send, or that saved evidence must answer; random by default." placeholder:"HEX"`
+	Policy      string   `help:"What to accept: a policy in TOML or JSON (docs/policy.md), or signature-only." placeholder:"FILE"`
+	At          string   `help:"Time at which to verify, RFC 3339; now by default." placeholder:"TIME"`
+	DevRoots    string   `help:"Accept the public roots of a development TEE for this run: trust is then development." placeholder:"FILE"`
+	TrustAnchor []string `name:"trust-anchor" help:"Public key of an Arm CCA platform (PEM or JWK) that you vouch for: trust is then caller." placeholder:"FILE"`
+
+	Collateral string `help:"Collateral: a directory of certificates and CRLs (DER or PEM, any names), or a JSON bundle; instead of fetching or of what the evidence carries." placeholder:"DIR|FILE"`
+	Offline    bool   `help:"Fetch nothing."`
+	PCCS       string `name:"pccs" help:"Where to fetch TDX collateral: Intel's service, or a cache of it." placeholder:"URL"`
+	KDS        string `name:"kds" help:"Where to fetch SEV-SNP certificates: AMD's service, or a cache of it." placeholder:"URL"`
+	Save       string `help:"Write the evidence to a file, to be verified again or by others." placeholder:"FILE"`
+	SaveBundle string `name:"save-bundle" help:"Write evidence and collateral to one file, to be verified offline." placeholder:"FILE"`
 }
 
 func (c *verifyCmd) Run(a *app) error {
 	at := time.Now().UTC()
-	var (
-		ref   verifier.Reference
-		pol   = verifier.Policy{AcceptedTCB: []string{"UpToDate"}}
-		fresh verifier.Freshness
-		src   *verifier.Source
-		err   error
-	)
-	if fresh.Nonce, err = c.nonce(); err != nil {
+	if c.At != "" {
+		t, err := time.Parse(time.RFC3339, c.At)
+		if err != nil {
+			return usage("--at must be a time such as 2026-01-31T12:00:00Z")
+		}
+		at = t.UTC()
+	}
+	req := verifier.Request{At: at, Roots: verifier.VendorRoots()}
+	pol, err := c.policy()
+	if err != nil {
+		return err
+	}
+	req.Policy = *pol
+	if req.Freshness.Nonce, err = c.nonce(); err != nil {
 		return err
 	}
 	if c.ReportData != "" {
-		rd, err := dstack.ParseReportData(c.ReportData)
-		if err != nil {
-			return usage("--report-data: %v", err)
-		}
-		fresh.ReportData = &rd
-	}
-
-	if strings.HasPrefix(c.Source, "http://") || strings.HasPrefix(c.Source, "https://") {
-		a.step("ask %s with nonce %s…", c.Source, hex.EncodeToString(fresh.Nonce)[:16])
-		raw, spki, err := channel.FetchEvidence(a.ctx, c.Source, fresh.Nonce)
-		if err != nil {
-			return err
-		}
-		fresh.ConnectionSPKI = spki
-		pol.RequireFresh = true
-		if c.Save != "" {
-			if err := os.WriteFile(c.Save, raw, 0o644); err != nil {
-				return fault.Wrap(err, "save", "save the evidence")
-			}
-		}
-		if src, err = verifier.ParseSource(raw); err != nil {
-			return err
-		}
-	} else {
-		raw, err := readLimited(c.Source, 16<<20)
-		if err != nil {
-			return err
-		}
-		if src, err = verifier.ParseSource(raw); err != nil {
-			return err
-		}
-		if c.Nonce == "" {
-			fresh.Nonce = nil // nothing was asked of it now
+		if req.Freshness.ReportData, err = hex.DecodeString(c.ReportData); err != nil || len(req.Freshness.ReportData) > dstack.ReportDataSize {
+			return usage("--report-data must be up to 128 hexadecimal digits")
 		}
 	}
-
-	roots := []tdx.Roots{tdx.VendorRoots()}
-	var col *collateral.TDX
-	if c.DevRoots != "" {
-		raw, err := readLimited(c.DevRoots, 4<<20)
-		if err != nil {
-			return err
-		}
-		dev, err := collateral.ParseDevRoots(raw)
-		if err != nil {
-			return err
-		}
-		devRoots, err := tdx.DevelopmentRoots(dev)
-		if err != nil {
-			return err
-		}
-		roots = append(roots, devRoots)
-		col = &dev.TDX
-		pol.DevRoots = true
-	}
-	if c.Collateral != "" {
-		raw, err := readLimited(c.Collateral, 4<<20)
-		if err != nil {
-			return err
-		}
-		if col, err = collateral.ParseTDX(raw); err != nil {
-			return err
-		}
-	}
-	if err := c.reference(&ref, src); err != nil {
+	dev, err := c.anchors(&req)
+	if err != nil {
 		return err
 	}
 
-	verdict := verifier.Appraise(*src, roots, col, ref, pol, fresh, at)
+	raw, src, err := c.obtain(a, &req)
+	if err != nil {
+		return err
+	}
+	if src == nil { // obtained, and not evidence
+		return a.verdict(verifier.Refuse(raw.err, pol.Scope, at))
+	}
+	req.Source = *src
+	if err := c.reference(&req.Reference, src); err != nil {
+		return err
+	}
+	if err := c.collateral(a, &req, dev); err != nil {
+		return err
+	}
+	verdict := verifier.Appraise(req)
+	if err := c.raiseFloor(a, verdict); err != nil {
+		return err
+	}
+	if c.SaveBundle != "" {
+		if err := saveBundle(c.SaveBundle, raw.data, req.Collateral); err != nil {
+			return err
+		}
+	}
+	return a.verdict(verdict)
+}
+
+// verdict prints one and turns it into an exit code.
+func (a *app) verdict(v *verifier.Verdict) error {
 	if a.json {
-		if err := a.result(verdict); err != nil {
+		if err := a.result(v); err != nil {
 			return err
 		}
 	} else {
-		a.printf("%s", verdict.String())
+		a.printf("%s", v.String())
 	}
 	switch {
-	case verdict.Accepted:
+	case v.Accepted:
 		return nil
-	case verdict.Undecided:
+	case v.Undecided:
 		return exitError(exitUndecided)
 	default:
 		return exitError(exitFailed)
 	}
+}
+
+func (c *verifyCmd) policy() (*verifier.Policy, error) {
+	switch c.Policy {
+	case "":
+		p := verifier.DefaultPolicy()
+		return &p, nil
+	case "signature-only":
+		p := verifier.SignaturePolicy()
+		return &p, nil
+	}
+	raw, err := readLimited(c.Policy, 1<<20)
+	if err != nil {
+		return nil, err
+	}
+	if strings.EqualFold(filepath.Ext(c.Policy), ".toml") {
+		var tree map[string]any
+		if err := toml.Unmarshal(raw, &tree); err != nil {
+			return nil, fault.Wrap(err, "policy_malformed", "%s is not TOML", c.Policy).WithFix("docs/policy.md lists the keys")
+		}
+		if raw, err = json.Marshal(tree); err != nil {
+			return nil, fault.Wrap(err, "policy_malformed", "%s", c.Policy)
+		}
+	}
+	return verifier.ParsePolicy(raw)
+}
+
+// anchors adds the roots that the caller vouches for. The collateral that comes
+// with development roots is returned.
+func (c *verifyCmd) anchors(req *verifier.Request) (*collateral.Bundle, error) {
+	for _, path := range c.TrustAnchor {
+		raw, err := readLimited(path, 1<<20)
+		if err != nil {
+			return nil, err
+		}
+		_, keys, err := collateral.FromFiles(map[string][]byte{path: raw})
+		if err != nil {
+			return nil, err
+		}
+		if len(keys) == 0 {
+			return nil, fault.New("trust_anchor", "%s holds no public key", path).WithFix("give a PEM PUBLIC KEY or a JWK")
+		}
+		req.Roots = append(req.Roots, callerKeys(keys))
+	}
+	if c.DevRoots == "" {
+		return nil, nil
+	}
+	raw, err := readLimited(c.DevRoots, collateral.MaxBundle)
+	if err != nil {
+		return nil, err
+	}
+	dev, err := collateral.ParseDevRoots(raw)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := verifier.DevelopmentRoots(dev)
+	if err != nil {
+		return nil, err
+	}
+	req.Roots = append(req.Roots, roots...)
+	req.Policy.DevRoots = true
+	return dev.Bundle(), nil
+}
+
+func callerKeys(keys []collateral.NamedKey) attest.Roots {
+	r := attest.Roots{TEE: dstack.CCA, Trust: dstack.TrustCaller}
+	for _, k := range keys {
+		r.Keys = append(r.Keys, attest.RootKey{Name: k.Name, Key: k.Key})
+	}
+	return r
+}
+
+// obtained is what came from the source, before it was read.
+type obtained struct {
+	data []byte
+	err  error
+}
+
+// obtain gets the evidence: from a URL, an RA-TLS endpoint or a file. A nil source
+// without an error means that what came is no evidence; obtained.err says why.
+func (c *verifyCmd) obtain(a *app, req *verifier.Request) (obtained, *verifier.Source, error) {
+	var raw []byte
+	var err error
+	switch {
+	case strings.HasPrefix(c.Source, "http://"), strings.HasPrefix(c.Source, "https://"):
+		if c.Offline {
+			return obtained{}, nil, usage("--offline verifies files: %s would have to be asked", c.Source)
+		}
+		a.step("ask %s with nonce %s…", c.Source, hex.EncodeToString(req.Freshness.Nonce)[:16])
+		raw, req.Freshness.ConnectionSPKI, err = channel.FetchEvidence(a.ctx, c.Source, req.Freshness.Nonce)
+		req.Policy.Evidence.RequireFresh = true
+	case isHostPort(c.Source):
+		if c.Offline {
+			return obtained{}, nil, usage("--offline verifies files: %s would have to be asked", c.Source)
+		}
+		a.step("connect to %s for its RA-TLS certificate", c.Source)
+		raw, req.Freshness.ConnectionSPKI, err = channel.FetchCertificate(a.ctx, c.Source)
+		req.Freshness.Nonce = nil // a certificate answers none
+	case c.Source == "-":
+		raw, err = io.ReadAll(io.LimitReader(a.in, verifier.MaxSource+1))
+	default:
+		raw, err = readLimited(c.Source, verifier.MaxSource)
+	}
+	if err != nil {
+		return obtained{}, nil, err
+	}
+	if c.Nonce == "" && req.Freshness.ConnectionSPKI == nil && !req.Policy.Evidence.RequireFresh {
+		req.Freshness.Nonce = nil // nothing was asked of it now
+	}
+	if c.Save != "" {
+		if err := os.WriteFile(c.Save, raw, 0o644); err != nil {
+			return obtained{}, nil, fault.Wrap(err, "save", "save the evidence")
+		}
+	}
+	src, err := verifier.ReadEvidence(raw, c.Tee)
+	if err != nil {
+		return obtained{err: err}, nil, nil
+	}
+	if c.EventLog != "" {
+		text, err := readLimited(c.EventLog, 16<<20)
+		if err != nil {
+			return obtained{}, nil, err
+		}
+		events, err := verifier.ReadEventLog(text)
+		if err == nil {
+			err = src.AddEventLog(events)
+		}
+		if err != nil {
+			return obtained{err: err}, nil, nil
+		}
+	}
+	return obtained{data: raw}, src, nil
+}
+
+// isHostPort tells an address from the name of a file.
+func isHostPort(s string) bool {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil || host == "" || port == "" || strings.ContainsAny(s, `/\`) {
+		return false
+	}
+	_, err = os.Lstat(s)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func (c *verifyCmd) nonce() ([]byte, error) {
@@ -179,6 +314,13 @@ func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) err
 		}
 		ref.AddAppID(id, "--app-id")
 	}
+	if c.InstanceID != "" {
+		id, err := dstack.ParseInstanceID(c.InstanceID)
+		if err != nil {
+			return usage("--instance-id: %v", err)
+		}
+		ref.AddInstanceID(id, "--instance-id")
+	}
 	if c.OSImageHash != "" {
 		h, err := dstack.ParseImageHash(c.OSImageHash)
 		if err != nil {
@@ -200,7 +342,7 @@ func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) err
 			return err
 		}
 		ref.AddImage(img.Hash, m, "--image "+c.Image)
-		ref.DevImage, ref.Firmware = &img.Metadata.IsDev, img.Metadata.Firmware
+		ref.DevImage, ref.Firmware, ref.OSEpoch = &img.Metadata.IsDev, img.Metadata.Firmware, &img.Metadata.SecurityEpoch
 	}
 	return nil
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
+	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
 	"github.com/dstack-go/dstack/manifest"
@@ -53,7 +54,7 @@ func TestBaselineIsAccepted(t *testing.T) {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	var anchored []string
-	for _, a := range v.Anchored {
+	for _, a := range v.Anchors {
 		anchored = append(anchored, a.What)
 	}
 	if diff := cmp.Diff([]string{"TEE quote", "compose_hash", "app_id", "launch registers", "os_image_hash"}, anchored); diff != "" {
@@ -177,41 +178,41 @@ func mutations(t *testing.T) []mutation {
 		{"a TCB that is out of date", "tcb_status", func(g *guest, r *request) {
 			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
 			c := g.platform.Collateral()
-			r.col = &c
+			r.col = &collateral.Bundle{TDX: c}
 		}, nil},
 		{"an advisory that is denied", "advisory_denied", func(g *guest, r *request) {
 			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
 			c := g.platform.Collateral()
-			r.col = &c
-			r.pol.AcceptedTCB = append(r.pol.AcceptedTCB, "OutOfDate")
-			r.pol.DeniedAdvisories = []string{"INTEL-SA-00001"}
+			r.col = &collateral.Bundle{TDX: c}
+			r.pol.TCB.Accept = append(r.pol.TCB.Accept, "OutOfDate")
+			r.pol.Advisories.Deny = []string{"INTEL-SA-00001"}
 		}, nil},
-		{"collateral below the floor", "tcb_evaluation_low", func(g *guest, r *request) { r.pol.MinTCBEvaluation = 19 }, nil},
-		{"a processor family that is denied", "platform_denied", func(g *guest, r *request) { r.pol.DeniedFMSPC = []string{"90c06f000000"} }, nil},
+		{"collateral below the floor", "tcb_evaluation_low", func(g *guest, r *request) { r.pol.TCB.MinEvaluation = 19 }, nil},
+		{"a processor family that is denied", "platform_denied", func(g *guest, r *request) { r.pol.TDX.DenyFMSPC = []string{"90c06f000000"} }, nil},
 		{"a machine that is not listed", "device_not_allowed", func(g *guest, r *request) { r.pol.Devices = []dstack.DeviceID{{1}} }, nil},
 
 		// Roots and collateral.
 		{"no roots", "no_roots", func(g *guest, r *request) { r.roots = nil }, nil},
-		{"vendor roots only", "unknown_root", func(g *guest, r *request) { r.roots = []tdx.Roots{tdx.VendorRoots()} }, nil},
+		{"vendor roots only", "unknown_root", func(g *guest, r *request) { r.roots = []attest.Roots{tdx.VendorRoots()} }, nil},
 		{"development roots that the policy does not allow", "unknown_root", func(g *guest, r *request) { r.pol.DevRoots = false }, nil},
 		{"roots and collateral of another installation", "unknown_root", func(g *guest, r *request) {
 			q := tdxtest.New(t)
 			c := q.Collateral()
-			r.roots, r.col = []tdx.Roots{q.Roots()}, &c
+			r.roots, r.col = []attest.Roots{q.Roots()}, &collateral.Bundle{TDX: c}
 		}, nil},
 		{"expired collateral", "crl_expired", func(g *guest, r *request) { r.at = tdxtest.NextUpdate.Add(time.Hour) }, nil},
 		{"collateral without a revocation list", "crl_missing", func(g *guest, r *request) { r.col.PCKCRL = nil }, nil},
 		{"a revoked platform", "pck_revoked", func(g *guest, r *request) {
 			g.platform.PCKCRL.Revoked = append(g.platform.PCKCRL.Revoked, new(big.Int).Set(g.platform.PCK.Cert.SerialNumber))
 			c := g.platform.Collateral()
-			r.col = &c
+			r.col = &collateral.Bundle{TDX: c}
 		}, nil},
 		{"B03: a revoked platform that brings collateral from before", "pck_revoked", func(g *guest, r *request) {
 			before := g.platform.Collateral()
-			g.edit.source = func(s *Source) { s.Collateral = &before }
+			g.edit.source = func(s *Source) { s.Collateral = &collateral.Bundle{TDX: before} }
 			g.platform.PCKCRL.Revoked = append(g.platform.PCKCRL.Revoked, new(big.Int).Set(g.platform.PCK.Cert.SerialNumber))
 			c := g.platform.Collateral()
-			r.col = &c
+			r.col = &collateral.Bundle{TDX: c}
 		}, nil},
 
 		// The quote.
@@ -241,7 +242,7 @@ func mutations(t *testing.T) []mutation {
 		}, nil},
 		{"evidence that is not fresh, where the policy wants it", "freshness_none", func(g *guest, r *request) {
 			r.fresh.Nonce = nil
-			r.pol.RequireFresh = true
+			r.pol.Evidence.RequireFresh = true
 		}, nil},
 		{"another connection than the instance serves", "spki_mismatch", func(g *guest, r *request) { r.fresh.ConnectionSPKI = []byte("a proxy's key") }, nil},
 		{"another connection, added to the served keys", "spki_mismatch", func(g *guest, r *request) {
@@ -260,7 +261,7 @@ func mutations(t *testing.T) []mutation {
 		{"a container that claims other report data", "report_data_mismatch", func(g *guest, r *request) {
 			g.edit.evidence = func(e *attest.Evidence) { e.ReportData[0] ^= 1 }
 		}, nil},
-		{"report data other than demanded", "report_data_mismatch", func(g *guest, r *request) { r.fresh.ReportData = &dstack.ReportData{1} }, nil},
+		{"report data other than demanded", "report_data_mismatch", func(g *guest, r *request) { r.fresh.ReportData = make([]byte, 64) }, nil},
 		{"a channel key that init did not commit", "channel_key_uncommitted", func(g *guest, r *request) { g.edit.runtime = without(eventlog.SystemChannelKey) }, nil},
 		{"a channel key other than init committed", "channel_key_mismatch", func(g *guest, r *request) {
 			g.edit.runtime = func(l []eventlog.Event) []eventlog.Event {
@@ -431,12 +432,12 @@ func mutations(t *testing.T) []mutation {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			dev := true
-			r.roots, r.ref.DevImage = []tdx.Roots{roots}, &dev
+			r.roots, r.ref.DevImage = []attest.Roots{roots}, &dev
 		}, nil},
 		{"a development image under production roots, by the lock's name", "dev_image", func(g *guest, r *request) {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
-			r.roots = []tdx.Roots{roots}
+			r.roots = []attest.Roots{roots}
 			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.registers(), Image: "dstack-sim-0.1"}, "lock file")
 		}, nil},
 	}
@@ -483,23 +484,23 @@ func TestPolicyMayAllow(t *testing.T) {
 			g.edit.body = func(b *tdx.ReportBody) { b.TDAttributes[0] |= 1 }
 			r.pol.AllowDebug = true
 		}},
-		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.AllowNoMRConfig = true }},
+		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.TDX.AllowNoMRConfig = true }},
 		{"images_unpinned", func(g *guest, r *request) {
 			d := draft()
 			d.ImagePolicy = ""
 			remanifest(g, r, d)
-			r.pol.AllowUnpinnedImages = true
+			r.pol.Workload.AllowUnpinnedImages = true
 		}},
 		{"image_unanchored", func(g *guest, r *request) {
 			r.ref = Reference{ComposeHashes: []dstack.ComposeHash{g.composeHash()}}
-			r.pol.AllowUnanchoredImage = true
+			r.pol.Image.AllowUnanchored = true
 		}},
 		{"dev_image", func(g *guest, r *request) {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			dev := true
-			r.roots, r.ref.DevImage = []tdx.Roots{roots}, &dev
-			r.pol.AllowDevImage = true
+			r.roots, r.ref.DevImage = []attest.Roots{roots}, &dev
+			r.pol.Image.AllowDev = true
 		}},
 		{"channel_unbound", func(g *guest, r *request) {
 			g.edit.envelope = func() dstack.ReportData { return binding.Envelope(g.nonce, nil, g.app, g.instance) }
@@ -542,7 +543,7 @@ func TestAccepted(t *testing.T) {
 		"report data as demanded": func(g *guest, r *request) {
 			want := dstack.ReportData{1, 2, 3}
 			g.edit.envelope = func() dstack.ReportData { return want }
-			r.fresh = Freshness{ReportData: &want}
+			r.fresh = Freshness{ReportData: want[:]}
 		},
 		"a document that is not carried": func(g *guest, r *request) { g.carry = false },
 		"a document with every field": func(g *guest, r *request) {
@@ -647,7 +648,7 @@ func TestThreat_B10_MintedImageHashIsSelfConsistentOnly(t *testing.T) {
 	r := g.request()
 	r.ref = Reference{ComposeHashes: []dstack.ComposeHash{g.composeHash()}, ImageHashes: []dstack.ImageHash{genuine}}
 	v := r.appraise(g.evidence())
-	if !v.Accepted || !slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "os_image_hash" && a.Value == genuine.String() }) {
+	if !v.Accepted || !slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "os_image_hash" && a.Value == genuine.String() }) {
 		t.Fatal("the genuine image, expected by its hash:", show(v))
 	}
 
@@ -663,7 +664,7 @@ func TestThreat_B10_MintedImageHashIsSelfConsistentOnly(t *testing.T) {
 	if v.Accepted || !v.Has(Error, "image_unanchored") {
 		t.Error("a minted hash without an expected one:", show(v))
 	}
-	for _, a := range v.Anchored {
+	for _, a := range v.Anchors {
 		if a.What == "os_image_hash" || a.What == "launch registers" {
 			t.Errorf("%+v is anchored", a)
 		}
@@ -765,10 +766,10 @@ func TestRefusedEvidenceMakesNoClaims(t *testing.T) {
 		if strings.HasPrefix(m.code, "mr_config") && slices.ContainsFunc(v.SelfConsistent, func(a Anchor) bool { return a.What == "launch commitment" }) {
 			t.Errorf("%s: the launch commitment is shown as kept%s", m.name, show(v))
 		}
-		if slices.Contains(registerCodes, m.code) && slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "os_image_hash" || a.What == "launch registers" }) {
+		if slices.Contains(registerCodes, m.code) && slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "os_image_hash" || a.What == "launch registers" }) {
 			t.Errorf("%s: the image is shown as anchored%s", m.name, show(v))
 		}
-		if m.code == "compose_hash_mismatch" && slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "compose_hash" }) {
+		if m.code == "compose_hash_mismatch" && slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "compose_hash" }) {
 			t.Errorf("%s: the compose hash is shown as anchored%s", m.name, show(v))
 		}
 	}
@@ -809,7 +810,7 @@ func TestThreat_B12_AppIDAloneAcceptsNothing(t *testing.T) {
 func TestThreat_B14_SimulatedEvidenceUnderProductionRoots(t *testing.T) {
 	g := newGuest(t)
 	r := g.request()
-	r.roots, r.pol.DevRoots = []tdx.Roots{tdx.VendorRoots()}, false
+	r.roots, r.pol.DevRoots = []attest.Roots{tdx.VendorRoots()}, false
 	v := r.appraise(g.evidence())
 	if v.Accepted || !cmp.Equal(v.errors(), []string{"unknown_root"}) || v.Claims != nil || v.Trust != dstack.TrustProduction {
 		t.Error(show(v))
@@ -938,8 +939,8 @@ func TestUpstreamEvidence(t *testing.T) {
 	}
 	at := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 	src := Source{Version: 1, Container: raw}
-	pol := Policy{AcceptedTCB: []string{"UpToDate"}}
-	v := Appraise(src, []tdx.Roots{tdx.VendorRoots()}, nil, Reference{}, pol, Freshness{}, at)
+	pol := Policy{TCB: TCBPolicy{Accept: []string{"UpToDate"}}}
+	v := Appraise(Request{Source: src, Roots: VendorRoots(), Policy: pol, At: at})
 	if v.Accepted || !v.Undecided || !cmp.Equal(v.errors(), []string{"collateral_missing"}) {
 		t.Error(show(v))
 	}
@@ -959,13 +960,17 @@ func TestUpstreamEvidence(t *testing.T) {
 	}
 	body := q.Body()
 	a := &appraisal{src: &src, ref: &Reference{}, pol: pol, ev: ev, v: &Verdict{Freshness: FreshNone, Channel: ChannelNone, At: at}, claims: &attest.Claims{
-		TEE: dstack.TDX, Trust: dstack.TrustProduction, MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID, ReportData: body.ReportData, TCBStatus: "UpToDate",
+		TEE: dstack.TDX, Trust: dstack.TrustProduction, ReportData: body.ReportData[:], TCBStatus: "UpToDate",
+		TDX: &attest.TDX{MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID},
 	}}
-	if !a.eventLog() {
+	if a.eventLog(); a.id == nil {
 		t.Fatal(show(a.v))
 	}
-	a.manifest()
+	if a.cfg, err = parseConfig(ev.Config); err != nil {
+		t.Fatal(err)
+	}
 	a.launchCommitment()
+	a.manifest()
 	a.binding()
 	a.workload()
 	a.image()
@@ -1034,7 +1039,7 @@ func FuzzParseSource(f *testing.F) {
 			}
 			return
 		}
-		v := Appraise(*s, []tdx.Roots{tdx.VendorRoots()}, nil, Reference{}, Policy{AcceptedTCB: []string{"UpToDate"}}, Freshness{}, testTime)
+		v := Appraise(Request{Source: *s, Roots: VendorRoots(), Policy: DefaultPolicy(), At: testTime})
 		if v.Accepted {
 			t.Fatal(show(v))
 		}

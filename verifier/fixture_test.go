@@ -172,8 +172,8 @@ func (g *guest) evidence() Source {
 
 // request is what the caller brings to one appraisal.
 type request struct {
-	roots []tdx.Roots
-	col   *collateral.TDX
+	roots []attest.Roots
+	col   *collateral.Bundle
 	ref   Reference
 	pol   Policy
 	fresh Freshness
@@ -184,8 +184,8 @@ type request struct {
 func (g *guest) request() *request {
 	col := g.platform.Collateral()
 	r := &request{
-		roots: []tdx.Roots{g.platform.Roots(), tdx.VendorRoots()}, col: &col, at: testTime,
-		pol:   Policy{AcceptedTCB: []string{"UpToDate"}, DevRoots: true},
+		roots: []attest.Roots{g.platform.Roots(), tdx.VendorRoots()}, col: &collateral.Bundle{TDX: col}, at: testTime,
+		pol:   Policy{TCB: TCBPolicy{Accept: []string{"UpToDate"}}, DevRoots: true},
 		fresh: Freshness{Nonce: bytes.Clone(g.nonce), ConnectionSPKI: bytes.Clone(g.spki)},
 	}
 	r.ref.AddComposeHash(g.composeHash(), "--compose-hash")
@@ -195,7 +195,7 @@ func (g *guest) request() *request {
 }
 
 func (r *request) appraise(src Source) *Verdict {
-	return Appraise(src, r.roots, r.col, r.ref, r.pol, r.fresh, r.at)
+	return Appraise(Request{Source: src, Roots: r.roots, Collateral: r.col, Reference: r.ref, Policy: r.pol, Freshness: r.fresh, At: r.at})
 }
 
 func (v *Verdict) errors() []string {

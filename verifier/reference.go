@@ -29,16 +29,32 @@ type Reference struct {
 	DevImage *bool
 	Firmware string
 
+	// OSEpoch is the security epoch of the expected image; nil when unknown.
+	OSEpoch *int
+
 	added []expectation
 }
 
 // expectation is one party's word.
 type expectation struct {
-	origin  string
-	compose []dstack.ComposeHash
-	app     *dstack.AppID
-	images  []dstack.ImageHash
-	tdx     *measure.TDX
+	origin   string
+	compose  []dstack.ComposeHash
+	app      *dstack.AppID
+	instance *dstack.InstanceID
+	images   []dstack.ImageHash
+	tdx      *measure.TDX
+}
+
+// addPolicy expects what a policy says of the workload.
+func (r *Reference) addPolicy(w WorkloadPolicy) {
+	if len(w.ComposeHashes) > 0 || w.AppID != nil || w.InstanceID != nil || len(w.ImageHashes) > 0 {
+		r.added = append(slices.Clone(r.added), expectation{origin: "the policy", compose: w.ComposeHashes, app: w.AppID, instance: w.InstanceID, images: w.ImageHashes})
+	}
+}
+
+// AddInstanceID expects one instance of an app.
+func (r *Reference) AddInstanceID(id dstack.InstanceID, origin string) {
+	r.added = append(r.added, expectation{origin: origin, instance: &id})
 }
 
 // AddComposeHash expects a workload.

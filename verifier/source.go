@@ -6,7 +6,10 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"time"
 
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/collateral"
@@ -26,24 +29,50 @@ const (
 )
 
 // Source is what was obtained from an instance: the reply of its attest endpoint,
-// which is also the form of a saved evidence file. In JSON, bytes are lowercase
-// hexadecimal. All of it is attacker-controlled.
+// which is also the form of a saved evidence file, or what ReadEvidence made of
+// evidence in another form. In JSON, bytes are lowercase hexadecimal. All of it is
+// attacker-controlled.
 type Source struct {
-	Version     int             // 1
-	Container   []byte          // V0 or V1 container (attestation.md §7)
-	Manifest    string          // text of app-compose.json; empty when unknown
-	Nonce       []byte          // the nonce that was answered; empty for upstream's evidence
-	ServedSPKIs [][]byte        // DER SPKIs of the certificates that the instance serves
-	Collateral  *collateral.TDX // optional; used only when the caller has none
+	Version     int                // 1
+	Container   []byte             // V0 or V1 container (attestation.md §7)
+	Manifest    string             // text of app-compose.json; empty when unknown
+	Nonce       []byte             // the nonce that was answered; empty for upstream's evidence
+	ServedSPKIs [][]byte           // DER SPKIs of the certificates that the instance serves
+	Collateral  *collateral.Bundle // optional; used only when the caller has none
+
+	// Evidence is bare evidence, in place of Container. It has no JSON form.
+	Evidence *attest.Evidence
+	// RATLS is the DER SPKI of the RA-TLS certificate that carried the evidence, and
+	// Issued the start of that certificate's validity; nil and zero otherwise.
+	RATLS  []byte
+	Issued time.Time
+}
+
+// decode returns the evidence, unverified.
+func (s *Source) decode() (*attest.Evidence, error) {
+	if s.Evidence != nil {
+		e := *s.Evidence
+		return &e, nil
+	}
+	return container.Decode(s.Container)
+}
+
+// TEE returns the kind of TEE that the evidence claims to be of.
+func (s *Source) TEE() (dstack.TEE, error) {
+	e, err := s.decode()
+	if err != nil {
+		return "", err
+	}
+	return e.TEE, nil
 }
 
 type sourceJSON struct {
-	Version     int              `json:"version"`
-	Container   collateral.Hex   `json:"container"`
-	Manifest    string           `json:"manifest"`
-	Nonce       collateral.Hex   `json:"nonce"`
-	ServedSPKIs []collateral.Hex `json:"served_spkis"`
-	Collateral  *collateral.TDX  `json:"collateral,omitempty"`
+	Version     int                `json:"version"`
+	Container   collateral.Hex     `json:"container"`
+	Manifest    string             `json:"manifest"`
+	Nonce       collateral.Hex     `json:"nonce"`
+	ServedSPKIs []collateral.Hex   `json:"served_spkis"`
+	Collateral  *collateral.Bundle `json:"collateral,omitempty"`
 }
 
 // MarshalJSON writes the wire form.
@@ -95,7 +124,9 @@ func (s *Source) check() error {
 		return fault.New("evidence_too_large", "%s of the evidence: %d, more than %d", what, n, limit)
 	}
 	switch {
-	case len(s.Container) == 0:
+	case s.Evidence != nil && len(s.Evidence.Quote) > attest.MaxQuote:
+		return large("bytes of the evidence", len(s.Evidence.Quote), attest.MaxQuote)
+	case len(s.Container) == 0 && s.Evidence == nil:
 		return fault.New("evidence_malformed", "the evidence holds no container")
 	case len(s.Container) > container.MaxSize:
 		return large("bytes of the container", len(s.Container), container.MaxSize)
@@ -120,7 +151,7 @@ func (s *Source) check() error {
 // VMConfig returns the shape of the VM as the evidence claims it. The host chose
 // it; registers computed for it still have to match those of the quote.
 func (s *Source) VMConfig() (measure.VMConfig, error) {
-	ev, err := container.Decode(s.Container)
+	ev, err := s.decode()
 	if err != nil {
 		return measure.VMConfig{}, err
 	}

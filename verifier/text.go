@@ -11,8 +11,9 @@ import (
 	"github.com/dstack-go/dstack"
 )
 
-// String returns the verdict for people. The first line is "trust: development"
-// or "trust: production", the second begins with ACCEPTED, REFUSED or UNDECIDED.
+// String returns the verdict for people. The first line says the trust, such as
+// "trust: development", after the scope where that is signature only; the second
+// begins with ACCEPTED, REFUSED or UNDECIDED.
 func (v *Verdict) String() string {
 	var b strings.Builder
 	line := func(format string, args ...any) {
@@ -23,7 +24,11 @@ func (v *Verdict) String() string {
 	if trust == "" {
 		trust = dstack.TrustProduction
 	}
-	line("trust: %s", trust)
+	if v.Scope == ScopeSignature {
+		line("scope: signature, chain and collateral only; trust: %s", trust)
+	} else {
+		line("trust: %s", trust)
+	}
 	switch {
 	case v.Accepted:
 		line("ACCEPTED")
@@ -40,7 +45,7 @@ func (v *Verdict) String() string {
 		line("  compose   %s", w.ComposeHash)
 		if w.OSImageHash != "" {
 			word := " (only the guest's word)"
-			if slices.ContainsFunc(v.Anchored, func(a Anchor) bool { return a.What == "os_image_hash" && a.Value == w.OSImageHash }) {
+			if slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "os_image_hash" && a.Value == w.OSImageHash }) {
 				word = ""
 			}
 			line("  OS image  %s%s", w.OSImageHash, word)
@@ -48,6 +53,9 @@ func (v *Verdict) String() string {
 	}
 	if c := v.Claims; c != nil {
 		line("  TEE       %s, TCB %s, signed under %s", c.TEE, c.TCBStatus, c.Root)
+	}
+	if p := v.Platform; p != nil && p.DeviceScheme != "" {
+		line("  machine   %s, device id %s (%s)", p.Product, p.DeviceID, p.DeviceScheme)
 	}
 	line("  fresh     %s, channel %s, at %s", v.Freshness, v.Channel, v.At.Format("2006-01-02 15:04:05 UTC"))
 	for _, level := range []Level{Error, Warning, Info} {
@@ -69,7 +77,7 @@ func (v *Verdict) String() string {
 			line("  %s %s (%s)", a.What, a.Value, a.Origin)
 		}
 	}
-	section("anchored", v.Anchored)
+	section("anchored", v.Anchors)
 	section("self-consistent only", v.SelfConsistent)
 	if len(v.Assumptions) > 0 {
 		line("still trusted:")

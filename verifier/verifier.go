@@ -17,10 +17,12 @@
 // never as anchored, and by itself accepts nothing (threats.md B10).
 //
 // A verdict has three outcomes. It is accepted when no finding is an error. It is
-// undecided when the only errors are inputs that are missing (no collateral, or a
-// kind of TEE that this version does not verify). Otherwise it is refused. The
+// undecided when the only errors are inputs that are missing (no collateral, no
+// event log). Otherwise it is refused. The
 // zero [Policy] refuses everything (B04), and without an expected workload
-// nothing is accepted: an app id alone does not say what runs (B12).
+// nothing is accepted: an app id alone does not say what runs (B12). A policy of
+// scope signature judges signature, chain and collateral alone, and its verdict
+// says so first.
 //
 // Implements design.md §4, attestation.md §4 to §7, measurement.md §3 to §5 and
 // threats.md §2.
@@ -31,6 +33,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
+	"github.com/dstack-go/dstack/collateral"
 )
 
 // Level says what a finding does to the verdict.
@@ -59,52 +62,6 @@ type Anchor struct {
 	Origin string `json:"origin"`
 }
 
-// Policy is what a relying party accepts. The zero value denies everything.
-type Policy struct {
-	// AcceptedTCB are the TCB statuses that are good enough, in Intel's words,
-	// such as UpToDate. Empty denies all.
-	AcceptedTCB []string
-
-	// DevRoots lets roots of development trust count. Evidence under them proves
-	// nothing about hardware.
-	DevRoots bool
-
-	// AllowDebug accepts a TD whose memory the host can read.
-	AllowDebug bool
-
-	// AllowDevImage accepts a development image under production roots.
-	AllowDevImage bool
-
-	// AllowNoMRConfig accepts a launch that committed to no configuration
-	// (MRCONFIGID all zero), as older upstream hosts start guests (B11).
-	AllowNoMRConfig bool
-
-	// AllowUnanchoredImage accepts an OS image that only the guest itself vouches
-	// for (B10).
-	AllowUnanchoredImage bool
-
-	// AllowUnpinnedImages accepts a manifest without image_policy "digest", whose
-	// tags may stand for other images tomorrow (J01).
-	AllowUnpinnedImages bool
-
-	// RequireFresh refuses evidence that does not answer the caller's own nonce
-	// or report data.
-	RequireFresh bool
-
-	// MinTCBEvaluation is the least evaluation data number of the collateral: a
-	// floor against older, still unexpired statements (B03).
-	MinTCBEvaluation uint32
-
-	// DeniedAdvisories refuse a platform to which one of them applies.
-	DeniedAdvisories []string
-
-	// DeniedFMSPC refuses processor families: 12 lowercase hexadecimal digits (A02).
-	DeniedFMSPC []string
-
-	// Devices, when not empty, are the only machines accepted (A01).
-	Devices []dstack.DeviceID
-}
-
 // Freshness is what ties evidence to this caller, now.
 type Freshness struct {
 	// Nonce is what the caller asked with, at least 16 bytes; nil when it did not
@@ -115,8 +72,9 @@ type Freshness struct {
 	// evidence came over; nil for plain HTTP or a file.
 	ConnectionSPKI []byte
 
-	// ReportData, when set, is demanded exactly, in place of the nonce's envelope.
-	ReportData *dstack.ReportData
+	// ReportData, when set, is demanded exactly, in place of the nonce's envelope: 64
+	// bytes but for TPM and Nitro, which allow other lengths.
+	ReportData []byte
 }
 
 // How evidence is tied to the caller, and to a connection.
@@ -129,19 +87,57 @@ const (
 	ChannelNone = "none" // nothing: what is said over the connection may be another's
 )
 
-// Workload is what runs, as the measured event log says. It is present only when
-// the log replays to the registers of a verified quote.
+// Workload is what runs, as the measured event log says, or, on a TEE without a
+// runtime register, the configuration document that the host committed to before
+// launch. It is present only when the one or the other is bound by a verified
+// quote.
 type Workload struct {
 	Name        string             `json:"name,omitempty"` // of the manifest
 	AppID       dstack.AppID       `json:"app_id"`
 	ComposeHash dstack.ComposeHash `json:"compose_hash"`
 	InstanceID  string             `json:"instance_id"` // 40 hexadecimal digits, or empty
 	KeyProvider string             `json:"key_provider"`
-	OSImageHash string             `json:"os_image_hash,omitempty"` // as asserted; see Anchored
+	OSImageHash string             `json:"os_image_hash,omitempty"` // as asserted; see Anchors
 	RunsScripts bool               `json:"runs_scripts"`
 	PublicLogs  bool               `json:"public_logs"`
 	ChannelKey  string             `json:"channel_key,omitempty"` // SHA-256 of the committed SPKI
+	BoundBy     string             `json:"bound_by"`              // register that vouches: rtmr3, rem3, pcr14, host_data, rpv
 }
+
+// Platform is what is known of the machine and its vendor's word for it.
+type Platform struct {
+	Root           string           `json:"root"`
+	Product        string           `json:"product,omitempty"`
+	DeviceID       dstack.DeviceID  `json:"device_id"`
+	DeviceScheme   string           `json:"device_scheme"` // ids of different schemes cannot be compared
+	PlatformStatus string           `json:"platform_status,omitempty"`
+	ModuleStatus   string           `json:"module_status,omitempty"`
+	QEStatus       string           `json:"qe_status,omitempty"`
+	TCBDate        time.Time        `json:"tcb_date,omitzero"`
+	TCBEvaluation  uint32           `json:"tcb_evaluation,omitempty"`
+	CertifiedTCB   *attest.SNPParts `json:"certified_tcb,omitempty"`
+	Debug          bool             `json:"debug"`
+	Made           time.Time        `json:"made,omitzero"`    // when the hardware signed, where it says so
+	Expires        time.Time        `json:"expires,omitzero"` // when the first thing relied upon ends
+
+	// Bound names what the hardware vouches for, NotBound what came with the
+	// evidence and nothing vouches for; Unchecked what verification left out.
+	Bound     []string `json:"bound"`
+	NotBound  []string `json:"not_bound"`
+	Unchecked []string `json:"unchecked"`
+}
+
+// Scopes of a verdict.
+const (
+	ScopeWorkload  = "workload"  // what runs, where, and that it is what the caller expects
+	ScopeSignature = "signature" // signature, certificate chain and collateral alone
+)
+
+// What a verdict says of the signatures.
+const (
+	SignatureValid   = "valid"
+	SignatureInvalid = "invalid"
+)
 
 // Verdict is the result. Its JSON is stable: fields are added, never changed.
 type Verdict struct {
@@ -149,16 +145,24 @@ type Verdict struct {
 	Accepted  bool   `json:"accepted"`
 	Undecided bool   `json:"undecided"`
 	Reason    string `json:"reason,omitempty"` // why it is undecided
+	Scope     string `json:"scope"`
 
-	// Trust is production or development: the kind of root that vouches, or, where
-	// none did, the weakest kind that the caller allowed.
+	// Trust is production, development or caller: the kind of root that vouches, or,
+	// where none did, the weakest kind that the caller allowed.
 	Trust dstack.Trust `json:"trust"`
+	TEE   dstack.TEE   `json:"tee,omitempty"`
 	At    time.Time    `json:"at"`
+
+	// Signature is valid when signatures, certificate chains and collateral hold,
+	// whatever else is wrong.
+	Signature  string   `json:"signature"`
+	TCBStatus  string   `json:"tcb_status,omitempty"`
+	Advisories []string `json:"advisories"`
 
 	Findings []Finding `json:"findings"`
 
-	// Anchored are values that someone other than the guest vouches for, by name.
-	Anchored []Anchor `json:"anchored"`
+	// Anchors are values that someone other than the guest vouches for, by name.
+	Anchors []Anchor `json:"anchors"`
 	// SelfConsistent are values that only the evidence itself vouches for.
 	SelfConsistent []Anchor `json:"self_consistent"`
 	// Assumptions are what the verdict leaves to trust.
@@ -167,7 +171,8 @@ type Verdict struct {
 	Freshness string         `json:"freshness"`
 	Channel   string         `json:"channel"`
 	Workload  *Workload      `json:"workload,omitempty"`
-	Claims    *attest.Claims `json:"claims,omitempty"` // nil unless the quote verified
+	Platform  *Platform      `json:"platform,omitempty"`
+	Claims    *attest.Claims `json:"claims,omitempty"` // nil unless Signature is valid
 }
 
 // Has reports whether the verdict has a finding of the level and code.
@@ -178,4 +183,22 @@ func (v *Verdict) Has(level Level, code string) bool {
 		}
 	}
 	return false
+}
+
+// Request is all that a verdict depends on.
+type Request struct {
+	Source Source
+
+	// Roots are the trust anchors, of any TEE; those of development trust count only
+	// if the policy says so. VendorRoots has those of the vendors.
+	Roots []attest.Roots
+
+	// Collateral is the caller's, or nil to use what the evidence carries. Where
+	// there is any of the caller's it decides alone.
+	Collateral *collateral.Bundle
+
+	Reference Reference
+	Policy    Policy
+	Freshness Freshness
+	At        time.Time
 }

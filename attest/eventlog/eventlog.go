@@ -249,26 +249,6 @@ func Replay(events []Event, imr uint32) (dstack.Measurement, error) {
 	return reg, nil
 }
 
-// ReplaySHA256 returns what a SHA-256 register (a TPM's PCR 14) holds after the
-// runtime events, from zero.
-func ReplaySHA256(events []Event) ([32]byte, error) {
-	var reg [32]byte
-	if len(events) > MaxEvents {
-		return reg, fault.New("log_too_large", "event log has %d events, more than %d", len(events), MaxEvents)
-	}
-	for i, e := range events {
-		if !e.IsRuntime() {
-			continue
-		}
-		if err := e.Check(); err != nil {
-			return reg, fmt.Errorf("event %d: %w", i, err)
-		}
-		d := sha256.Sum256(PreimageOf(e))
-		reg = sha256.Sum256(append(reg[:], d[:]...))
-	}
-	return reg, nil
-}
-
 // Runtime returns the runtime events of a log, in order.
 func Runtime(events []Event) []Event {
 	var out []Event

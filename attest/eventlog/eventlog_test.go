@@ -80,7 +80,7 @@ func TestMixedVersionsReplayToTheVector(t *testing.T) {
 	if got, err := Replay(events, RuntimeIMR); err != nil || got.String() != v.Replay.RTMR {
 		t.Errorf("RTMR %s (%v), want %s", got, err, v.Replay.RTMR)
 	}
-	if got, err := ReplaySHA256(events); err != nil || hex.EncodeToString(got[:]) != v.Replay.PCR {
+	if got, err := ReplayRuntime(events, "sha-256"); err != nil || hex.EncodeToString(got) != v.Replay.PCR {
 		t.Errorf("PCR %x (%v), want %s", got, err, v.Replay.PCR)
 	}
 }
@@ -399,10 +399,10 @@ func TestReplayNeverTrustsASuppliedDigest(t *testing.T) {
 	if _, err := Replay(make([]Event, MaxEvents+1), 0); fault.Code(err) != "log_too_large" {
 		t.Errorf("too many events: %v", err)
 	}
-	if _, err := ReplaySHA256(make([]Event, MaxEvents+1)); fault.Code(err) != "log_too_large" {
+	if _, err := ReplayRuntime(make([]Event, MaxEvents+1), "sha-256"); fault.Code(err) != "log_too_large" {
 		t.Errorf("too many events for a PCR: %v", err)
 	}
-	if _, err := ReplaySHA256([]Event{{IMR: 3, EventType: RuntimeEventType, Name: "x", Digest: make([]byte, 48)}}); fault.Code(err) != "log_digest_mismatch" {
+	if _, err := ReplayRuntime([]Event{{IMR: 3, EventType: RuntimeEventType, Name: "x", Digest: make([]byte, 48)}}, "sha-256"); fault.Code(err) != "log_digest_mismatch" {
 		t.Errorf("a foreign digest in a PCR: %v", err)
 	}
 }

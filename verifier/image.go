@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package verifier
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/measure"
+)
+
+// workload compares what runs with what is expected.
+func (a *appraisal) workload() {
+	if !a.ref.expectsWorkload() {
+		fix := "say what is expected: --lock dstack.lock.json, --compose app-compose.json or --compose-hash HEX"
+		if a.id != nil {
+			fix = fmt.Sprintf("look at the manifest, and if it is what you expect, say so: --compose-hash %s --app-id %s", a.id.ComposeHash, a.id.AppID)
+		}
+		a.add(Error, "workload_not_specified", "", fix, "no workload is expected, so none can be accepted; an app id alone does not say what runs")
+	}
+	if a.id == nil {
+		return
+	}
+	composeBy, appBy := "", ""
+	for _, e := range a.ref.all() {
+		if len(e.compose) > 0 && !slices.Contains(e.compose, a.id.ComposeHash) {
+			a.add(Error, "compose_hash_mismatch", "event_log.compose-hash", "", "the guest runs the manifest %s; %s expects %s", a.id.ComposeHash, e.origin, list(e.compose))
+		} else if len(e.compose) > 0 {
+			composeBy = e.origin
+		}
+		if e.app != nil && *e.app != a.id.AppID {
+			a.add(Error, "app_id_mismatch", "event_log.app-id", "", "the guest is the app %s; %s expects %s", a.id.AppID, e.origin, *e.app)
+		} else if e.app != nil {
+			appBy = e.origin
+		}
+	}
+	if a.v.Has(Error, "compose_hash_mismatch") {
+		composeBy = ""
+	}
+	if a.v.Has(Error, "app_id_mismatch") {
+		appBy = ""
+	}
+	a.vouch("compose_hash", a.id.ComposeHash.String(), composeBy)
+	a.vouch("app_id", a.id.AppID.String(), appBy)
+	if len(a.id.InstanceID) > 0 {
+		a.vouch("instance_id", hexString(a.id.InstanceID), "")
+	}
+}
+
+func (a *appraisal) anchor(what, value, origin string) {
+	a.v.Anchors = append(a.v.Anchors, Anchor{what, value, origin})
+}
+
+// vouch lists a measured value under the one who expected it, or as the guest's own.
+func (a *appraisal) vouch(what, value, origin string) {
+	if origin != "" {
+		a.anchor(what, value, origin)
+		return
+	}
+	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{what, value, "the guest"})
+}
+
+func list[T fmt.Stringer](values []T) string {
+	var out []string
+	for _, v := range values {
+		out = append(out, v.String())
+	}
+	return strings.Join(out, " or ")
+}
+
+// image compares the launch registers and the image's name with what is expected.
+func (a *appraisal) image() {
+	a.assertedImages()
+	matched := map[dstack.ImageHash]string{} // expected and asserted
+	for _, e := range a.ref.all() {
+		if len(e.images) == 0 {
+			continue
+		}
+		for _, h := range a.asserted {
+			if slices.Contains(e.images, h) {
+				matched[h] = e.origin
+				continue
+			}
+			a.add(Error, "image_hash_mismatch", "container.config.os_image_hash", "", "the guest runs the OS image %s; %s expects %s", h, e.origin, list(e.images))
+		}
+	}
+	direct := false
+	for _, e := range a.ref.all() {
+		if e.tdx == nil {
+			continue
+		}
+		direct = true
+		if !a.registers(e.tdx, e.origin) {
+			continue
+		}
+		a.anchor("launch registers", "MRTD "+short(a.claims.TDX.MRTD)+", RTMR0 to RTMR2", e.origin)
+		a.imageAnchored = true
+		if len(e.images) == 1 {
+			a.anchor("os_image_hash", e.images[0].String(), e.origin)
+			if a.v.Workload != nil {
+				a.v.Workload.OSImageHash = e.images[0].String()
+			}
+			delete(matched, e.images[0])
+		}
+	}
+	if !direct {
+		a.ownDocument(matched)
+	}
+	if a.imageAnchored {
+		return
+	}
+	for _, h := range a.asserted {
+		a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"os_image_hash", h.String(), "the guest"})
+	}
+	if a.v.Has(Error, "image_hash_mismatch") || slices.ContainsFunc(registerCodes, func(c string) bool { return a.v.Has(Error, c) }) {
+		return // says more
+	}
+	a.add(lenient(a.pol.Image.AllowUnanchored), "image_unanchored", "claims.mrtd", "give --lock dstack.lock.json, or the release directory with --image DIR",
+		"that the guest runs this OS image is only its own word: no expected registers were given, or nothing ties them to it")
+}
+
+// assertedImages collects the names that the evidence gives its OS image.
+func (a *appraisal) assertedImages() {
+	if a.id != nil && a.id.OSImageHash != nil {
+		a.asserted = append(a.asserted, dstack.ImageHash(a.id.OSImageHash))
+	}
+	if text := a.cfg.vm.OSImageHash; text != "" {
+		h, err := dstack.ParseImageHash(text)
+		if err != nil {
+			a.add(Error, "image_hash_malformed", "container.config.os_image_hash", "", "%v", err)
+		} else if !slices.Contains(a.asserted, h) {
+			if len(a.asserted) > 0 {
+				a.add(Error, "image_hash_inconsistent", "container.config.os_image_hash", "", "the configuration names the OS image %s, the event log %s", h, a.asserted[0])
+			}
+			a.asserted = append(a.asserted, h)
+		}
+	}
+	if w := a.v.Workload; w != nil && len(a.asserted) > 0 {
+		w.OSImageHash = a.asserted[0].String()
+	}
+}
+
+// ownDocument takes the registers from the measurement document that the evidence
+// itself carries. They are the image's only when the checksum file that names the
+// document is what the expected image hash is the hash of; otherwise whoever made
+// the evidence made up both (threats.md B10).
+func (a *appraisal) ownDocument(expected map[dstack.ImageHash]string) {
+	split := a.cfg.vm.TDXMeasurement
+	if split == nil {
+		return
+	}
+	h, err := dstack.ParseImageHash(a.cfg.vm.OSImageHash)
+	if err != nil {
+		return // reported
+	}
+	if err := split.Bind(h, measure.TDXDocumentName); err != nil {
+		a.fail(err, "container.config.tdx_measurement", "measurement_malformed")
+		return
+	}
+	doc, err := measure.ParseTDXDocument(split.Measurement)
+	if err != nil {
+		a.fail(err, "container.config.tdx_measurement", "measurement_malformed")
+		return
+	}
+	twoPass, err := a.cfg.vm.TwoPass()
+	if err != nil {
+		a.fail(err, "container.config", "vm_config_malformed")
+		return
+	}
+	want, err := doc.TDX(a.cfg.vm.MemorySize, twoPass)
+	if err != nil {
+		a.add(Info, fault.Code(err), "container.config.memory_size", fault.Fix(err), "%v", err)
+		return
+	}
+	origin, anchored := expected[h]
+	if !anchored {
+		origin = "the evidence's own measurement document"
+	}
+	if !a.registers(want, origin) {
+		return
+	}
+	if anchored {
+		a.imageAnchored = true
+		a.anchor("os_image_hash", h.String(), origin)
+		a.anchor("launch registers", "MRTD "+short(a.claims.TDX.MRTD)+", RTMR0 to RTMR2", "the measurement document named by the OS image hash")
+		return
+	}
+	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch registers", "MRTD " + short(a.claims.TDX.MRTD) + ", RTMR0 to RTMR2", origin})
+}
+
+var registerCodes = []string{"mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch"}
+
+// registers compares the launch registers of the quote with expected ones.
+func (a *appraisal) registers(want *measure.TDX, origin string) bool {
+	ok := true
+	compare := func(code, evidence, what string, got, want dstack.Measurement) {
+		if got != want {
+			a.add(Error, code, evidence, "", "%s is %s; %s expects %s", what, short(got), origin, short(want))
+			ok = false
+		}
+	}
+	compare("mrtd_mismatch", "claims.mrtd", "the firmware (MRTD)", a.claims.TDX.MRTD, want.MRTD)
+
+	var acpi []dstack.Measurement
+	if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
+		for _, e := range a.ev.EventLog {
+			if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
+				acpi = append(acpi, dstack.Measurement(e.Digest))
+			}
+		}
+		a.add(Warning, "acpi_not_checked", "event_log", "", "the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones")
+	}
+	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
+		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)
+		ok = false
+	} else {
+		compare("rtmr0_mismatch", "claims.rtmr0", "the firmware's configuration and the VM's shape (RTMR0)", a.claims.TDX.RTMR[0], rtmr0)
+	}
+	compare("rtmr1_mismatch", "claims.rtmr1", "the kernel (RTMR1)", a.claims.TDX.RTMR[1], want.RTMR1)
+	compare("rtmr2_mismatch", "claims.rtmr2", "the command line and initramfs (RTMR2)", a.claims.TDX.RTMR[2], want.RTMR2)
+	return ok
+}
