@@ -3,11 +3,14 @@
 package verifier
 
 import (
+	"bytes"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
 	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/measure"
 )
@@ -24,12 +27,17 @@ func (a *appraisal) workload() {
 	if a.id == nil {
 		return
 	}
-	composeBy, appBy := "", ""
+	composeBy, appBy, instanceBy := "", "", ""
 	for _, e := range a.ref.all() {
 		if len(e.compose) > 0 && !slices.Contains(e.compose, a.id.ComposeHash) {
 			a.add(Error, "compose_hash_mismatch", "event_log.compose-hash", "", "the guest runs the manifest %s; %s expects %s", a.id.ComposeHash, e.origin, list(e.compose))
 		} else if len(e.compose) > 0 {
 			composeBy = e.origin
+		}
+		if e.instance != nil && !bytes.Equal(e.instance[:], a.id.InstanceID) {
+			a.add(Error, "instance_id_mismatch", "event_log.instance-id", "", "the guest is the instance %q; %s expects %s", hexString(a.id.InstanceID), e.origin, *e.instance)
+		} else if e.instance != nil {
+			instanceBy = e.origin
 		}
 		if e.app != nil && *e.app != a.id.AppID {
 			a.add(Error, "app_id_mismatch", "event_log.app-id", "", "the guest is the app %s; %s expects %s", a.id.AppID, e.origin, *e.app)
@@ -46,7 +54,7 @@ func (a *appraisal) workload() {
 	a.vouch("compose_hash", a.id.ComposeHash.String(), composeBy)
 	a.vouch("app_id", a.id.AppID.String(), appBy)
 	if len(a.id.InstanceID) > 0 {
-		a.vouch("instance_id", hexString(a.id.InstanceID), "")
+		a.vouch("instance_id", hexString(a.id.InstanceID), instanceBy)
 	}
 }
 
@@ -74,7 +82,7 @@ func list[T fmt.Stringer](values []T) string {
 // image compares the launch registers and the image's name with what is expected.
 func (a *appraisal) image() {
 	a.assertedImages()
-	matched := map[dstack.ImageHash]string{} // expected and asserted
+	matched := map[dstack.ImageHash]string{} // expected and asserted, and by whom expected
 	for _, e := range a.ref.all() {
 		if len(e.images) == 0 {
 			continue
@@ -87,6 +95,84 @@ func (a *appraisal) image() {
 			a.add(Error, "image_hash_mismatch", "container.config.os_image_hash", "", "the guest runs the OS image %s; %s expects %s", h, e.origin, list(e.images))
 		}
 	}
+	a.pinned()
+	switch {
+	case a.claims.TDX != nil:
+		a.tdxImage(matched)
+	case a.claims.TEE == dstack.Nitro:
+		a.enclaveImage(matched)
+	}
+	if a.imageAnchored {
+		return
+	}
+	for _, h := range a.asserted {
+		a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"os_image_hash", h.String(), "the guest"})
+	}
+	if slices.ContainsFunc(imageCodes, func(c string) bool { return a.v.Has(Error, c) }) {
+		return // says more
+	}
+	a.add(lenient(a.pol.Image.AllowUnanchored), "image_unanchored", "claims", "give --lock dstack.lock.json, the release directory with --image DIR, or the registers in the policy",
+		"that the guest runs this OS image is only its own word: no expected registers were given, or nothing ties them to it")
+}
+
+// imageCodes are the findings that say more than that an image is unanchored.
+var imageCodes = []string{"image_hash_mismatch", "mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch", "measurement_mismatch", "register_mismatch", "enclave_debug"}
+
+// anchorImage records who vouches for the image.
+func (a *appraisal) anchorImage(h dstack.ImageHash, origin string) {
+	a.imageAnchored = true
+	a.anchor("os_image_hash", h.String(), origin)
+	if a.v.Workload != nil {
+		a.v.Workload.OSImageHash = h.String()
+	}
+}
+
+// launchRegisters are those that, together, are all that a TEE measures of a launch.
+var launchRegisters = map[dstack.TEE][]string{
+	dstack.TDX: {"mrtd", "rtmr0", "rtmr1", "rtmr2"}, dstack.SEVSNP: {"measurement"}, dstack.CCA: {"rim"},
+	dstack.Nitro: {"pcr0", "pcr1", "pcr2"}, dstack.NitroTPM: {"pcr4", "pcr7", "pcr12"},
+}
+
+// pinned compares the registers that the policy names.
+func (a *appraisal) pinned() {
+	have := map[string][]byte{}
+	for _, r := range a.claims.Registers() {
+		have[r.Name] = r.Value
+	}
+	for i, v := range a.claims.PCRs() {
+		have[fmt.Sprintf("pcr%d", i)] = v
+	}
+	good := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(a.pol.Registers)) {
+		want := a.pol.Registers[name]
+		value, ok := have[name]
+		switch {
+		case !ok:
+			a.add(Error, "register_mismatch", "claims."+name, "", "the evidence has no register %q, which the policy names", name)
+		case !slices.ContainsFunc(want, func(w collateral.Hex) bool { return bytes.Equal(w, value) }):
+			a.add(Error, "register_mismatch", "claims."+name, "", "%s is %s, the policy expects %s", name, clipHex(value), clipHexes(want))
+		default:
+			good[name] = true
+			a.anchor(name, hexString(value), "the policy")
+		}
+	}
+	all := launchRegisters[a.claims.TEE]
+	if len(all) > 0 && !slices.ContainsFunc(all, func(n string) bool { return !good[n] }) {
+		a.imageAnchored = true
+		a.anchor("launch registers", strings.Join(all, ", "), "the policy")
+	}
+}
+
+func clipHexes(list []collateral.Hex) string {
+	var out []string
+	for _, h := range list {
+		out = append(out, clipHex(h))
+	}
+	return strings.Join(out, " or ")
+}
+
+// tdxImage compares MRTD and RTMR0 to 2 with those of the expected image.
+func (a *appraisal) tdxImage(matched map[dstack.ImageHash]string) {
 	direct := false
 	for _, e := range a.ref.all() {
 		if e.tdx == nil {
@@ -99,27 +185,36 @@ func (a *appraisal) image() {
 		a.anchor("launch registers", "MRTD "+short(a.claims.TDX.MRTD)+", RTMR0 to RTMR2", e.origin)
 		a.imageAnchored = true
 		if len(e.images) == 1 {
-			a.anchor("os_image_hash", e.images[0].String(), e.origin)
-			if a.v.Workload != nil {
-				a.v.Workload.OSImageHash = e.images[0].String()
-			}
+			a.anchorImage(e.images[0], e.origin)
 			delete(matched, e.images[0])
 		}
 	}
 	if !direct {
 		a.ownDocument(matched)
 	}
-	if a.imageAnchored {
+}
+
+// enclaveImage compares the hash that names an enclave's image, which is that of
+// its three launch registers, with what is asserted and expected. It is also what
+// an enclave has for a compose hash.
+func (a *appraisal) enclaveImage(matched map[dstack.ImageHash]string) {
+	h := dstack.ImageHash(a.id.ComposeHash)
+	for _, claimed := range a.asserted {
+		if claimed != h {
+			a.add(Error, "image_hash_mismatch", "claims.pcrs", "", "the evidence names the image %s, its PCR 0 to 2 are those of %s", claimed, h)
+			return
+		}
+	}
+	if origin, ok := matched[h]; ok {
+		a.anchorImage(h, origin)
 		return
 	}
-	for _, h := range a.asserted {
-		a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"os_image_hash", h.String(), "the guest"})
+	for _, e := range a.ref.all() {
+		if slices.Contains(e.images, h) || slices.Contains(e.compose, a.id.ComposeHash) {
+			a.anchorImage(h, e.origin)
+			return
+		}
 	}
-	if a.v.Has(Error, "image_hash_mismatch") || slices.ContainsFunc(registerCodes, func(c string) bool { return a.v.Has(Error, c) }) {
-		return // says more
-	}
-	a.add(lenient(a.pol.Image.AllowUnanchored), "image_unanchored", "claims.mrtd", "give --lock dstack.lock.json, or the release directory with --image DIR",
-		"that the guest runs this OS image is only its own word: no expected registers were given, or nothing ties them to it")
 }
 
 // assertedImages collects the names that the evidence gives its OS image.
@@ -191,8 +286,6 @@ func (a *appraisal) ownDocument(expected map[dstack.ImageHash]string) {
 	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch registers", "MRTD " + short(a.claims.TDX.MRTD) + ", RTMR0 to RTMR2", origin})
 }
 
-var registerCodes = []string{"mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch"}
-
 // registers compares the launch registers of the quote with expected ones.
 func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 	ok := true
@@ -211,7 +304,8 @@ func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 				acpi = append(acpi, dstack.Measurement(e.Digest))
 			}
 		}
-		a.add(Warning, "acpi_not_checked", "event_log", "", "the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones")
+		allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
+		a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite", "the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones")
 	}
 	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
 		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)
