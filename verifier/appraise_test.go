@@ -170,9 +170,58 @@ func draft() manifest.Draft {
 
 var other = bytes.Repeat([]byte{0xee}, 32)
 
+// ratls makes the evidence that of an RA-TLS certificate of the connection.
+func ratls(g *guest, r *request) {
+	g.edit.envelope = func() dstack.ReportData { return binding.ReportData(binding.TagRATLS, g.spki) }
+	g.edit.source = func(s *Source) {
+		s.RATLS, s.Issued, s.Nonce, s.ServedSPKIs = g.spki, testTime.Add(-time.Hour), nil, nil
+	}
+	r.fresh = Freshness{ConnectionSPKI: bytes.Clone(g.spki)}
+}
+
 func mutations(t *testing.T) []mutation {
 	return []mutation{
 		// Policy.
+		{"an advisory that is not among those accepted", "advisory_not_accepted", func(g *guest, r *request) {
+			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
+			r.col = &collateral.Bundle{TDX: g.platform.Collateral()}
+			r.pol.TCB.Accept, r.pol.Advisories.Accept = []string{"UpToDate", "OutOfDate"}, []string{"INTEL-SA-00002"}
+		}, nil},
+		{"a grace window that is over", "tcb_status", func(g *guest, r *request) {
+			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
+			r.col = &collateral.Bundle{TDX: g.platform.Collateral()}
+			r.pol.TCB.GraceDays = 1
+		}, nil},
+		{"a kind of TEE that is not accepted", "tee_denied", func(g *guest, r *request) { r.pol.TEEs = []dstack.TEE{dstack.SEVSNP} }, nil},
+		{"a platform that is not among those allowed", "platform_denied", func(g *guest, r *request) { r.pol.TDX.AllowFMSPC = []string{"000000000000"} }, nil},
+		{"a TDX module that is too old", "module_svn_low", func(g *guest, r *request) { r.pol.TDX.MinModuleSVN = 200 }, nil},
+		{"another instance of the same app", "instance_id_mismatch", func(g *guest, r *request) { r.ref.AddInstanceID(dstack.InstanceID{9}, "--instance-id") }, nil},
+		{"another workload than the policy's", "compose_hash_mismatch", func(g *guest, r *request) { r.pol.Workload.ComposeHashes = []dstack.ComposeHash{{9}} }, nil},
+		{"a register with another value than the policy's", "register_mismatch", func(g *guest, r *request) {
+			r.pol.Registers = map[string][]collateral.Hex{"mrtd": {make([]byte, 48)}}
+		}, nil},
+		{"a register that the TEE has not", "register_mismatch", func(g *guest, r *request) {
+			r.pol.Registers = map[string][]collateral.Hex{"pcr4": {make([]byte, 32)}}
+		}, nil},
+		{"an image whose epoch is too low", "os_epoch_low", func(g *guest, r *request) { e := 3; r.ref.OSEpoch, r.pol.Image.MinEpoch = &e, 4 }, nil},
+		{"an image of unknown epoch", "os_epoch_unknown", func(g *guest, r *request) { r.pol.Image.MinEpoch = 4 }, nil},
+		{"evidence of unknown age", "evidence_age_unknown", func(g *guest, r *request) {
+			r.pol.Evidence.MaxAgeSeconds = 60
+			r.fresh.Nonce = nil
+		}, nil},
+		{"an RA-TLS certificate that is too old", "evidence_too_old", func(g *guest, r *request) {
+			ratls(g, r)
+			r.pol.Evidence.MaxAgeSeconds = 3600
+			g.edit.source = func(s *Source) { s.RATLS, s.Issued = g.spki, testTime.Add(-2*time.Hour) }
+		}, nil},
+		{"an RA-TLS certificate with a quote for another key", "report_data_mismatch", func(g *guest, r *request) {
+			ratls(g, r)
+			g.edit.envelope = func() dstack.ReportData { return binding.ReportData(binding.TagRATLS, other) }
+		}, nil},
+		{"an RA-TLS certificate of another connection", "spki_mismatch", func(g *guest, r *request) {
+			ratls(g, r)
+			r.fresh.ConnectionSPKI = other
+		}, nil},
 		{"the zero policy", "policy_zero", func(g *guest, r *request) { r.pol = Policy{DevRoots: true} }, nil},
 		{"the zero policy without roots", "policy_zero", func(g *guest, r *request) { r.pol = Policy{} }, []string{"unknown_root"}},
 		{"a TCB that is out of date", "tcb_status", func(g *guest, r *request) {
@@ -432,12 +481,17 @@ func mutations(t *testing.T) []mutation {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			dev := true
-			r.roots, r.ref.DevImage = []attest.Roots{roots}, &dev
+			r.roots, r.ref.DevImage, r.pol.Image.AllowLite = []attest.Roots{roots}, &dev, true
+		}, nil},
+		{"ACPI tables that nobody compared, under production roots", "acpi_not_checked", func(g *guest, r *request) {
+			roots := g.platform.Roots()
+			roots.Trust = dstack.TrustProduction
+			r.roots = []attest.Roots{roots}
 		}, nil},
 		{"a development image under production roots, by the lock's name", "dev_image", func(g *guest, r *request) {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
-			r.roots = []attest.Roots{roots}
+			r.roots, r.pol.Image.AllowLite = []attest.Roots{roots}, true
 			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.registers(), Image: "dstack-sim-0.1"}, "lock file")
 		}, nil},
 	}
@@ -500,7 +554,23 @@ func TestPolicyMayAllow(t *testing.T) {
 			roots.Trust = dstack.TrustProduction
 			dev := true
 			r.roots, r.ref.DevImage = []attest.Roots{roots}, &dev
-			r.pol.Image.AllowDev = true
+			r.pol.Image.AllowDev, r.pol.Image.AllowLite = true, true
+		}},
+		{"acpi_not_checked", func(g *guest, r *request) {
+			roots := g.platform.Roots()
+			roots.Trust = dstack.TrustProduction
+			r.roots = []attest.Roots{roots}
+			r.pol.Image.AllowLite = true
+		}},
+		{"tcb_grace", func(g *guest, r *request) {
+			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
+			r.col = &collateral.Bundle{TDX: g.platform.Collateral()}
+			r.pol.TCB.GraceDays = 3650
+		}},
+		{"tcb_accepted", func(g *guest, r *request) {
+			g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tdxModuleIdentities", []any{g.platform.Module("TDX_01", tdxtest.Level(4, tdx.OutOfDate, "INTEL-SA-00001"))})
+			r.col = &collateral.Bundle{TDX: g.platform.Collateral()}
+			r.pol.TCB.Accept = []string{"UpToDate", "OutOfDate"}
 		}},
 		{"channel_unbound", func(g *guest, r *request) {
 			g.edit.envelope = func() dstack.ReportData { return binding.Envelope(g.nonce, nil, g.app, g.instance) }
@@ -766,7 +836,7 @@ func TestRefusedEvidenceMakesNoClaims(t *testing.T) {
 		if strings.HasPrefix(m.code, "mr_config") && slices.ContainsFunc(v.SelfConsistent, func(a Anchor) bool { return a.What == "launch commitment" }) {
 			t.Errorf("%s: the launch commitment is shown as kept%s", m.name, show(v))
 		}
-		if strings.HasPrefix(m.code, "mrtd_") || strings.HasPrefix(m.code, "rtmr") && slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "os_image_hash" || a.What == "launch registers" }) {
+		if (strings.HasPrefix(m.code, "mrtd_") || strings.HasPrefix(m.code, "rtmr")) && slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "os_image_hash" || a.What == "launch registers" }) {
 			t.Errorf("%s: the image is shown as anchored%s", m.name, show(v))
 		}
 		if m.code == "compose_hash_mismatch" && slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "compose_hash" }) {
