@@ -5,6 +5,9 @@ package dstack_test
 import (
 	"bytes"
 	"encoding/json"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -210,6 +213,46 @@ func TestThreat_C04_OnlyChannelSkipsCertificateChecks(t *testing.T) {
 	goFiles(t, func(path string, src []byte) {
 		if bytes.Contains(src, word) && !strings.HasPrefix(path, "channel/") && !strings.HasSuffix(path, "_test.go") {
 			t.Errorf("%s sets %s", path, word)
+		}
+	})
+}
+
+// Threat B13: what collects evidence takes no path or switch from the environment.
+func TestThreat_B13_EvidenceCollectionReadsNoEnvironment(t *testing.T) {
+	words := [][]byte{[]byte("os.Get" + "env("), []byte("os.Lookup" + "Env("), []byte("os.Env" + "iron(")}
+	goFiles(t, func(path string, src []byte) {
+		if strings.HasSuffix(path, "_test.go") || !strings.HasPrefix(path, "attest/") && !strings.HasPrefix(path, "guest/") {
+			return
+		}
+		for _, w := range words {
+			if bytes.Contains(src, w) {
+				t.Errorf("%s reads the environment (%s)", path, w)
+			}
+		}
+	})
+}
+
+// Threat M05: no exported function of what verifies returns a bare bool for a
+// verdict, and none appraises without a policy.
+func TestThreat_M05_VerdictsAreNoBooleans(t *testing.T) {
+	// What these functions tell is a fact about a value, not a verdict on evidence.
+	facts := []string{"IsZero", "IsRuntime", "IsACPI", "Reserved", "Has", "HasTDX", "Lite", "KernelIsConstant"}
+	goFiles(t, func(path string, src []byte) {
+		if strings.HasSuffix(path, "_test.go") || !slices.ContainsFunc([]string{"attest/", "verifier/", "channel/"}, func(p string) bool { return strings.HasPrefix(path, p) }) {
+			return
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, src, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range file.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok || !fn.Name.IsExported() || fn.Type.Results == nil || len(fn.Type.Results.List) != 1 {
+				continue
+			}
+			if id, ok := fn.Type.Results.List[0].Type.(*ast.Ident); ok && id.Name == "bool" && !slices.Contains(facts, fn.Name.Name) {
+				t.Errorf("%s: %s returns a bare bool", path, fn.Name.Name)
+			}
 		}
 	})
 }

@@ -577,6 +577,63 @@ func TestEachMutationIsRefusedForItsOwnReason(t *testing.T) {
 	}
 }
 
+// named runs the mutations whose name begins with an id of the catalogue.
+func named(t *testing.T, id string, least int) {
+	t.Helper()
+	count := 0
+	for _, m := range mutations() {
+		if !strings.HasPrefix(m.name, id+": ") {
+			continue
+		}
+		count++
+		t.Run(m.name, func(t *testing.T) {
+			if err := m.run(t); fault.Code(err) != m.code {
+				t.Errorf("err = %v (code %q), want code %q", err, fault.Code(err), m.code)
+			}
+		})
+	}
+	if count < least {
+		t.Errorf("%d mutations bear the name %s, want at least %d", count, id, least)
+	}
+}
+
+// B01: each bit of the TUD byte, and a debug quoting enclave.
+func TestThreat_B01_DebugTDsAreRefused(t *testing.T) { named(t, "B01", 10) }
+
+// B02: revoked, missing, expired, foreign and misplaced revocation lists.
+func TestThreat_B02_RevocationIsChecked(t *testing.T) { named(t, "B02", 14) }
+
+// B06: CVE-2026-22696 and its neighbours.
+func TestThreat_B06_ForgedQuotingEnclavesAreRefused(t *testing.T) { named(t, "B06", 8) }
+
+// F03: collateral is judged at the stated time, in both directions.
+func TestThreat_F03_CollateralIsJudgedAtTheStatedTime(t *testing.T) {
+	p := tdxtest.New(t)
+	quote, col, roots := p.Quote(p.Body()), p.Collateral(), []attest.Roots{p.Roots()}
+	for _, c := range []struct {
+		at   time.Time
+		code string
+	}{
+		{tdxtest.Issued.Add(-time.Second), "crl_not_yet_valid"},
+		{tdxtest.Issued, ""},
+		{tdxtest.NextUpdate, ""},
+		{tdxtest.NextUpdate.Add(time.Second), "crl_expired"},
+	} {
+		if _, err := tdxtest.Verify(quote, col, roots, c.at); fault.Code(err) != c.code {
+			t.Errorf("at %s: %v, want code %q", c.at, err, c.code)
+		}
+	}
+}
+
+// M04: the root is the one that the vendor publishes, by fingerprint, and comes
+// with its address.
+func TestThreat_M04_RootHasItsFingerprint(t *testing.T) {
+	roots := tdx.VendorRoots()
+	if len(roots.CA) != 1 || tdx.Fingerprint(roots.CA[0]) != tdx.IntelRootSHA256 {
+		t.Errorf("roots %v", roots)
+	}
+}
+
 // A06: of all attributes only SEPT_VE_DISABLE passes by default, three more when
 // the caller asks, and debug only by its own name.
 func TestThreat_A06_OnlyListedTDAttributesPass(t *testing.T) {
