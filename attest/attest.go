@@ -106,6 +106,10 @@ type Options struct {
 	TDXAttributes uint64
 	// SNPAllowMigration accepts a guest policy that admits a migration agent.
 	SNPAllowMigration bool
+	// AllowMissingCRL accepts evidence of SEV-SNP and TPM although the collateral
+	// holds no revocation list for its chain; Claims.Unchecked then says so, and the
+	// verdict carries a finding. A list that is there is judged all the same.
+	AllowMissingCRL bool
 }
 
 // Verify establishes what evidence proves at a stated time.

@@ -54,6 +54,11 @@ type Claims struct {
 	DeviceID     dstack.DeviceID
 	DeviceScheme string
 
+	// Unchecked names what an option allowed to go unchecked, in words that complete
+	// "not checked: …", such as "certificate revocation list". Empty means that
+	// nothing was left out.
+	Unchecked []string
+
 	Made    time.Time // when the hardware signed, where it says so (Nitro); zero elsewhere
 	At      time.Time // when this was verified
 	Expires time.Time // when the first thing relied upon ends; zero when nothing does
