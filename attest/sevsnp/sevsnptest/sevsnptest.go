@@ -348,6 +348,13 @@ func (p *Platform) MarshalCRL(c CRL) []byte {
 	return der
 }
 
+// For returns the same platform for another test.
+func (p *Platform) For(t testing.TB) *Platform {
+	c := *p
+	c.t = t
+	return &c
+}
+
 // TB returns the test that the platform belongs to.
 func (p *Platform) TB() testing.TB { return p.t }
 
