@@ -75,9 +75,8 @@ const (
 
 // Bits of KEY_INFO, and values of the signing key in its bits 4:2.
 const (
-	keyAuthor   = 1 << 0
-	keyMaskChip = 1 << 1
-	keyKnown    = 1<<5 - 1
+	keyAuthor = 1 << 0
+	keyKnown  = 1<<5 - 1 // bit 1: MASK_CHIP_KEY, on which nothing here depends
 
 	signerVCEK = 0
 	signerVLEK = 1

@@ -297,8 +297,8 @@ func (v *verification) checkCertificate(r *Report) (*Extensions, error) {
 	if r.ReportedTCB != ext.TCB {
 		return nil, fault.New("snp_tcb_mismatch", "report says TCB %#016x, its key is certified for %#016x", r.ReportedTCB, ext.TCB)
 	}
-	masked := r.KeyInfo&keyMaskChip != 0 && r.ChipID == [64]byte{}
-	if ext.HWID != nil && !masked {
+	// A host may mask the chip's id (MASK_CHIP_ID, which the report does not tell).
+	if ext.HWID != nil && r.ChipID != [64]byte{} {
 		var chip [64]byte
 		copy(chip[:], ext.HWID)
 		if r.ChipID != chip {
