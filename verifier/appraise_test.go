@@ -914,27 +914,6 @@ func TestThreat_B17_HashesHaveOneLength(t *testing.T) {
 	}
 }
 
-// A TEE without a runtime register cannot vouch for an event log.
-func TestThreat_B19_EventsOfAnotherTEEAreNotClaims(t *testing.T) {
-	g := newGuest(t)
-	raw, err := container.EncodeV1(&attest.Evidence{
-		TEE: dstack.SEVSNP, Quote: make([]byte, 1184), Unbound: []eventlog.Event{event(t, eventlog.GPUAttestation, []byte(`{"cc_mode":"on"}`))}, Config: "{}",
-	})
-	g.check(err)
-	g.edit.source = func(s *Source) { s.Container = raw }
-	v := g.request().appraise(g.evidence())
-	if v.Accepted || !v.Undecided || !v.Has(Error, "tee_unsupported") || v.Workload != nil || v.Claims != nil {
-		t.Error(show(v))
-	}
-	// The same log under the name of TDX needs a TDX quote.
-	raw, err = container.EncodeV1(&attest.Evidence{TEE: dstack.TDX, Quote: make([]byte, 1184), EventLog: g.runtime(), Config: "{}"})
-	g.check(err)
-	g.edit.source = func(s *Source) { s.Container = raw }
-	if v := g.request().appraise(g.evidence()); v.Accepted || v.Undecided || v.Workload != nil {
-		t.Error(show(v))
-	}
-}
-
 // An app may have a quote over 64 bytes of its choice, so an envelope alone does
 // not speak for the system; the key that init committed does.
 func TestThreat_B20_EnvelopeMadeByAnAppIsRefused(t *testing.T) {
