@@ -363,6 +363,11 @@ func TestASilentPeerIsNotWaitedForLongerThanTheTimeout(t *testing.T) {
 // rawServer speaks TLS as a channel does and then whatever talk says.
 func rawServer(t *testing.T, key *Key, talk func(conn *tls.Conn)) string {
 	t.Helper()
+	return rawServerAsking(t, key, tls.NoClientCert, talk)
+}
+
+func rawServerAsking(t *testing.T, key *Key, ask tls.ClientAuthType, talk func(conn *tls.Conn)) string {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -374,8 +379,10 @@ func rawServer(t *testing.T, key *Key, talk func(conn *tls.Conn)) string {
 		if err != nil {
 			return
 		}
-		conn := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{key.cert}, NextProtos: []string{ALPN}})
-		talk(conn)
+		conn := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{key.cert}, NextProtos: []string{ALPN}, ClientAuth: ask})
+		if conn.Handshake() == nil {
+			talk(conn)
+		}
 		conn.Close()
 	}()
 	t.Cleanup(func() { ln.Close(); <-done })

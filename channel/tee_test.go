@@ -245,3 +245,21 @@ func waitRefused(t testing.TB, refused chan error, code string) {
 		t.Fatal("the server refused nobody")
 	}
 }
+
+// relabel returns a container that claims other report data than its quote has.
+func relabel(t testing.TB, raw []byte, from, to dstack.ReportData) []byte {
+	t.Helper()
+	e, err := container.Decode(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.ReportData != from {
+		t.Fatal("not the container that was expected")
+	}
+	e.ReportData = to
+	out, err := container.EncodeV1(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
