@@ -170,8 +170,8 @@ func draft() manifest.Draft {
 
 var other = bytes.Repeat([]byte{0xee}, 32)
 
-// ratls makes the evidence that of an RA-TLS certificate of the connection.
-func ratls(g *guest, r *request) {
+// certified makes the evidence that of an RA-TLS certificate of the connection.
+func certified(g *guest, r *request) {
 	g.edit.envelope = func() dstack.ReportData { return binding.ReportData(binding.TagRATLS, g.spki) }
 	g.edit.source = func(s *Source) {
 		s.RATLS, s.Issued, s.Nonce, s.ServedSPKIs = g.spki, testTime.Add(-time.Hour), nil, nil
@@ -210,16 +210,16 @@ func mutations(t *testing.T) []mutation {
 			r.fresh.Nonce = nil
 		}, nil},
 		{"an RA-TLS certificate that is too old", "evidence_too_old", func(g *guest, r *request) {
-			ratls(g, r)
+			certified(g, r)
 			r.pol.Evidence.MaxAgeSeconds = 3600
 			g.edit.source = func(s *Source) { s.RATLS, s.Issued = g.spki, testTime.Add(-2*time.Hour) }
 		}, nil},
 		{"an RA-TLS certificate with a quote for another key", "report_data_mismatch", func(g *guest, r *request) {
-			ratls(g, r)
+			certified(g, r)
 			g.edit.envelope = func() dstack.ReportData { return binding.ReportData(binding.TagRATLS, other) }
 		}, nil},
 		{"an RA-TLS certificate of another connection", "spki_mismatch", func(g *guest, r *request) {
-			ratls(g, r)
+			certified(g, r)
 			r.fresh.ConnectionSPKI = other
 		}, nil},
 		{"the zero policy", "policy_zero", func(g *guest, r *request) { r.pol = Policy{DevRoots: true} }, nil},
