@@ -45,6 +45,8 @@ type VMConfig struct {
 	TDXMeasurement *Split `json:"tdx_measurement,omitempty"`
 	GCPMeasurement *Split `json:"gcp_measurement,omitempty"`
 	AWSMeasurement *Split `json:"aws_measurement,omitempty"`
+	// SNPMeasurement is the JSON text of an SNPSplit.
+	SNPMeasurement string `json:"sev_snp_measurement,omitempty"`
 	// MRConfig is the text of the config document that MRCONFIGID or HOST_DATA
 	// commits to.
 	MRConfig string `json:"mr_config,omitempty"`

@@ -99,6 +99,8 @@ func (a *appraisal) image() {
 	switch {
 	case a.claims.TDX != nil:
 		a.tdxImage(matched)
+	case a.claims.SNP != nil:
+		a.snpImage(matched)
 	case a.claims.TEE == dstack.Nitro:
 		a.enclaveImage(matched)
 	}
@@ -192,6 +194,40 @@ func (a *appraisal) tdxImage(matched map[dstack.ImageHash]string) {
 	if !direct {
 		a.ownDocument(matched)
 	}
+}
+
+// snpImage computes the launch digest from the measurement document that the
+// evidence carries, and compares it with the one that the hardware signed. As with
+// TDX the document is the image's only when the expected image hash names it.
+func (a *appraisal) snpImage(matched map[dstack.ImageHash]string) {
+	text := a.cfg.vm.SNPMeasurement
+	if text == "" {
+		return
+	}
+	h, err := dstack.ParseImageHash(a.cfg.vm.OSImageHash)
+	if err != nil {
+		return // reported
+	}
+	split, err := measure.ParseSNPSplit([]byte(text))
+	if err != nil {
+		a.fail(err, "container.config.sev_snp_measurement", "measurement_malformed")
+		return
+	}
+	want, _, err := split.Compute(h)
+	if err != nil {
+		a.fail(err, "container.config.sev_snp_measurement", "measurement_malformed")
+		return
+	}
+	if got := a.claims.SNP.Measurement; got != want {
+		a.add(Error, "measurement_mismatch", "claims.measurement", "", "the hardware measured %s at launch; the image %s on this shape of VM gives %s", short(got), short(h), short(want))
+		return
+	}
+	if origin, ok := matched[h]; ok {
+		a.anchorImage(h, origin)
+		a.anchor("measurement", want.String(), "the measurement document named by the OS image hash")
+		return
+	}
+	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"measurement", want.String(), "the evidence's own measurement document"})
 }
 
 // enclaveImage compares the hash that names an enclave's image, which is that of
