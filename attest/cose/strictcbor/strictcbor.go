@@ -8,8 +8,8 @@
 // disagree (threats.md B15, B19). Here an item is read as the type that is asked
 // for or refused. It guarantees definite lengths, nesting of at most [MaxDepth],
 // arrays and maps of at most [MaxItems], unique keys that are numbers or text,
-// valid UTF-8, no tag but the one that [Untag] takes off, and nothing after the
-// item. Memory is bounded by a small multiple of the input.
+// valid UTF-8, no tag but the one that [Untag] takes off, no map of indefinite
+// length but the one that [Definite] closes, and nothing after the item. Memory is bounded by a small multiple of the input.
 //
 // Everything given to it is attacker-controlled. Values need not be in their
 // shortest form, as signatures cover the bytes as they came.
@@ -83,6 +83,31 @@ func First(data []byte) ([]byte, error) {
 		return nil, fault.Wrap(err, "cbor_malformed", "CBOR")
 	}
 	return item, nil
+}
+
+// Definite gives a length to an outermost map that has none, as the documents of
+// AWS Nitro have it, so that Decode takes it; other data it returns as they are.
+// Everything inside must be definite (cbor_malformed).
+func Definite(data []byte) ([]byte, error) {
+	const openMap, end, oneByteLength = majorMap<<5 | 31, 0xff, 24
+	if len(data) == 0 || data[0] != openMap {
+		return data, nil
+	}
+	rest, items := data[1:], 0
+	for len(rest) > 0 && rest[0] != end {
+		var item cbor.RawMessage
+		var err error
+		if rest, err = strict.UnmarshalFirst(rest, &item); err != nil {
+			return nil, fault.Wrap(err, "cbor_malformed", "CBOR map of indefinite length")
+		}
+		if items++; items > 2*MaxItems {
+			return nil, fault.New("cbor_malformed", "CBOR map of indefinite length has more than %d members", MaxItems)
+		}
+	}
+	if len(rest) != 1 || items%2 != 0 {
+		return nil, fault.New("cbor_malformed", "CBOR map of indefinite length does not end with the data")
+	}
+	return append([]byte{majorMap<<5 | oneByteLength, byte(items / 2)}, data[1:len(data)-1]...), nil
 }
 
 // Major types (RFC 8949 §3.1), in the upper three bits of an item's first byte.

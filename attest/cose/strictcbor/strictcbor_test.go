@@ -157,6 +157,46 @@ func TestOneTagIsTakenOff(t *testing.T) {
 	}
 }
 
+func TestAMapOfIndefiniteLengthIsClosed(t *testing.T) {
+	for _, c := range []struct{ name, hex, want string }{
+		{"members", "bf 01 02 6161 820304 ff", "b802 01 02 6161 820304"},
+		{"no members", "bf ff", "b800"},
+		{"a definite map", "a1 01 02", "a1 01 02"},
+		{"what is no map", "00", "00"},
+		{"nothing", "", ""},
+		{"an open map in it", "bf 01 bf ff ff", ""},
+		{"an open string in it", "bf 01 5f 4101 ff ff", ""},
+		{"a tag in it", "bf 01 c1 00 ff", ""},
+		{"a key without value", "bf 01 02 03 ff", ""},
+		{"no end", "bf 01 02", ""},
+		{"a byte after the end", "bf 01 02 ff 00", ""},
+		{"an item cut short", "bf 01 43 01 ff", ""},
+		{"65 members", "bf" + strings.Repeat("0000", 65) + "ff", ""},
+	} {
+		got, err := strictcbor.Definite(unhex(t, c.hex))
+		if c.want == "" && c.hex != "" {
+			if fault.Code(err) != "cbor_malformed" {
+				t.Errorf("%s: %x, %v", c.name, got, err)
+			}
+			continue
+		}
+		if err != nil || !bytes.Equal(got, unhex(t, c.want)) {
+			t.Errorf("%s: %x, %v", c.name, got, err)
+		}
+	}
+	got, err := strictcbor.Definite(unhex(t, "bf 01 00 01 00 ff"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	item, err := strictcbor.Decode(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := item.Map(); fault.Code(err) != "cbor_malformed" {
+		t.Error("equal keys in a map of indefinite length:", err)
+	}
+}
+
 func TestTheFirstItemIsCutOut(t *testing.T) {
 	got, err := strictcbor.First(unhex(t, "82 01 02 ffff"))
 	if err != nil || !bytes.Equal(got, unhex(t, "820102")) {
@@ -201,6 +241,8 @@ func TestThreat_B15_CBORBombsAreCheap(t *testing.T) {
 		"1e5 nested tags":      append(bytes.Repeat([]byte{0xc1}, 100_000), 0),
 		"a string of 2^40":     append(unhex(t, "5b 0000010000000000"), make([]byte, 1000)...),
 		"an array of 2^32 - 1": append(unhex(t, "9a ffffffff"), make([]byte, 100_000)...),
+		"1e5 nested open maps": bytes.Repeat([]byte{0xbf, 0x01}, 100_000),
+		"an open map of 1e5":   append([]byte{0xbf}, make([]byte, 100_000)...),
 		"a map of 2^32 - 1":    append(unhex(t, "ba ffffffff"), make([]byte, 100_000)...),
 	} {
 		var before, after runtime.MemStats
@@ -209,10 +251,12 @@ func TestThreat_B15_CBORBombsAreCheap(t *testing.T) {
 		_, err1 := strictcbor.Decode(bomb)
 		_, _, _, err2 := strictcbor.Untag(bomb)
 		_, err3 := strictcbor.First(bomb)
+		_, err4 := strictcbor.Definite(bomb)
 		took := time.Since(start)
 		runtime.ReadMemStats(&after)
-		if fault.Code(err1) != "cbor_malformed" || err2 != nil && fault.Code(err2) != "cbor_malformed" || fault.Code(err3) != "cbor_malformed" {
-			t.Errorf("%s: %v, %v, %v", name, err1, err2, err3)
+		if fault.Code(err1) != "cbor_malformed" || err2 != nil && fault.Code(err2) != "cbor_malformed" || fault.Code(err3) != "cbor_malformed" ||
+			err4 != nil && fault.Code(err4) != "cbor_malformed" {
+			t.Errorf("%s: %v, %v, %v, %v", name, err1, err2, err3, err4)
 		}
 		if used := after.TotalAlloc - before.TotalAlloc; used > 1<<20 || took > 100*time.Millisecond {
 			t.Errorf("%s: %d bytes allocated in %s", name, used, took)
@@ -227,8 +271,16 @@ func FuzzItem(f *testing.F) {
 	for _, s := range []string{"a3 01 02 20 03 6161 04", "84 43a10126 a0 41aa 42bbcc", "8743010203 6161 f6 20 1903e8 a0 80", "d9018f a0", "5f4101ff", "a201000100"} {
 		f.Add(unhex(f, s))
 	}
+	f.Add(unhex(f, "bf 01 02 6161 820304 ff"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		item, err := strictcbor.Decode(data)
+		definite, err := strictcbor.Definite(data)
+		if err != nil {
+			if fault.Code(err) == "" {
+				t.Fatalf("an error without a code: %v", err)
+			}
+			return
+		}
+		item, err := strictcbor.Decode(definite)
 		if err != nil {
 			if fault.Code(err) == "" {
 				t.Fatalf("an error without a code: %v", err)
