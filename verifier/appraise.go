@@ -161,15 +161,19 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 	for _, name := range a.pol.TDX.Attributes {
 		attributes |= tdxAttributes[name]
 	}
-	claims, err := verify(attest.Input{
+	in := attest.Input{
 		Evidence: a.ev, Collateral: col, Roots: roots, At: a.at,
 		Options: attest.Options{
 			AllowDebug: a.pol.AllowDebug, TDXAttributes: attributes, SNPAllowMigration: a.pol.SNP.AllowMigration,
 			AllowMissingCRL: a.pol.AllowMissingCRL || a.v.Scope == ScopeSignature,
 		},
-	})
+	}
+	claims, err := verify(in)
 	if claims == nil {
 		a.unverified(err)
+		return false
+	}
+	if a.ev.TEE == dstack.TDX && a.ev.TPMQuote != nil && !a.vtpm(in, claims) {
 		return false
 	}
 	a.claims = claims

@@ -538,7 +538,7 @@ func TestPolicyMayAllow(t *testing.T) {
 			g.edit.body = func(b *tdx.ReportBody) { b.TDAttributes[0] |= 1 }
 			r.pol.AllowDebug = true
 		}},
-		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.TDX.AllowNoMRConfig = true }},
+		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.Workload.AllowUncommitted = true }},
 		{"images_unpinned", func(g *guest, r *request) {
 			d := draft()
 			d.ImagePolicy = ""

@@ -97,12 +97,16 @@ func (a *appraisal) image() {
 	}
 	a.pinned()
 	switch {
+	case a.claims.TDX != nil && a.claims.TPM != nil:
+		a.gcpImage(matched)
 	case a.claims.TDX != nil:
 		a.tdxImage(matched)
 	case a.claims.SNP != nil:
 		a.snpImage(matched)
-	case a.claims.TEE == dstack.Nitro:
+	case a.claims.TEE == dstack.Nitro && a.id != nil:
 		a.enclaveImage(matched)
+	case a.claims.TEE == dstack.NitroTPM:
+		a.nitroTPMImage(matched)
 	}
 	if a.imageAnchored {
 		return
@@ -222,12 +226,7 @@ func (a *appraisal) snpImage(matched map[dstack.ImageHash]string) {
 		a.add(Error, "measurement_mismatch", "claims.measurement", "", "the hardware measured %s at launch; the image %s on this shape of VM gives %s", short(got), short(h), short(want))
 		return
 	}
-	if origin, ok := matched[h]; ok {
-		a.anchorImage(h, origin)
-		a.anchor("measurement", want.String(), "the measurement document named by the OS image hash")
-		return
-	}
-	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"measurement", want.String(), "the evidence's own measurement document"})
+	a.measured("measurement", want.String(), h, matched)
 }
 
 // enclaveImage compares the hash that names an enclave's image, which is that of

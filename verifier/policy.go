@@ -39,6 +39,7 @@ type Policy struct {
 	TDX      TDXPolicy      `json:"tdx,omitzero"`
 	SNP      SNPPolicy      `json:"snp,omitzero"`
 	CCA      CCAPolicy      `json:"cca,omitzero"`
+	GCP      GCPPolicy      `json:"gcp,omitzero"`
 	Image    ImagePolicy    `json:"image,omitzero"`
 	Workload WorkloadPolicy `json:"workload,omitzero"`
 	Evidence EvidencePolicy `json:"evidence,omitzero"`
@@ -89,9 +90,6 @@ type TDXPolicy struct {
 	Attributes []string `json:"attributes,omitempty"`
 	// MinModuleSVN is the least security version of the TDX module (A06).
 	MinModuleSVN uint8 `json:"min_module_svn,omitempty"`
-	// AllowNoMRConfig accepts a launch that committed to no configuration (MRCONFIGID
-	// all zero), as older upstream hosts start guests (B11).
-	AllowNoMRConfig bool `json:"allow_no_mr_config,omitempty"`
 }
 
 // SNPPolicy is about AMD SEV-SNP.
@@ -124,6 +122,18 @@ type CCAPolicy struct {
 	Components []collateral.Hex `json:"components,omitempty"`
 }
 
+// GCPPolicy is about TDX on Google Cloud, where a vTPM measures the boot. The zero
+// value accepts no image.
+type GCPPolicy struct {
+	// Firmware are the values of PCR 0 accepted, 32 bytes each.
+	Firmware []collateral.Hex `json:"firmware,omitempty"`
+	// PartitionTables are the digests accepted of the boot disk's partition table.
+	// AnyPartitionTable accepts any: a loader measured in its place may then have
+	// changed the image after it was measured.
+	PartitionTables   []collateral.Hex `json:"partition_tables,omitempty"`
+	AnyPartitionTable bool             `json:"any_partition_table,omitempty"`
+}
+
 // ImagePolicy is about the OS image.
 type ImagePolicy struct {
 	// AllowDev accepts a development image under production roots (D12).
@@ -146,6 +156,9 @@ type WorkloadPolicy struct {
 	// AllowUnpinnedImages accepts a manifest without image_policy "digest", whose tags
 	// may stand for other images tomorrow (J01).
 	AllowUnpinnedImages bool `json:"allow_unpinned_images,omitempty"`
+	// AllowUncommitted accepts a launch that committed to no configuration (MRCONFIGID
+	// or PCR 8 all zero), as older upstream hosts start guests (B11).
+	AllowUncommitted bool `json:"allow_uncommitted,omitempty"`
 }
 
 // EvidencePolicy is about age and freshness.

@@ -213,7 +213,7 @@ func TestSignatureScope(t *testing.T) {
 func TestPolicyDocuments(t *testing.T) {
 	full := `{"scope":"workload","tees":["tdx"],"tcb":{"accept":["UpToDate","NotReported"],"grace_days":30,"min_evaluation":17},
 		"advisories":{"deny":["INTEL-SA-00289"],"accept":["INTEL-SA-00828"]},"registers":{"mrtd":["00"]},
-		"tdx":{"deny_fmspc":["00806f050000"],"attributes":["pks"],"min_module_svn":5,"allow_no_mr_config":true},
+		"tdx":{"deny_fmspc":["00806f050000"],"attributes":["pks"],"min_module_svn":5},"workload":{"allow_uncommitted":true},
 		"snp":{"products":["Genoa"],"min_tcb":{"Genoa":{"snp":14,"microcode":70}},"allow_vlek":true},
 		"image":{"min_epoch":2},"evidence":{"require_fresh":true,"max_age_seconds":600},"allow_debug":false}`
 	p, err := ParsePolicy([]byte(full))

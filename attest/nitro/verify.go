@@ -87,6 +87,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		Debug:        d.debug(),
 		DeviceID:     sha256.Sum256([]byte(device)),
 		DeviceScheme: DeviceScheme,
+		Unchecked:    v.unchecked,
 		Made:         d.Made, At: in.At, Expires: v.expires,
 	}
 	if claims.Debug && !in.Options.AllowDebug {

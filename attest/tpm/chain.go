@@ -35,9 +35,10 @@ var (
 
 // chain is the way from an attestation key to a trusted root.
 type chain struct {
-	certs   []*x509.Certificate // attestation key first, root last; two or more
-	trust   dstack.Trust
-	expires time.Time // when the first certificate or revocation list ends
+	unchecked []string            // revocation lists that are missing and may be
+	certs     []*x509.Certificate // attestation key first, root last; two or more
+	trust     dstack.Trust
+	expires   time.Time // when the first certificate or revocation list ends
 }
 
 func (c *chain) leaf() *x509.Certificate { return c.certs[0] }
@@ -277,7 +278,7 @@ func (c *chain) checkRevocation(ders []collateral.Hex, at time.Time, opt attest.
 		case wrong[i] != nil:
 			return wrong[i]
 		default:
-			if err := missingCRL(c.certs[i], c.certs[i+1], opt); err != nil {
+			if err := c.missingCRL(c.certs[i], c.certs[i+1], opt); err != nil {
 				return err
 			}
 		}
@@ -320,10 +321,15 @@ func checkCRL(crl *x509.RevocationList, issuer *x509.Certificate, at time.Time) 
 }
 
 // missingCRL decides what it means that the collateral has no revocation list of
-// issuer, which issued cert (threats.md B02): a refusal. As of 2026 Google's
+// issuer, which issued cert (threats.md B02): a refusal, or, where the caller allows
+// it, something that the claims name as unchecked. As of 2026 Google's
 // certificates of attestation keys name no distribution point for one, while that
 // of the authority above them does.
-func missingCRL(cert, issuer *x509.Certificate, _ attest.Options) error {
+func (c *chain) missingCRL(cert, issuer *x509.Certificate, opt attest.Options) error {
+	if opt.AllowMissingCRL {
+		c.unchecked = append(c.unchecked, "certificate revocation list of "+issuer.Subject.CommonName)
+		return nil
+	}
 	err := fault.New("crl_missing", "collateral has no revocation list of %q, which issued %q", issuer.Subject, cert.Subject)
 	if len(cert.CRLDistributionPoints) == 0 {
 		return err.WithFix("the certificate does not say where its issuer publishes one; add it to the collateral by hand")

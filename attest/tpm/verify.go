@@ -63,7 +63,8 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		TCBStatus:  attest.NotReported,
 		Advisories: []string{},
 		DeviceID:   sha256.Sum256(c.leaf().RawSubjectPublicKeyInfo), DeviceScheme: "ak",
-		At: in.At, Expires: c.expires,
+		Unchecked: c.unchecked,
+		At:        in.At, Expires: c.expires,
 	}, nil
 }
 
