@@ -70,6 +70,18 @@ func (v Vendors) Collateral(ctx context.Context, want collateral.Request) (*coll
 	return out, nil
 }
 
+// Scope names what answers depend on beside the request, for a cache to keep
+// apart: it joins the scopes of the services that have one.
+func (v Vendors) Scope() string {
+	var scopes []string
+	for _, s := range []collateral.Source{v.PCS, v.KDS} {
+		if s, ok := s.(interface{ Scope() string }); ok {
+			scopes = append(scopes, s.Scope())
+		}
+	}
+	return strings.Join(scopes, "; ")
+}
+
 // parseBase reads the URL of a service, less the paths that people copy with it.
 // Plain HTTP is for this machine only: what is fetched is signed, but who asks
 // about which machine is nobody's business.
