@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/collateral"
@@ -52,11 +51,7 @@ func readCollateral(a *app, path string) (*collateral.Bundle, []collateral.Named
 	case err != nil:
 		return nil, nil, err
 	case st.IsDir():
-		bundle, keys, skipped, err := collateral.FromFS(os.DirFS(path))
-		if len(skipped) > 0 {
-			a.step("not collateral, left alone: %s", strings.Join(skipped, ", "))
-		}
-		return bundle, keys, err
+		return collateral.FromFS(os.DirFS(path))
 	}
 	raw, err := readLimited(path, collateral.MaxBundle)
 	if err != nil {
@@ -87,9 +82,11 @@ func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*collateral.Bundle, err
 	}
 	var source collateral.Source = fetch.Vendors{PCS: pcs, KDS: kds}
 	if dir, err := os.UserCacheDir(); err == nil {
-		if source, err = cache.New(filepath.Join(dir, "dstack", "collateral"), source, cache.Options{}); err != nil {
+		kept, err := cache.Open(filepath.Join(dir, "dstack", "collateral"), source, cache.Options{Warn: func(err error) { a.step("collateral: %v", err) }})
+		if err != nil {
 			return nil, err
 		}
+		source = kept
 	}
 	a.step("fetch collateral for %s", describe(want))
 	return source.Collateral(a.ctx, want)
@@ -102,8 +99,8 @@ func describe(want collateral.Request) string {
 	return "SEV-SNP, " + want.Product
 }
 
-// floors opens the least evaluation numbers that this user has seen (threats.md
-// B03). Verification at a stated time has none: the past had other numbers.
+// floors opens the highest numbers of collateral that this user has seen, by product
+// (threats.md B03). Verification at a stated time has none: the past had others.
 func (c *verifyCmd) floors() (*floor.Store, error) {
 	if c.At != "" {
 		return nil, nil

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -121,12 +122,12 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 		return nil, err
 	}
 	if floors != nil {
-		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC != "" {
-			least, err := floors.Floor(want.FMSPC)
+		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC+want.Product != "" {
+			least, err := floors.Floor(want.FMSPC + want.Product)
 			if err != nil {
 				return nil, err
 			}
-			req.Policy.TCB.MinEvaluation = max(req.Policy.TCB.MinEvaluation, least)
+			req.Policy.Floor = uint32(min(least, math.MaxUint32))
 		}
 	}
 	carried := req.Source.Collateral
@@ -152,8 +153,9 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 			v = verifier.Appraise(*req)
 		}
 	}
-	if floors != nil && v.Signature == verifier.SignatureValid && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation > 0 {
-		if err := floors.Raise(v.Platform.Product, v.Platform.TCBEvaluation); err != nil {
+	seen := floors != nil && v.Signature == verifier.SignatureValid && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation > req.Policy.Floor
+	if seen {
+		if err := floors.Raise(a.ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
 			return nil, err
 		}
 	}

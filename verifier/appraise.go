@@ -185,6 +185,9 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 		a.add(Warning, "not_checked", "collateral", "give what it needs with --collateral", "not checked: %s", what)
 	}
 	a.anchor("TEE quote", fmt.Sprintf("%s, TCB %s", claims.TEE, claims.TCBStatus), claims.Root)
+	if floor := a.pol.Floor; claims.Trust == dstack.TrustProduction && claims.TCBEvaluation < floor {
+		a.add(Error, "collateral_rollback", "platform.tcb_evaluation", "fetch current collateral; who handed this out replays an old one", "the collateral has number %d, and number %d was seen before: it is out of date although it has not expired", claims.TCBEvaluation, floor)
+	}
 	if err == nil {
 		return true
 	}

@@ -51,6 +51,10 @@ type Policy struct {
 	// not be checked because there was no list (B02).
 	AllowMissingCRL bool `json:"allow_missing_crl,omitempty"`
 
+	// Floor is the highest TCBEvaluation that the caller has seen of this very
+	// product (B03); evidence of a lower one is refused. No file can say it.
+	Floor uint32 `json:"-"`
+
 	// DevRoots lets roots of development trust count. Evidence under them proves
 	// nothing about hardware. No file can say it: only the caller who adds such roots.
 	DevRoots bool `json:"-"`

@@ -82,6 +82,29 @@ func TestThreat_B03_OlderCollateralBelowTheFloor(t *testing.T) {
 	}
 }
 
+// B03 as the command keeps it: the highest number seen of a product is a floor in
+// every scope, but not for development roots, whose numbers mean nothing.
+func TestThreat_B03_HighestNumberSeenIsAFloor(t *testing.T) {
+	g := newGuest(t)
+	r := g.request()
+	roots := g.platform.Roots()
+	roots.Trust = dstack.TrustProduction
+	r.roots, r.pol.Image.AllowLite = []attest.Roots{roots}, true
+	for floor, ok := range map[uint32]bool{0: true, 18: true, 19: false} {
+		for _, scope := range []string{ScopeWorkload, ScopeSignature} {
+			r.pol.Floor, r.pol.Scope = floor, scope
+			if v := r.appraise(g.evidence()); v.Accepted != ok || !ok && !v.Has(Error, "collateral_rollback") {
+				t.Errorf("floor %d, scope %s%s", floor, scope, show(v))
+			}
+		}
+	}
+	r = g.request()
+	r.pol.Floor = 19
+	if v := r.appraise(g.evidence()); !v.Accepted {
+		t.Error(show(v))
+	}
+}
+
 // B04: status × policy × age. The zero policy denies, and only what a policy names
 // passes.
 func TestThreat_B04_OnlyNamedStatusesPass(t *testing.T) {

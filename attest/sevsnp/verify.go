@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"math"
 	"math/big"
 	"slices"
 	"strings"
@@ -54,7 +55,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	if err := v.findChain(r, in.Evidence.Quote[:signedSize], signer); err != nil {
 		return nil, err
 	}
-	unchecked, err := v.checkRevocation(in)
+	unchecked, number, err := v.checkRevocation(in)
 	if err != nil {
 		return nil, err
 	}
@@ -78,8 +79,8 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		TCBStatus:  OutOfDate, Advisories: []string{},
 		Product:   v.product,
 		Debug:     r.Policy&PolicyDebug != 0,
-		Unchecked: unchecked,
-		At:        in.At, Expires: v.expires,
+		Unchecked: unchecked, TCBEvaluation: number,
+		At: in.At, Expires: v.expires,
 	}
 	if r.CurrentTCB == r.ReportedTCB && r.CurrentTCB == r.CommittedTCB && r.CurrentTCB == r.LaunchTCB {
 		claims.TCBStatus = UpToDate
@@ -215,8 +216,9 @@ func (v *verification) findRoot(intermediate *x509.Certificate) (*x509.Certifica
 // checkRevocation looks the intermediate and the root up in the root's revocation
 // lists (threats.md B02). AMD revokes no VCEK or VLEK: a new TCB supersedes it. A
 // list that names them counts whatever its age; otherwise one list must be
-// current. Lists of other issuers are none of our concern.
-func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err error) {
+// current; its number, which rises with each list, is returned. Lists of other
+// issuers are none of our concern.
+func (v *verification) checkRevocation(in attest.Input) (unchecked []string, number uint32, err error) {
 	var lists [][]byte
 	if in.Collateral != nil {
 		for _, der := range in.Collateral.CRLs {
@@ -241,10 +243,10 @@ func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err
 		for _, entry := range crl.RevokedCertificateEntries {
 			switch {
 			case entry.SerialNumber.Cmp(v.intermediate.SerialNumber) == 0:
-				return nil, fault.New("ask_revoked", "%q, serial %x, is revoked since %s",
+				return nil, 0, fault.New("ask_revoked", "%q, serial %x, is revoked since %s",
 					v.intermediate.Subject.CommonName, v.intermediate.SerialNumber, day(entry.RevocationTime))
 			case entry.SerialNumber.Cmp(v.root.SerialNumber) == 0:
-				return nil, fault.New("ark_revoked", "root %q, serial %x, is revoked since %s",
+				return nil, 0, fault.New("ark_revoked", "root %q, serial %x, is revoked since %s",
 					v.root.Subject.CommonName, v.root.SerialNumber, day(entry.RevocationTime))
 			}
 		}
@@ -258,19 +260,22 @@ func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err
 			note(fault.New("crl_expired", "revocation list was good until %s, not at %s", day(crl.NextUpdate), day(v.at)).
 				WithFix("fetch a fresh list, or state the time at which to verify"))
 		case crl.NextUpdate.After(current):
-			current = crl.NextUpdate
+			current, number = crl.NextUpdate, 0
+			if n := crl.Number; n != nil && n.IsUint64() && n.Uint64() <= math.MaxUint32 {
+				number = uint32(n.Uint64())
+			}
 		}
 	}
 	switch {
 	case !current.IsZero():
 		v.until(current)
-		return nil, nil
+		return nil, number, nil
 	case err != nil:
-		return nil, err
+		return nil, 0, err
 	case in.Options.AllowMissingCRL:
-		return []string{"certificate revocation list"}, nil
+		return []string{"certificate revocation list"}, 0, nil
 	}
-	return nil, fault.New("crl_missing", "collateral has no revocation list of %q", v.root.Subject.CommonName).
+	return nil, 0, fault.New("crl_missing", "collateral has no revocation list of %q", v.root.Subject.CommonName).
 		WithFix("fetch it, or allow in the policy that it is missing")
 }
 
