@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"fmt"
 	"math/big"
 	"slices"
 	"strings"
@@ -182,14 +183,13 @@ func (v *verification) tryChain(leaf, intermediate *x509.Certificate) error {
 	if got := intermediate.Subject.CommonName; got != want {
 		return fault.New("vek_issuer", "%s is issued by %q, want %q", leaf.Subject.CommonName, got, want)
 	}
-	for _, c := range []struct {
-		cert *x509.Certificate
-		code string
-	}{{root, "root_expired"}, {intermediate, "ask_expired"}, {leaf, "vek_expired"}} {
-		if v.at.Before(c.cert.NotBefore) || v.at.After(c.cert.NotAfter) {
-			return fault.New(c.code, "%q is valid from %s to %s, not at %s",
-				c.cert.Subject.CommonName, day(c.cert.NotBefore), day(c.cert.NotAfter), day(v.at))
-		}
+	switch {
+	case !v.holds(root):
+		return fault.New("root_expired", "root %s, not at %s", validity(root), day(v.at))
+	case !v.holds(intermediate):
+		return fault.New("ask_expired", "intermediate %s, not at %s", validity(intermediate), day(v.at))
+	case !v.holds(leaf):
+		return fault.New("vek_expired", "certificate %s, not at %s", validity(leaf), day(v.at))
 	}
 	for _, c := range []*x509.Certificate{root, intermediate, leaf} {
 		v.until(c.NotAfter)
@@ -318,6 +318,14 @@ func verifyReport(key *ecdsa.PublicKey, signed []byte, r *Report) bool {
 func littleEndian(b [scalarSize]byte) *big.Int {
 	slices.Reverse(b[:])
 	return new(big.Int).SetBytes(b[:])
+}
+
+func (v *verification) holds(c *x509.Certificate) bool {
+	return !v.at.Before(c.NotBefore) && !v.at.After(c.NotAfter)
+}
+
+func validity(c *x509.Certificate) string {
+	return fmt.Sprintf("%q is valid from %s to %s", c.Subject.CommonName, day(c.NotBefore), day(c.NotAfter))
 }
 
 func day(t time.Time) string { return t.UTC().Format(time.RFC3339) }

@@ -297,6 +297,10 @@ func mutations() []mutation {
 			i.Collateral.Certificates = append(i.Collateral.Certificates, evil)
 		},
 	})
+	add("unknown_root", "a root that is given for another TEE only", mutation{input: func(_ *platform, i *attest.Input) {
+		i.Roots[0].TEE = dstack.TDX
+		i.Roots = append(i.Roots, sevsnp.VendorRoots())
+	}})
 	add("root_expired", "a root that has ended", mutation{
 		input: func(p *platform, i *attest.Input) { i.At = p.Root.Cert.NotAfter.Add(time.Second) },
 	})
