@@ -32,12 +32,21 @@ const (
 // Collateral.Certificates, in any order; AMD's revocation list from
 // Collateral.CRLs. Without a list of the root that vouches the code is
 // crl_missing, or with Options.AllowMissingCRL the claims say that it was not
-// checked.
+// checked. Claims.TCBStatus is [UpToDate] or [OutOfDate].
 //
-// Errors beside claims are the judgements of [Report] against its own guest
-// policy: snp_debug, snp_migration, snp_vmpl, snp_policy_unknown, snp_abi_version,
-// snp_smt, snp_rapl, snp_ciphertext_hiding, snp_author_key, snp_id_key,
-// snp_tcb_committed, snp_tcb_reported, snp_version_committed.
+// Codes without claims: those of [ParseReport] and [ParseExtensions];
+// report_unsigned, report_signer, report_signature; cert_malformed, cert_table,
+// chain_length, collateral_too_large; collateral_missing, no_roots, unknown_root,
+// root_role, vek_chain, vek_issuer, root_expired, ask_expired, vek_expired;
+// crl_missing, crl_malformed, crl_signature, crl_not_yet_valid, crl_expired,
+// ask_revoked, ark_revoked; product_unknown, product_mismatch, vek_product,
+// snp_tcb_mismatch, snp_chip_mismatch.
+//
+// Codes beside claims, when the guest is open to the host, or the platform is not
+// what the guest's policy demands: snp_debug, snp_migration, snp_vmpl,
+// snp_policy_unknown, snp_abi_version, snp_smt, snp_rapl, snp_ciphertext_hiding,
+// snp_author_key, snp_id_key, snp_tcb_committed, snp_tcb_reported,
+// snp_version_committed.
 func Verify(in attest.Input) (*attest.Claims, error) {
 	r, err := ParseReport(in.Evidence.Quote)
 	if err != nil {
