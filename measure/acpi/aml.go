@@ -182,7 +182,7 @@ func gap(n int) []byte               { return append([]byte{0}, pkgLength(n)...)
 func mutex(object string) []byte { return extOp(0x01, name(object), []byte{0}) }
 
 // lock waits without limit.
-func lock(object string) []byte { return extOp(0x23, name(object), []byte{0xff, 0xff}) }
+func lock(object string) []byte   { return extOp(0x23, name(object), []byte{0xff, 0xff}) }
 func unlock(object string) []byte { return extOp(0x27, name(object)) }
 
 func dwordField(source []byte, offset uint64, object string) []byte {

@@ -6,18 +6,16 @@ import "fmt"
 
 // I/O ports and addresses of the q35 machine, as OVMF programs it.
 const (
-	debugPort    = 0x402
-	fwCfgPort    = 0x510
-	pmBase       = 0x600
-	gpeBlock     = pmBase + 0x20
-	gpeLength    = 16
-	pciHotplug   = 0xcc0
-	cpuHotplug   = 0xcd8
-	ioAPIC       = 0xfec0_0000
-	localAPIC    = 0xfee0_0000
-	hpetBase     = 0xfed0_0000
-	configSpace  = 0xe000_0000 // PCI Express configuration space: MCFG
-	configLength = 0x1000_0000 // 256 buses of 1 MiB
+	debugPort  = 0x402
+	fwCfgPort  = 0x510
+	pmBase     = 0x600
+	gpeBlock   = pmBase + 0x20
+	gpeLength  = 16
+	pciHotplug = 0xcc0
+	cpuHotplug = 0xcd8
+	ioAPIC     = 0xfec0_0000
+	localAPIC  = 0xfee0_0000
+	hpetBase   = 0xfed0_0000
 )
 
 var zero, one = integer(0), integer(1)
@@ -76,7 +74,7 @@ func (s *Shape) hostBridge() []byte {
 			staticLabel()),
 		device("DRAC",
 			define("_HID", text("PNP0C01")),
-			define("_CRS", resources(dwords(readWrite, configSpace, configSpace+configLength-1)))))
+			define("_CRS", resources(dwords(readWrite, s.configBase(), s.configBase()+configLength-1)))))
 }
 
 // negotiate is _OSC: which features of PCI Express the guest may drive itself (PCI
@@ -284,14 +282,19 @@ func (s *Shape) hpet() []byte {
 // windows are the address ranges that the PCI root bridge hands on, and the ports
 // that ACPI itself takes.
 func (s *Shape) windows() []byte {
+	// What is left of the 32-bit window around the configuration space.
+	var window32 []byte
+	if low, config := s.lowMemory(), s.configBase(); low < config {
+		window32 = dwords(readWrite, low, config-1)
+	}
+	window32 = append(window32, dwords(readWrite, s.configBase()+configLength, ioAPIC-1)...)
 	crs := resources(
 		words(busRange, 0, 0, 0xff),
 		ioPorts(0xcf8, 1, 8),
 		words(ioRange, entireRange, 0, 0xcf7),
 		words(ioRange, entireRange, 0xd00, 0xffff),
 		dwords(rwAndCaching, 0xa_0000, 0xb_ffff),
-		dwords(readWrite, s.lowMemory(), configSpace-1),
-		dwords(readWrite, configSpace+configLength, ioAPIC-1),
+		window32,
 		qwords(rwAndCaching, s.hole64Base(), s.hole64End()-1))
 	reserve := func(object, what string, ports []byte) []byte {
 		return device(object,

@@ -3,6 +3,7 @@
 package acpi
 
 import (
+	"fmt"
 	"strconv"
 	"strings"
 
@@ -21,8 +22,15 @@ const hole64Size = 32 << 30
 
 // Hole64Base is where OVMF places the first 64-bit BAR on a machine with 46 or
 // more physical address bits, as every TDX host has: the last eighth of 2^46.
-// QEMU starts the 64-bit window of PCI0's resources there.
+// QEMU starts the 64-bit window of PCI0's resources there. (OVMF before 2023 used
+// one bit more where there was one.)
 const Hole64Base = 0x3800_0000_0000
+
+// ConfigBase is where OVMF places the configuration space of PCI Express, 256 MiB.
+// Builds before 2023 used 0xb0000000; TDVF never did.
+const ConfigBase = 0xe000_0000
+
+const configLength = 256 << 20
 
 // Slot is what sits in one slot of the PCI Express root bus.
 type Slot uint8
@@ -58,11 +66,13 @@ type Shape struct {
 
 	Hole64Size uint64 // bytes, q35-pcihost.pci-hole64-size; 0: QEMU's 32 GiB
 	Hole64Base uint64 // lowest 64-bit BAR; 0: Hole64Base
+	ConfigBase uint64 // configuration space of PCI Express; 0: ConfigBase
 }
 
 // unsupported is the refusal of a shape that this package does not compute.
 func unsupported(field, format string, args ...any) error {
-	return fault.New("acpi_shape_unsupported", field+": "+format, args...)
+	return fault.New("acpi_shape_unsupported", "ACPI tables of this VM: %s: %s", field, fmt.Sprintf(format, args...)).
+		WithFix("choose a shape whose tables are computed, or take the digests from the event log and accept unknown tables")
 }
 
 // release is a QEMU version.
@@ -113,6 +123,9 @@ func (s *Shape) check() error {
 	if base := s.hole64Base(); base < 1<<32+s.Memory || base >= 1<<51 {
 		return unsupported("pci_hole64_base", "%#x for %d bytes of memory", base, s.Memory)
 	}
+	if base := s.configBase(); base < s.lowMemory() || base > ConfigBase || base%configLength != 0 {
+		return unsupported("pci_config_base", "%#x, want a multiple of 256 MiB from the end of low memory to %#x", base, uint64(ConfigBase))
+	}
 	if s.Hole64Size > 1<<51 {
 		return unsupported("pci_hole64_size", "%d bytes, want at most 2 PiB", s.Hole64Size)
 	}
@@ -124,6 +137,13 @@ func (s *Shape) hole64Base() uint64 {
 		return s.Hole64Base
 	}
 	return Hole64Base
+}
+
+func (s *Shape) configBase() uint64 {
+	if s.ConfigBase != 0 {
+		return s.ConfigBase
+	}
+	return ConfigBase
 }
 
 // hole64End is the first byte after the 64-bit window: QEMU rounds it up to whole

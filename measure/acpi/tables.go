@@ -36,7 +36,7 @@ func (t *Tables) Digests() [3]dstack.Measurement {
 }
 
 // Build returns the blobs for a shape. The code of every error is
-// acpi_shape_unsupported; its text starts with the name of the field.
+// acpi_shape_unsupported; its text names the field.
 func Build(s Shape) (*Tables, error) {
 	if err := s.check(); err != nil {
 		return nil, err
@@ -62,7 +62,7 @@ func Build(s Shape) (*Tables, error) {
 	if s.NUMA {
 		list("SRAT", 1, s.srat())
 	}
-	list("MCFG", 1, mcfg())
+	list("MCFG", 1, s.mcfg())
 	list("WAET", 1, le32(1<<1)) // the ACPI timer is reliable
 	rsdt := b.rsdt(listed)
 
@@ -307,6 +307,6 @@ func (s *Shape) srat() []byte {
 
 // mcfg is the body of the MCFG table (PCI Firmware Specification 3.3, §4.1.2): all
 // buses of segment 0.
-func mcfg() []byte {
-	return seq(make([]byte, 8), le64(configSpace), []byte{0, 0, 0, 0xff}, make([]byte, 4))
+func (s *Shape) mcfg() []byte {
+	return seq(make([]byte, 8), le64(s.configBase()), []byte{0, 0, 0, 0xff}, make([]byte, 4))
 }
