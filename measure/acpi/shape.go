@@ -4,8 +4,6 @@ package acpi
 
 import (
 	"fmt"
-	"strconv"
-	"strings"
 
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -14,8 +12,11 @@ import (
 const (
 	maxVCPUs  = 1024
 	maxMemory = 1 << 45 // bytes; below the default Hole64Base
-	maxSlots  = 30      // 1 to 30 of pcie.0; 0 is the host bridge, 31 the ICH9
 )
+
+// MaxSlots is how many slots of the root bus are free: 1 to 30. Slot 0 is the host
+// bridge, 31 the ICH9.
+const MaxSlots = 30
 
 // hole64Size is what QEMU gives a q35 machine when nobody asks for another size.
 const hole64Size = 32 << 30
@@ -46,19 +47,19 @@ const (
 // has no display adapter and no device besides those named here and those of
 // every q35 machine. Machine types from pc-q35-7.1 on give the same tables.
 type Shape struct {
-	// QEMU is the version of the QEMU binary, X.Y.Z. Versions below 10.0, which had
-	// no TDX of their own, are QEMU as patched for TDX.
+	// QEMU is the version of the QEMU binary, X.Y.Z, from 8.2.0 to 11.1. Versions
+	// before 10.1, which had no TDX of their own, are QEMU as patched for TDX.
 	QEMU string
 
 	VCPUs  int    // 1 to 1024, in one socket, none to be added later
 	Memory uint64 // bytes, a whole number of MiB
 
 	// Slots are those of pcie.0 from slot 1 on, without a gap: QEMU fills the
-	// first free one, in the order of its -device arguments. At most 30.
+	// first free one, in the order of its -device arguments. At most MaxSlots.
 	Slots []Slot
 
 	HotplugOff bool // ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off
-	PIC        bool // legacy interrupt controller present
+	PIC        bool // legacy interrupt controller present; before QEMU 9.1 it must be
 	SMM        bool // system management mode, with a firmware that does not use it for CPU hotplug
 	HPET       bool // high precision timer present
 	Serial     bool // COM1 present
@@ -75,35 +76,6 @@ func unsupported(field, format string, args ...any) error {
 		WithFix("choose a shape whose tables are computed, or take the digests from the event log and accept unknown tables")
 }
 
-// release is a QEMU version.
-type release struct{ major, minor, patch int }
-
-func (r release) before(major, minor, patch int) bool {
-	if r.major != major {
-		return r.major < major
-	}
-	if r.minor != minor {
-		return r.minor < minor
-	}
-	return r.patch < patch
-}
-
-func parseRelease(s string) (release, error) {
-	var n [3]int
-	parts := strings.Split(s, ".")
-	if len(s) > 16 || len(parts) != len(n) {
-		return release{}, unsupported("qemu_version", "%.32q, want X.Y.Z", s)
-	}
-	for i, part := range parts {
-		v, err := strconv.ParseUint(part, 10, 16)
-		if err != nil {
-			return release{}, unsupported("qemu_version", "%.32q, want X.Y.Z", s)
-		}
-		n[i] = int(v)
-	}
-	return release{n[0], n[1], n[2]}, nil
-}
-
 // check returns the code acpi_shape_unsupported with the field in question.
 func (s *Shape) check() error {
 	if s.VCPUs < 1 || s.VCPUs > maxVCPUs {
@@ -112,8 +84,8 @@ func (s *Shape) check() error {
 	if s.Memory < 16<<20 || s.Memory > maxMemory || s.Memory%(1<<20) != 0 {
 		return unsupported("memory_size", "%d bytes, want 16 MiB to 32 TiB in whole MiB", s.Memory)
 	}
-	if len(s.Slots) > maxSlots {
-		return unsupported("devices", "%d on the root bus, want at most %d", len(s.Slots), maxSlots)
+	if len(s.Slots) > MaxSlots {
+		return unsupported("devices", "%d on the root bus, want at most %d", len(s.Slots), MaxSlots)
 	}
 	for i, slot := range s.Slots {
 		if slot != Endpoint && slot != RootPort {

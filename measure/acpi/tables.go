@@ -41,7 +41,7 @@ func Build(s Shape) (*Tables, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	p, err := profileOf(s.QEMU)
+	p, err := s.profileOf()
 	if err != nil {
 		return nil, err
 	}
