@@ -406,6 +406,9 @@ func measureImage(img *osimage.Image, vm measure.VMConfig) (*measure.TDX, error)
 		return nil, err
 	}
 	l := measure.Launch{Cmdline: img.Metadata.Cmdline, VCPUs: int(vm.CPUCount), MemoryBytes: vm.MemorySize, TwoPassAddPages: twoPass}
+	if shape, err := vm.Shape(); err == nil {
+		l.ACPI = &shape
+	}
 	for _, f := range []struct {
 		path string
 		into *[]byte
