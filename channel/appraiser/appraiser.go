@@ -7,8 +7,9 @@
 // A peer's evidence must have exactly the report data of the connection; the
 // workload must be one that the reference values or the intended identity name.
 // Evidence of an RA-TLS certificate is as old as the certificate and never fresh:
-// a policy that requires freshness refuses it. The zero value refuses everyone. Everything in a candidate is
-// attacker-controlled. Implements design.md §4 (attested channel).
+// a policy that requires freshness refuses it. The zero value refuses everyone.
+// Everything in a candidate is attacker-controlled. Implements design.md §4
+// (attested channel).
 package appraiser
 
 import (
