@@ -4,11 +4,8 @@ package measure
 
 import (
 	"crypto/sha256"
-	"slices"
 
 	"github.com/fxamacker/cbor/v2"
-
-	"github.com/dstack-go/dstack"
 )
 
 // AWSDocumentName is the name of the document in an image and in its
@@ -18,7 +15,8 @@ const AWSDocumentName = "measurement.aws.cbor"
 // AWSDocument is the content of measurement.aws.cbor, which has no version: what a
 // NitroTPM measures of an image (spec/measurement.md §7).
 type AWSDocument struct {
-	// BootPCRs is what [BootPCRDigest] returns for a VM that booted the image.
+	// BootPCRs is SHA-256(PCR4 ‖ PCR7 ‖ PCR12) of the SHA-384 bank (48 bytes each): the
+	// boot loader, the secure boot policy and the kernel's command line.
 	BootPCRs [sha256.Size]byte
 }
 
@@ -43,10 +41,4 @@ func ParseAWSDocument(data []byte) (*AWSDocument, error) {
 		return nil, badDocument("boot_pcr_digest has %d bytes, want %d", len(w.BootPCRs), sha256.Size)
 	}
 	return &AWSDocument{BootPCRs: [sha256.Size]byte(w.BootPCRs)}, nil
-}
-
-// BootPCRDigest returns SHA-256(PCR4 ‖ PCR7 ‖ PCR12) of the SHA-384 bank: the boot
-// loader, the secure boot policy and the kernel's command line.
-func BootPCRDigest(pcr4, pcr7, pcr12 dstack.Measurement) [sha256.Size]byte {
-	return sha256.Sum256(slices.Concat(pcr4[:], pcr7[:], pcr12[:]))
 }

@@ -39,14 +39,6 @@ func TestCloudDocumentsHaveUpstreamsBytes(t *testing.T) {
 	}
 }
 
-func TestBootPCRDigestIsOverPCRs4And7And12(t *testing.T) {
-	want := sha256.Sum256([]byte(strings.Repeat("\x04", 48) + strings.Repeat("\x07", 48) + strings.Repeat("\x0c", 48)))
-	fill := func(b byte) dstack.Measurement { return dstack.Measurement(bytes.Repeat([]byte{b}, 48)) }
-	if got := BootPCRDigest(fill(4), fill(7), fill(12)); got != want {
-		t.Errorf("digest = %x, want %x", got, want)
-	}
-}
-
 func TestACloudDocumentIsBoundToItsImage(t *testing.T) {
 	sums := fmt.Sprintf("%x  kernel\n%x  %s\n", sha256.Sum256(nil), sha256.Sum256(gcpWire), GCPDocumentName)
 	s := Split{ChecksumFile: []byte(sums), Measurement: gcpWire}

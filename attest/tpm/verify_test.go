@@ -105,6 +105,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 // the reason of the refusal. Everything around the change is signed as it should be.
 type mutation struct {
 	name, code string
+	text       string                   // what the message says, where one code stands for several checks
 	machine    func(m *machine)         // before anything is signed
 	attest     func(a *tpm.Attest)      // before the TPM signs
 	message    func(b []byte) []byte    // the same, as bytes
@@ -170,12 +171,16 @@ func mutations() []mutation {
 	add("tpm_message_malformed", "a message cut inside the qualified signer", mutation{message: cut(20)})
 	add("tpm_message_malformed", "a message cut inside the digest", mutation{message: func(b []byte) []byte { return b[:len(b)-1] }})
 	add("tpm_message_malformed", "a byte after the message", mutation{message: func(b []byte) []byte { return append(b, 0) }})
-	add("tpm_message_malformed", "B15: a message beyond the size limit", mutation{message: func(b []byte) []byte { return append(b, make([]byte, tpm.MaxMessage)...) }})
+	add("tpm_message_malformed", "B15: a message beyond the size limit", mutation{message: func(b []byte) []byte { return append(b, make([]byte, tpm.MaxMessage)...) }, text: "exceeds 1024"})
 	add("tpm_message_malformed", "B15: a qualified signer of 65535 bytes", mutation{message: put(nameOff, 0xff, 0xff)})
 	add("tpm_message_malformed", "qualifying data longer than TPMs take", mutation{attest: func(a *tpm.Attest) { a.ExtraData = make([]byte, 67) }})
 	add("tpm_message_malformed", "a boolean of 2", mutation{message: put(safeOff, 2)})
 	add("tpm_message_malformed", "B15: 2^32-1 selections", mutation{message: put(countOff, 0xff, 0xff, 0xff, 0xff)})
-	add("tpm_message_malformed", "a bitmap of 5 bytes", mutation{message: put(sizeOff, 5)})
+	add("tpm_message_malformed", "B15: nine selections", mutation{attest: func(a *tpm.Attest) { a.Banks = slices.Repeat(a.Banks, 9) }})
+	add("tpm_message_malformed", "a bitmap of 5 bytes", mutation{message: func(b []byte) []byte {
+		b[sizeOff] = 5
+		return slices.Insert(b, sizeOff+4, 0, 0)
+	}})
 	add("tpm_message_malformed", "a digest longer than any hash", mutation{attest: func(a *tpm.Attest) { a.PCRDigest = make([]byte, 65) }})
 	add("tpm_magic", "data that the TPM was only asked to sign", mutation{message: put(0, 0xfe)})
 	add("tpm_type", "a certification of a key", mutation{message: put(5, 0x17)})
@@ -187,7 +192,7 @@ func mutations() []mutation {
 	add("tpm_signature_malformed", "B15: an ECDSA scalar of 49 bytes", mutation{quote: func(q *attest.TPMQuote) {
 		q.Signature = append([]byte{0, 0x18, 0, 0xB, 0, 49}, make([]byte, 60)...)
 	}})
-	add("tpm_signature_malformed", "B15: a signature beyond the size limit", mutation{quote: func(q *attest.TPMQuote) { q.Signature = append(q.Signature, make([]byte, tpm.MaxSignature)...) }})
+	add("tpm_signature_malformed", "B15: a signature beyond the size limit", mutation{quote: func(q *attest.TPMQuote) { q.Signature = append(q.Signature, make([]byte, tpm.MaxSignature)...) }, text: "exceeds 1024"})
 	add("tpm_signature_scheme", "a signature over SHA-1", mutation{machine: func(m *machine) { m.Hash = crypto.SHA1 }})
 	add("tpm_signature_scheme", "an HMAC for a signature", mutation{quote: func(q *attest.TPMQuote) { q.Signature[1] = 0x05 }})
 	add("tpm_signature_scheme", "RSASSA with SHA-384", mutation{quote: func(q *attest.TPMQuote) { q.Signature = append([]byte{0, 0x14, 0, 0xC, 0, 1}, 0) }})
@@ -221,7 +226,7 @@ func mutations() []mutation {
 	}})
 	add("ak_cert_malformed", "no certificate", mutation{quote: func(q *attest.TPMQuote) { q.AKCert = nil }})
 	add("ak_cert_malformed", "a certificate with a byte after it", mutation{quote: func(q *attest.TPMQuote) { q.AKCert = append(bytes.Clone(q.AKCert), 0) }})
-	add("ak_cert_malformed", "B15: a certificate beyond the size limit", mutation{quote: func(q *attest.TPMQuote) { q.AKCert = make([]byte, 16<<10+1) }})
+	add("ak_cert_malformed", "B15: a certificate beyond the size limit", mutation{quote: func(q *attest.TPMQuote) { q.AKCert = make([]byte, 16<<10+1) }, text: "more than 16384"})
 	add("ak_key_usage", "a certificate of an endorsement key", mutation{machine: reissueAK(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment })})
 	add("ak_is_ca", "a certificate of an authority", mutation{machine: reissueAK(func(c *x509.Certificate) { c.IsCA = true })})
 	add("ak_eku", "a certificate for a web server", mutation{machine: reissueAK(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })})
@@ -259,6 +264,9 @@ func mutations() []mutation {
 	add("unknown_root", "the intermediate left out", mutation{input: func(_ *machine, in *attest.Input) { in.Collateral.Certificates = nil }})
 	add("unknown_root", "an attestation key that issues another", mutation{machine: func(m *machine) {
 		m.AK = m.Issue(m.AK, m.P256(), "test attestation key of an attestation key", nil)
+	}})
+	add("unknown_root", "a certificate that names another issuer than the one that signed it", mutation{machine: func(m *machine) {
+		m.AK.Cert = m.Certify(tpmtest.Authority{Key: m.Intermediate.Key, Cert: selfNamed(m)}, m.AK.Key.Public(), "test attestation key", nil)
 	}})
 	add("unknown_root", "an authority that may not issue certificates", mutation{machine: reissueIntermediate(func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign })})
 	add("unknown_root", "an intermediate with a key of 1024 bits", mutation{machine: func(m *machine) {
@@ -368,8 +376,8 @@ func TestEveryMutationIsRefusedForItsOwnReason(t *testing.T) {
 	for _, c := range mutations() {
 		t.Run(c.name, func(t *testing.T) {
 			claims, err := verify(t, c)
-			if fault.Code(err) != c.code || claims != nil {
-				t.Errorf("claims %v, err = %v (code %q), want %q", claims != nil, err, fault.Code(err), c.code)
+			if fault.Code(err) != c.code || claims != nil || !strings.Contains(fmt.Sprint(err), c.text) {
+				t.Errorf("claims %v, err = %v (code %q), want %q %s", claims != nil, err, fault.Code(err), c.code, c.text)
 			}
 		})
 	}
@@ -417,6 +425,37 @@ func TestChainsOfAnyAllowedShapeVerify(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestAMissingListThatIsAllowedIsNamed(t *testing.T) {
+	allow := func(_ *machine, in *attest.Input) { in.Options.AllowMissingCRL = true }
+	c, err := verify(t, mutation{input: allow})
+	if err != nil || len(c.Unchecked) != 0 {
+		t.Errorf("nothing is missing: %v, %q", err, c.Unchecked)
+	}
+	c, err = verify(t, mutation{machine: func(m *machine) { m.CRLs = m.CRLs[:1] }, input: allow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(c.Unchecked, []string{"certificate revocation list of Test TPM Intermediate"}) {
+		t.Errorf("unchecked = %q", c.Unchecked)
+	}
+	// A list that is there is judged all the same.
+	for _, m := range mutations() {
+		if !strings.HasPrefix(m.code, "crl_") && !strings.HasSuffix(m.code, "_revoked") || m.code == "crl_missing" {
+			continue
+		}
+		before := m.input
+		m.input = func(machine *machine, in *attest.Input) {
+			if before != nil {
+				before(machine, in)
+			}
+			in.Options.AllowMissingCRL = true
+		}
+		if _, err := verify(t, m); fault.Code(err) != m.code {
+			t.Errorf("%s: err = %v, want %q", m.name, err, m.code)
+		}
 	}
 }
 
