@@ -81,6 +81,10 @@ type Attestation struct {
 	DevelopmentRoots string `toml:"development_roots"`
 	// FetchCollateral asks the services for collateral that a request does not bring.
 	FetchCollateral bool `toml:"fetch_collateral"`
+	// ExtraCollateral is a directory of certificates and revocation lists that join
+	// what is fetched, such as Google's intermediates above attestation keys, which no
+	// service here serves. Certificates in it complete chains and anchor nothing.
+	ExtraCollateral string `toml:"extra_collateral"`
 	// CollateralCacheDir keeps what was fetched; empty for a place beside the images.
 	CollateralCacheDir string `toml:"collateral_cache_dir"`
 }

@@ -34,6 +34,7 @@ package verifyd
 import (
 	"context"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/dstack-go/dstack/attest"
@@ -58,6 +59,7 @@ type Service struct {
 	policy verifier.Policy
 	roots  []attest.Roots
 	dev    *collateral.Bundle // of a development installation; nil: none
+	extra  *collateral.Bundle // joins what is fetched; nil: none
 	source collateral.Source  // nil: nothing is fetched
 	images *imagecache.Cache
 	known  measurements
@@ -88,6 +90,11 @@ func New(c Config, o Options) (*Service, error) {
 	}
 	if s.roots, s.dev, err = c.Attestation.trustAnchors(); err != nil {
 		return nil, err
+	}
+	if dir := c.Attestation.ExtraCollateral; dir != "" {
+		if s.extra, _, err = collateral.FromFS(os.DirFS(dir)); err != nil {
+			return nil, err
+		}
 	}
 	// First, since it makes the directory that the collateral's lies in by default.
 	s.images, err = imagecache.Open(c.ImageCacheDir, imagecache.Options{
