@@ -213,27 +213,33 @@ func (s *Service) judge(ctx context.Context, q *inquiry, out *Response) {
 	out.Verdict = verifier.Appraise(strict)
 }
 
-// complete finds collateral where the request brings none.
+// complete finds collateral where the request brings none. What leads to no root that
+// counts makes nobody ask for anything.
 func (s *Service) complete(ctx context.Context, q *inquiry) error {
-	tee := q.evidence.TEE
 	if q.col != nil || q.src.Collateral != nil {
+		return nil
+	}
+	probe := verifier.Request{Source: q.src, Roots: s.roots, Policy: verifier.SignaturePolicy(), At: q.at}
+	probe.Policy.DevRoots = s.config.Attestation.InsecureAllowExternalTrustAnchors
+	v := verifier.Appraise(probe)
+	complete := q.evidence.TEE == dstack.SEVSNP && v.Signature == verifier.SignatureValid // but for revocation lists
+	if !complete && !v.Has(verifier.Error, "collateral_missing") {
 		return nil
 	}
 	if s.dev != nil {
 		// Evidence that leads to a development root, whatever else is wrong with it.
-		try := verifier.Request{Source: q.src, Collateral: s.dev, Policy: verifier.SignaturePolicy(), At: q.at}
-		try.Policy.DevRoots = true
+		probe.Roots, probe.Collateral = nil, s.dev
 		for _, r := range s.roots {
 			if r.Trust == dstack.TrustDevelopment {
-				try.Roots = append(try.Roots, r)
+				probe.Roots = append(probe.Roots, r)
 			}
 		}
-		if v := verifier.Appraise(try); !v.Has(verifier.Error, "unknown_root") && !v.Has(verifier.Error, "no_roots") {
+		if v := verifier.Appraise(probe); !v.Has(verifier.Error, "unknown_root") && !v.Has(verifier.Error, "no_roots") {
 			q.col = s.dev
 			return nil
 		}
 	}
-	if tee == dstack.SEVSNP && len(q.evidence.CertChain) > 0 {
+	if complete {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, crlTimeout)
 		defer cancel()

@@ -634,10 +634,8 @@ func TestDevelopmentEvidenceIsNothingToAProductionService(t *testing.T) {
 
 func TestConfiguredRootsReplaceTheVendors(t *testing.T) {
 	g := newGuest(t, imagetest.New(t, "0.6.0", false), true)
-	ca := filepath.Join(t.TempDir(), "root.der")
-	check(t, os.WriteFile(ca, g.platform.Root.Cert.Raw, 0o600))
 	s := setup(t, nil, func(c *Config, o *Options) {
-		c.Attestation.InsecureAllowExternalTrustAnchors, c.Attestation.RootCA.TDX = true, ca
+		known(t, c, g)
 		o.Collateral = collateral.Static{Bundle: g.roots().Bundle()}
 	})
 	out := s.Verify(t.Context(), g.attestation())
