@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/collateral"
@@ -51,13 +52,44 @@ func readCollateral(a *app, path string) (*collateral.Bundle, []collateral.Named
 	case err != nil:
 		return nil, nil, err
 	case st.IsDir():
-		return collateral.FromFS(os.DirFS(path))
+		return readDirectory(a, path)
 	}
 	raw, err := readLimited(path, collateral.MaxBundle)
 	if err != nil {
 		return nil, nil, err
 	}
 	return collateral.FromFiles(map[string][]byte{filepath.Base(path): raw})
+}
+
+// readDirectory takes every file of a directory that is collateral, and says which
+// are not: what is then missing, the verdict names.
+func readDirectory(a *app, path string) (*collateral.Bundle, []collateral.NamedKey, error) {
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, nil, fault.Wrap(err, "directory_unreadable", "collateral directory")
+	}
+	files := map[string][]byte{}
+	var others []string
+	for _, e := range entries {
+		name := e.Name()
+		if !e.Type().IsRegular() || strings.HasPrefix(name, ".") || len(files) == collateral.MaxFiles {
+			others = append(others, name)
+			continue
+		}
+		data, err := readLimited(filepath.Join(path, name), collateral.MaxDirectory)
+		if err != nil {
+			return nil, nil, err
+		}
+		if _, _, err := collateral.FromFiles(map[string][]byte{name: data}); fault.Code(err) == "directory_unknown_file" {
+			others = append(others, name)
+			continue
+		}
+		files[name] = data
+	}
+	if len(others) > 0 {
+		a.step("no collateral, left alone: %s", strings.Join(others, ", "))
+	}
+	return collateral.FromFiles(files)
 }
 
 // lacks reports whether a verdict could be another one with collateral that can be
