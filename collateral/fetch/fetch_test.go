@@ -257,7 +257,10 @@ func TestAnswersAreRefusedForTheirOwnReason(t *testing.T) {
 		{"a server that is down for long", tcbPath, sendStatus(503, "Retry-After", "3600"), "collateral_unavailable", 1},
 		{"a redirect to another host", crlPath, redirect(elsewhere.URL), "collateral_redirect", 1},
 		{"a redirect to itself without end", crlPath, redirect(crlPath), "collateral_redirect", 4},
-		{"a redirect to another scheme", crlPath, redirect("file:///etc/passwd"), "collateral_redirect", 1},
+		{"a redirect to a file", crlPath, redirect("file:///etc/passwd"), "collateral_redirect", 1},
+		{"a redirect to another scheme", crlPath, func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://"+r.Host+crlPath, http.StatusFound)
+		}, "collateral_redirect", 1},
 		{"a status of redirection only", crlPath, status(304), "collateral_redirect", 1},
 		{"a connection dropped", qePath, drop, "collateral_network", 0},
 		{"a body cut short", qePath, truncated, "collateral_network", 3},
@@ -428,7 +431,7 @@ func TestTheLastCallerToLeaveEndsTheRequest(t *testing.T) {
 	s := newService(t, mux)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if _, err := newPCS(t, fetch.PCSOptions{Base: s.URL}).Collateral(ctx, wantTDX); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := newPCS(t, fetch.PCSOptions{Base: s.URL, HTTP: fetch.HTTP{Timeout: time.Minute}}).Collateral(ctx, wantTDX); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("err = %v", err)
 	}
 	select {
