@@ -378,14 +378,14 @@ func TestWhatCannotBeKeptIsReturnedNonetheless(t *testing.T) {
 	if len(r.warns) == 0 || fault.Code(r.warns[0]) != "cache_unwritable" {
 		t.Errorf("warnings %v", r.warns)
 	}
-	if _, err := cache.Open("/dev/null/x", r.src, cache.Options{}); fault.Code(err) != "directory_unreadable" {
+	if _, err := cache.Open("/dev/null/x", r.src, cache.Options{}); fault.Code(err) != "store_unreadable" {
 		t.Errorf("a directory that cannot be made: %v", err)
 	}
 	open := t.TempDir()
 	if err := os.Chmod(open, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := cache.Open(open, r.src, cache.Options{}); fault.Code(err) != "directory_unsafe" {
+	if _, err := cache.Open(open, r.src, cache.Options{}); fault.Code(err) != "store_unsafe" {
 		t.Errorf("a directory that others may read: %v", err)
 	}
 }
