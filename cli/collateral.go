@@ -98,8 +98,14 @@ func lacks(v *verifier.Verdict) bool {
 	return v.Has(verifier.Error, "collateral_missing") || v.TEE == dstack.SEVSNP && v.Has(verifier.Error, "crl_missing")
 }
 
+// fetched is collateral from the vendors' services.
+type fetched struct {
+	bundle *collateral.Bundle
+	forget func() // drops what the cache has, so that the service is asked again
+}
+
 // fetch asks the vendors' services, or caches of them.
-func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*collateral.Bundle, error) {
+func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*fetched, error) {
 	want, ok, err := verifier.CollateralFor(src)
 	if err != nil || !ok {
 		return nil, err
@@ -113,15 +119,17 @@ func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*collateral.Bundle, err
 		return nil, err
 	}
 	var source collateral.Source = fetch.Vendors{PCS: pcs, KDS: kds}
+	out := &fetched{forget: func() {}}
 	if dir, err := os.UserCacheDir(); err == nil {
 		kept, err := cache.Open(filepath.Join(dir, "dstack", "collateral"), source, cache.Options{Warn: func(err error) { a.step("collateral: %v", err) }})
 		if err != nil {
 			return nil, err
 		}
-		source = kept
+		source, out.forget = kept, func() { kept.Forget(want) }
 	}
 	a.step("fetch collateral for %s", describe(want))
-	return source.Collateral(a.ctx, want)
+	out.bundle, err = source.Collateral(a.ctx, want)
+	return out, err
 }
 
 func describe(want collateral.Request) string {

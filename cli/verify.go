@@ -135,16 +135,23 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 	}
 	v := verifier.Appraise(*req)
 	if !c.Offline && lacks(v) {
-		fetched, err := c.fetch(a, &req.Source)
-		switch {
-		case err != nil:
-			a.step("no collateral could be fetched: %v", err)
-		case fetched != nil:
-			if req.Collateral != nil {
-				fetched.Add(req.Collateral)
+		given := req.Collateral
+		// Twice: what a cache had may be bad or replaced, and is then asked for anew.
+		for range 2 {
+			got, err := c.fetch(a, &req.Source)
+			if err != nil || got == nil {
+				if err != nil {
+					a.step("no collateral could be fetched: %v", err)
+				}
+				break
 			}
-			req.Collateral = fetched
+			req.Collateral = got.bundle
+			req.Collateral.Add(given)
 			v = verifier.Appraise(*req)
+			if v.Signature == verifier.SignatureValid && !v.Has(verifier.Error, "collateral_rollback") {
+				break
+			}
+			got.forget()
 		}
 		if lacks(v) && carried != nil && req.Collateral == nil {
 			a.step("use the collateral that the evidence carries")

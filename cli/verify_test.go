@@ -7,13 +7,19 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/dstack-go/dstack/cli"
+	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/testkit"
 )
 
@@ -203,5 +209,46 @@ func TestVerifyRefusesWhatIsNoEvidence(t *testing.T) {
 		if code != 1 || v.Accepted == nil || *v.Accepted || !slices.Contains(v.codes(), c.code) {
 			t.Errorf("%s: exit %d, %v, want %s", name, code, v.codes(), c.code)
 		}
+	}
+}
+
+// Collateral is fetched from a service; --offline asks nobody.
+func TestVerifyFetchesCollateral(t *testing.T) {
+	quote := testkit.VectorPath(t, "attestation/tdx/dcap-qvl-tdx_quote_v4.bin")
+	col, err := collateral.ParseTDX(testkit.Vectors(t, "attestation/tdx/dcap-qvl-tdx_quote_v4_collateral.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked atomic.Int32
+	answer := func(header, chain string, body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			asked.Add(1)
+			if header != "" {
+				w.Header().Set(header, url.PathEscape(chain))
+			}
+			io.WriteString(w, body)
+		}
+	}
+	signed := func(member, document string, signature []byte) string {
+		return `{"` + member + `":` + document + `,"signature":"` + hex.EncodeToString(signature) + `"}`
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/sgx/certification/v4/pckcrl", answer("SGX-PCK-CRL-Issuer-Chain", col.PCKCRLIssuerChain, string(col.PCKCRL)))
+	mux.Handle("/sgx/certification/v4/rootcacrl", answer("", "", hex.EncodeToString(col.RootCACRL)))
+	mux.Handle("/tdx/certification/v4/tcb", answer("TCB-Info-Issuer-Chain", col.TCBInfoIssuerChain, signed("tcbInfo", col.TCBInfo, col.TCBInfoSignature)))
+	mux.Handle("/tdx/certification/v4/qe/identity", answer("SGX-Enclave-Identity-Issuer-Chain", col.QEIdentityIssuerChain, signed("enclaveIdentity", col.QEIdentity, col.QEIdentitySignature)))
+	srv := httptest.NewServer(mux)
+	defer srv.Close()
+
+	args := []string{quote, "--at", v4At, "--policy", "signature-only"}
+	if v, code := run(t, nil, append(args, "--offline", "--pccs", srv.URL)...); code != 3 || !v.Undecided || asked.Load() != 0 {
+		t.Errorf("offline: exit %d, %v, %d requests", code, v.codes(), asked.Load())
+	}
+	if v, code := run(t, nil, append(args, "--pccs", srv.URL)...); code != 0 || asked.Load() != 4 {
+		t.Errorf("exit %d, %v, %d requests", code, v.codes(), asked.Load())
+	}
+	srv.Close()
+	if v, code := run(t, nil, append(args, "--pccs", srv.URL)...); code != 3 || !v.Undecided {
+		t.Errorf("service gone, another home: exit %d, %v", code, v.codes())
 	}
 }
