@@ -181,6 +181,7 @@ func TestATPMLogIsRefusedForItsOwnReason(t *testing.T) {
 		{"that begins with another PCR", append([]byte{1}, good[1:]...), "log_malformed"},
 		{"that begins with another type", slices.Concat(good[:4], []byte{4}, good[5:]), "log_malformed"},
 		{"of the SHA-1 form", tpmHead([]byte("no specification")), "log_malformed"},
+		{"of another version of the form", bytes.Replace(one(record), []byte("Event03"), []byte("Event02"), 1), "log_malformed"},
 		{"whose specification is cut", tpmHead([]byte(specIDHeader)), "log_malformed"},
 		{"whose vendor data are cut", tpmHead(append(one()[32:len(one())-1], 1)), "log_malformed"},
 		{"without algorithms", tpmLog(tcgDigestSize, nil), "log_malformed"},
