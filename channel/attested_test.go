@@ -304,7 +304,7 @@ func TestHTTPOverAttestedChannels(t *testing.T) {
 	server := &http.Server{ConnContext: ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := PeerOf(r.Context())
 		if err != nil {
-			http.Error(w, err.Error(), 403)
+			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
 		if r.URL.Path == "/away" {

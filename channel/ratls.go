@@ -170,7 +170,7 @@ func (c *RATLS) judge(ctx context.Context, cs tls.ConnectionState, role Role) (*
 	}
 	return admit(ctx, c.Appraiser, Candidate{
 		Container: a.Container, ReportData: a.ReportData, SPKI: spki, Role: role,
-		Intended: c.Intended, Binding: BindingKey, At: now,
+		Intended: c.Intended, Binding: BindingKey, At: now, Issued: leaf.NotBefore,
 	}, c.CommittedKey)
 }
 

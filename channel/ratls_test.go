@@ -282,7 +282,7 @@ func TestHTTPOverRATLS(t *testing.T) {
 	server := &http.Server{ConnContext: ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := PeerOf(r.Context())
 		if err != nil {
-			http.Error(w, err.Error(), 403)
+			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
 		io.WriteString(w, p.Identity.AppID.String())

@@ -38,7 +38,7 @@ func (c *verifyCmd) given(a *app, req *verifier.Request, dev *collateral.Bundle)
 	}
 	req.Collateral.Add(bundle)
 	if len(keys) > 0 {
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	return nil
 }

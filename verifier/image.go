@@ -321,6 +321,27 @@ func (a *appraisal) ownDocument(expected map[dstack.ImageHash]string) {
 	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch registers", "MRTD " + short(a.claims.TDX.MRTD) + ", RTMR0 to RTMR2", origin})
 }
 
+// acpi returns the digests of the three ACPI events. They are those of the tables
+// that QEMU makes for the shape of VM that the evidence claims; that the VM has this
+// shape, RTMR0 shows. Where such tables cannot be computed the log's digests stand
+// in, and the tables are the host's own (D01).
+func (a *appraisal) acpi() []dstack.Measurement {
+	digests, err := a.cfg.vm.ACPIDigests()
+	if err == nil {
+		return digests[:]
+	}
+	allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
+	a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite",
+		"the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones: %v", err)
+	var out []dstack.Measurement
+	for _, e := range a.ev.EventLog {
+		if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
+			out = append(out, dstack.Measurement(e.Digest))
+		}
+	}
+	return out
+}
+
 // registers compares the launch registers of the quote with expected ones.
 func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 	ok := true
@@ -334,13 +355,7 @@ func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 
 	var acpi []dstack.Measurement
 	if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
-		for _, e := range a.ev.EventLog {
-			if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
-				acpi = append(acpi, dstack.Measurement(e.Digest))
-			}
-		}
-		allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
-		a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite", "the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones")
+		acpi = a.acpi()
 	}
 	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
 		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)

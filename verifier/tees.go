@@ -5,6 +5,7 @@ package verifier
 import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
+	"github.com/dstack-go/dstack/attest/cca"
 	"github.com/dstack-go/dstack/attest/nitro"
 	"github.com/dstack-go/dstack/attest/sevsnp"
 	"github.com/dstack-go/dstack/attest/tdx"
@@ -16,6 +17,7 @@ import (
 var tees = map[dstack.TEE]attest.Verify{
 	dstack.TDX:      tdx.Verify,
 	dstack.SEVSNP:   sevsnp.Verify,
+	dstack.CCA:      cca.Verify,
 	dstack.TPM:      tpm.Verify,
 	dstack.Nitro:    nitro.Verify,
 	dstack.NitroTPM: nitro.Verify,
@@ -29,6 +31,16 @@ func VendorRoots() []attest.Roots {
 	return append([]attest.Roots{tdx.VendorRoots(), sevsnp.VendorRoots(), tpm.VendorRoots()}, nitro.VendorRoots()...)
 }
 
+// CallerKeys returns public keys of Arm CCA platforms as roots on the caller's own
+// word: no public authority vouches for them.
+func CallerKeys(keys []collateral.NamedKey) attest.Roots {
+	var list []attest.RootKey
+	for _, k := range keys {
+		list = append(list, attest.RootKey{Name: k.Name, Key: k.Key})
+	}
+	return cca.CallerRoots(list...)
+}
+
 // DevelopmentRoots returns the roots of a development trust anchor. Evidence
 // accepted under them says nothing about hardware.
 func DevelopmentRoots(d *collateral.DevRoots) ([]attest.Roots, error) {
@@ -37,7 +49,7 @@ func DevelopmentRoots(d *collateral.DevRoots) ([]attest.Roots, error) {
 		text string
 		read func(*collateral.DevRoots) (attest.Roots, error)
 	}{
-		{d.TDXRootPEM, tdx.DevelopmentRoots}, {d.SNPRootPEM, sevsnp.DevelopmentRoots}, {d.TPMRootPEM, tpm.DevelopmentRoots},
+		{d.TDXRootPEM, tdx.DevelopmentRoots}, {d.SNPRootPEM, sevsnp.DevelopmentRoots}, {d.TPMRootPEM, tpm.DevelopmentRoots}, {d.CCAKeyPEM, cca.DevelopmentRoots},
 	} {
 		if kind.text == "" {
 			continue

@@ -16,6 +16,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/measure"
 )
 
 // outOfDate makes the guest's TDX module one that was superseded.
@@ -150,6 +151,50 @@ func TestThreat_B17_PolicyHashesHaveOneLength(t *testing.T) {
 			if n == size && err != nil || n != size && fault.Code(err) != "policy_malformed" {
 				t.Errorf("%s with %d bytes: %v", key, n, err)
 			}
+		}
+	}
+}
+
+// D01: tables of the host's own making, whose code the guest's kernel would run,
+// are seen in RTMR0, whatever the log says of them.
+func TestThreat_D01_ForeignACPITablesAreSeen(t *testing.T) {
+	g := newGuest(t)
+	r := g.request()
+	g.tables = &dstack.Measurement{0xba, 0xda}
+	refusedFor(t, r.appraise(g.evidence()), "rtmr0_mismatch")
+	// Where the shape is not stated nobody can tell, and production refuses.
+	roots := g.platform.Roots()
+	roots.Trust = dstack.TrustProduction
+	r.roots = []attest.Roots{roots}
+	g.edit.vm = unknownShape
+	refusedFor(t, r.appraise(g.evidence()), "acpi_not_checked")
+}
+
+// D13: registers follow from the shape of the VM, so nobody need loosen a check for
+// another number of processors, memory or devices; a shape that is not the VM's
+// does not give its registers.
+func TestThreat_D13_ShapesGiveTheirOwnRegisters(t *testing.T) {
+	for _, vcpus := range []int{1, 4, 16} {
+		for _, memory := range []uint64{2 << 30, 8 << 30} {
+			g := newGuest(t)
+			g.launch.VCPUs, g.launch.MemoryBytes = vcpus, memory
+			if v := g.request().appraise(g.evidence()); !v.Accepted || v.Has(Warning, "acpi_not_checked") {
+				t.Errorf("%d processors, %d bytes: %s", vcpus, memory, show(v))
+			}
+		}
+	}
+	for name, lie := range map[string]func(*measure.VMConfig){
+		"processors":      func(c *measure.VMConfig) { c.CPUCount++ },
+		"devices":         func(c *measure.VMConfig) { c.Endpoints++ },
+		"the version":     func(c *measure.VMConfig) { c.QEMUVersion = "8.2.2" },
+		"hot plug":        func(c *measure.VMConfig) { c.HotplugOff = true },
+		"the 64-bit hole": func(c *measure.VMConfig) { c.PCIHole64Size = 1 << 40 },
+	} {
+		g := newGuest(t)
+		r := g.request()
+		g.edit.vm = lie
+		if v := r.appraise(g.evidence()); v.Accepted || !v.Has(Error, "rtmr0_mismatch") {
+			t.Errorf("a lie about %s: %s", name, show(v))
 		}
 	}
 }

@@ -3,6 +3,7 @@
 package verifier
 
 import (
+	"encoding/base64"
 	"encoding/hex"
 	"strings"
 	"testing"
@@ -87,6 +88,40 @@ func TestVectorsUnderTheVendorsRoots(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The published Arm CCA token: no public authority vouches for its platform's key,
+// so that it counts only on the word of a caller who names it.
+func TestCCAVectorOnTheCallersWord(t *testing.T) {
+	data := testkit.Vectors(t, "attestation/cca/veraison-cca-good.cbor")
+	_, keys, err := collateral.FromFiles(map[string][]byte{"key.jwk": testkit.Vectors(t, "attestation/cca/veraison-ec.p256.pub.jwk")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, other, err := collateral.FromFiles(map[string][]byte{"key.jwk": testkit.Vectors(t, "attestation/cca/veraison-ec.p384.pub.jwk")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	for _, text := range [][]byte{data, []byte(hex.EncodeToString(data)), []byte(base64.StdEncoding.EncodeToString(data))} {
+		src, err := ReadEvidence(text, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		req := Request{Source: *src, Roots: append(VendorRoots(), CallerKeys(keys)), Policy: SignaturePolicy(), At: at}
+		v := Appraise(req)
+		if !v.Accepted || v.TEE != dstack.CCA || v.Trust != dstack.TrustCaller || v.TCBStatus != "NotReported" {
+			t.Error(show(v))
+		}
+		req.Roots = VendorRoots()
+		if v := Appraise(req); v.Accepted || !v.Has(Error, "no_roots") {
+			t.Error(show(v))
+		}
+		req.Roots = append(VendorRoots(), CallerKeys(other))
+		if v := Appraise(req); v.Accepted || !v.Has(Error, "unknown_root") || v.Claims != nil {
+			t.Error(show(v))
+		}
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"encoding/asn1"
+	"math/big"
 	"testing"
 
 	"github.com/fxamacker/cbor/v2"
@@ -68,11 +70,15 @@ func Signature(t testing.TB, key *ecdsa.PrivateKey, alg cose.Algorithm, protecte
 	}
 	h := hash.New()
 	h.Write(Marshal(t, []any{"Signature1", protected, []byte{}, payload}))
-	r, s, err := ecdsa.Sign(rand.Reader, key, h.Sum(nil))
+	der, err := key.Sign(nil, h.Sum(nil), hash) // deterministic, so that fuzzing is
 	if err != nil {
 		t.Fatalf("cosetest: %v", err)
 	}
-	return append(r.FillBytes(make([]byte, size)), s.FillBytes(make([]byte, size))...)
+	var sig struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
+		t.Fatalf("cosetest: %v", err)
+	}
+	return append(sig.R.FillBytes(make([]byte, size)), sig.S.FillBytes(make([]byte, size))...)
 }
 
 // NewKey makes a private key.

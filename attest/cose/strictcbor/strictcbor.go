@@ -40,7 +40,7 @@ func mode(tags cbor.TagsMode) cbor.DecMode {
 		IndefLength:     cbor.IndefLengthForbidden,
 		TagsMd:          tags,
 		MaxNestedLevels: MaxDepth, MaxArrayElements: MaxItems, MaxMapPairs: MaxItems,
-		IntDec: cbor.IntDecConvertSigned,
+		IntDec: cbor.IntDecConvertSignedOrFail,
 		UTF8:   cbor.UTF8RejectInvalid,
 	}.DecMode()
 	if err != nil {
