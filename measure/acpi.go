@@ -49,25 +49,22 @@ const upstreamEndpoints = 4
 // a legacy interrupt controller only where "pic" says so or the version is 8.
 //
 // The code of every error is acpi_shape_unsupported; its message names the field.
-// Among the refused are a version that was not stated, a software TPM, GPUs without
-// a pci_hole64_size (the window then depends on their BARs), and GPUs with
-// hugepages (an expander bridge, whose windows the firmware chooses).
+// Refused are a software TPM, GPUs without a pci_hole64_size (the window then
+// depends on their BARs), and GPUs with hugepages (an expander bridge, whose
+// windows the firmware chooses). [acpi.Build] refuses more, such as a QEMU version
+// that was not stated.
 func (c *VMConfig) Shape() (acpi.Shape, error) {
 	refuse := func(field, why string) (acpi.Shape, error) {
 		return acpi.Shape{}, fault.New("acpi_shape_unsupported", "ACPI tables of this VM: %s: %s", field, why)
 	}
 	gpus := c.NumGPUs > 0 || c.NumNVSwitches > 0
 	switch {
-	case c.QEMUVersion == "":
-		return refuse("qemu_version", "not stated")
 	case c.SWTPM:
 		return refuse("swtpm", "a TPM adds tables and a log area")
 	case c.Hugepages && gpus:
 		return refuse("hugepages", "GPUs are then behind an expander bridge, whose windows the firmware chooses")
 	case gpus && c.PCIHole64Size == 0:
 		return refuse("pci_hole64_size", "not stated, so that the window depends on the GPUs")
-	case c.Hugepages && c.MemorySize == 0:
-		return refuse("memory_size", "0")
 	}
 	switch c.HostShareMode {
 	case "", "9p", "vvfat", "vhd": // one device each
@@ -82,13 +79,9 @@ func (c *VMConfig) Shape() (acpi.Shape, error) {
 	if endpoints+ports > acpi.MaxSlots {
 		return refuse("devices", fmt.Sprintf("%d on the root bus, want at most %d", endpoints+ports, acpi.MaxSlots))
 	}
-	pic, err := c.pic()
-	if err != nil {
-		return refuse("qemu_version", err.Error())
-	}
 	s := acpi.Shape{
 		QEMU: c.QEMUVersion, VCPUs: int(c.CPUCount), Memory: c.MemorySize,
-		HotplugOff: c.HotplugOff, PIC: pic, Serial: true, NUMA: c.Hugepages,
+		HotplugOff: c.HotplugOff, PIC: c.pic(), Serial: true, NUMA: c.Hugepages,
 		Hole64Size: c.PCIHole64Size, ConfigBase: c.ConfigBase,
 	}
 	for i := range endpoints + ports {
@@ -103,12 +96,12 @@ func (c *VMConfig) Shape() (acpi.Shape, error) {
 
 // pic reports whether the VM has a legacy interrupt controller: as stated, or with
 // QEMU 8 only.
-func (c *VMConfig) pic() (bool, error) {
+func (c *VMConfig) pic() bool {
 	if c.PIC != nil {
-		return *c.PIC, nil
+		return *c.PIC
 	}
 	major, err := c.qemuMajor()
-	return major == 8, err
+	return err == nil && major == 8
 }
 
 // ACPIDigests returns the digests of the tables for [VMConfig.Shape] in the order
