@@ -34,6 +34,8 @@ type verifyCmd struct {
 	Tee      string `help:"What the file is, when looking at it does not tell: tdx, sev-snp, cca, tpm, nitro, nitro-tpm, or dstack (a container or reply)." enum:",tdx,sev-snp,cca,tpm,nitro,nitro-tpm,dstack" default:"" placeholder:"KIND"`
 	EventLog string `name:"event-log" help:"Event log that belongs to a bare quote: JSON, or a binary CCEL." placeholder:"FILE"`
 
+	GPUEvidence string `name:"gpu-evidence" help:"What NVIDIA's verifier printed in the guest at boot, byte for byte." placeholder:"FILE"`
+
 	Lock        string   `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
 	Compose     string   `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
 	ComposeHash string   `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
@@ -306,6 +308,11 @@ func (c *verifyCmd) obtain(a *app, req *verifier.Request) (obtained, *verifier.S
 		}
 		if err != nil {
 			return obtained{err: err}, nil, nil
+		}
+	}
+	if c.GPUEvidence != "" {
+		if src.GPU, err = readLimited(c.GPUEvidence, 1<<20); err != nil {
+			return obtained{}, nil, err
 		}
 	}
 	return obtained{data: raw}, src, nil
