@@ -120,6 +120,36 @@ func TestThreat_D13_the_tables_do_not_depend_on_what_an_endpoint_is(t *testing.T
 	sameTables(t, got, build(t, s))
 }
 
+// A VM of ours keeps its machine type when QEMU is replaced by a newer one.
+func TestThreat_D13_the_tables_do_not_depend_on_the_machine_type(t *testing.T) {
+	for _, binary := range liveQEMUs(t) {
+		version := qemuVersion(t, binary)
+		known(t, version)
+		help, err := exec.Command(binary, "-machine", "help").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := acpi.Shape{QEMU: version, VCPUs: 9, Memory: 3 * gib, Slots: slices.Concat(endpoints(3), ports(2)), Serial: true}
+		want, types := build(t, s), 0
+		for line := range strings.Lines(string(help)) {
+			name, _, _ := strings.Cut(line, " ")
+			if !strings.HasPrefix(name, "pc-q35-") || strings.Contains(line, "deprecated") {
+				continue
+			}
+			types++
+			t.Run(version+"/"+name, func(t *testing.T) {
+				args := qemuArgs(t, s)
+				i := slices.Index(args, "-machine") + 1
+				args[i] = name + strings.TrimPrefix(args[i], "q35")
+				sameTables(t, runQEMU(t, binary, t.TempDir(), 0, args...), want)
+			})
+		}
+		if types < 3 {
+			t.Errorf("%d machine types", types)
+		}
+	}
+}
+
 // ourShape is the VM that package vmm/qemu starts: root, data and shared disk,
 // network card, hostlink, random numbers.
 func ourShape(version string, spec qemu.Spec) acpi.Shape {
