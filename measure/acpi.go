@@ -105,7 +105,8 @@ func (c *VMConfig) pic() bool {
 }
 
 // ACPIDigests returns the digests of the tables for [VMConfig.Shape] in the order
-// of the event log. The code of every error is acpi_shape_unsupported.
+// of the event log: loader, RSDP, tables. The code of every error is
+// acpi_shape_unsupported.
 func (c *VMConfig) ACPIDigests() ([3]dstack.Measurement, error) {
 	shape, err := c.Shape()
 	if err != nil {
@@ -116,4 +117,41 @@ func (c *VMConfig) ACPIDigests() ([3]dstack.Measurement, error) {
 		return [3]dstack.Measurement{}, err
 	}
 	return tables.Digests(), nil
+}
+
+// Where known builds of OVMF put the configuration space and the first 64-bit BAR,
+// on which the tables depend. The second ones are those of builds before 2023, the
+// last on machines with more than 46 address bits.
+var (
+	configBases = []uint64{acpi.ConfigBase, 0xb000_0000}
+	hole64Bases = []uint64{acpi.Hole64Base, 0x7000_0000_0000}
+)
+
+// MatchACPI checks that logged digests (loader, RSDP, tables) are those of tables
+// that QEMU makes for [VMConfig.Shape] under some firmware, or under the one that
+// pci_config_base tells. Which firmware a VM has MRTD tells; here it only chooses
+// addresses. Codes: acpi_shape_unsupported; acpi_mismatch when the host gave other
+// tables than it said, or the firmware is none of those known.
+func (c *VMConfig) MatchACPI(logged [3]dstack.Measurement) error {
+	shape, err := c.Shape()
+	if err != nil {
+		return err
+	}
+	configs := configBases
+	if c.ConfigBase != 0 {
+		configs = []uint64{c.ConfigBase}
+	}
+	for _, shape.ConfigBase = range configs {
+		for _, shape.Hole64Base = range hole64Bases {
+			tables, err := acpi.Build(shape)
+			if err != nil {
+				return err
+			}
+			if tables.Digests() == logged {
+				return nil
+			}
+		}
+	}
+	return fault.New("acpi_mismatch", "the ACPI tables that the host gave the guest are not those that QEMU %.16s makes for this VM", c.QEMUVersion).
+		WithFix("start the VM with an unchanged QEMU and the devices that its vm_config states")
 }

@@ -103,6 +103,62 @@ func TestThreat_D13_ACPI_tables_of_real_TDs_follow_from_their_vm_config(t *testi
 	}
 }
 
+func TestThreat_D01_other_tables_than_QEMUs_do_not_match(t *testing.T) {
+	for _, vm := range realVMs(t) {
+		if err := vm.config.MatchACPI(vm.logged); err != nil {
+			t.Errorf("%s: %v", vm.name, err)
+		}
+		for i := range vm.logged {
+			other := vm.logged
+			other[i][47] ^= 1
+			wantCode(t, vm.config.MatchACPI(other), "acpi_mismatch")
+		}
+		claimed := *vm.config
+		claimed.CPUCount++
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_mismatch")
+		claimed = *vm.config
+		claimed.ConfigBase = 0xb000_0000
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_mismatch")
+		claimed.SWTPM = true
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_shape_unsupported")
+	}
+}
+
+func TestTablesUnderOlderFirmwareMatch(t *testing.T) {
+	c := &measure.VMConfig{QEMUVersion: "10.0.2", CPUCount: 2, MemorySize: 2 << 30, Endpoints: 6}
+	shape, err := c.Shape()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name         string
+		config, bars uint64
+		code         string
+	}{
+		{"OVMF of 2025", 0, 0, ""},
+		{"OVMF of 2022", 0xb000_0000, 0, ""},
+		{"OVMF of 2022 with 47 address bits", 0xb000_0000, 0x7000_0000_0000, ""},
+		{"BARs where no OVMF puts them", 0, 0x6000_0000_0000, "acpi_mismatch"},
+		{"one that nobody knows", 0xc000_0000, 0, "acpi_mismatch"},
+	} {
+		shape.ConfigBase, shape.Hole64Base = tc.config, tc.bars
+		tables, err := acpi.Build(shape)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.MatchACPI(tables.Digests()); fault.Code(err) != tc.code {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+		stated := *c
+		if stated.ConfigBase = tc.config; tc.bars != 0x6000_0000_0000 {
+			tc.code = ""
+		}
+		if err := stated.MatchACPI(tables.Digests()); fault.Code(err) != tc.code {
+			t.Errorf("%s, stated: %v", tc.name, err)
+		}
+	}
+}
+
 func TestThreat_D13_RTMR0_of_a_real_quote_follows_without_its_event_log(t *testing.T) {
 	lite, register, _ := loadGetQuote(t, "attestation/tdx/tdx-lite-getquote.json")
 	large, largeRegister, _ := loadGetQuote(t, "attestation/tdx/quote-report.json")

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -411,6 +412,17 @@ func TestLinkedTablesAreWellFormed(t *testing.T) {
 				t.Errorf("tables %q, want %q", got, want)
 			}
 		})
+	}
+}
+
+func TestTheLargestShapeTakesLittleMemory(t *testing.T) {
+	s := acpi.Shape{QEMU: "10.0.2", VCPUs: 1024, Memory: 64 * gib, Slots: ports(acpi.MaxSlots), Serial: true, HPET: true, NUMA: true}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	build(t, s)
+	runtime.ReadMemStats(&after)
+	if used := after.TotalAlloc - before.TotalAlloc; used > 16<<20 {
+		t.Errorf("%d bytes allocated", used)
 	}
 }
 
