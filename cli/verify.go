@@ -34,6 +34,8 @@ type verifyCmd struct {
 	Tee      string `help:"What the file is, when looking at it does not tell: tdx, sev-snp, cca, tpm, nitro, nitro-tpm, or dstack (a container or reply)." enum:",tdx,sev-snp,cca,tpm,nitro,nitro-tpm,dstack" default:"" placeholder:"KIND"`
 	EventLog string `name:"event-log" help:"Event log that belongs to a bare quote: JSON, or a binary CCEL." placeholder:"FILE"`
 
+	GPUEvidence string `name:"gpu-evidence" help:"What NVIDIA's verifier printed in the guest at boot, byte for byte." placeholder:"FILE"`
+
 	Lock        string   `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
 	Compose     string   `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
 	ComposeHash string   `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
@@ -135,16 +137,23 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 	}
 	v := verifier.Appraise(*req)
 	if !c.Offline && lacks(v) {
-		fetched, err := c.fetch(a, &req.Source)
-		switch {
-		case err != nil:
-			a.step("no collateral could be fetched: %v", err)
-		case fetched != nil:
-			if req.Collateral != nil {
-				fetched.Add(req.Collateral)
+		given := req.Collateral
+		// Twice: what a cache had may be bad or replaced, and is then asked for anew.
+		for range 2 {
+			got, err := c.fetch(a, &req.Source)
+			if err != nil || got == nil {
+				if err != nil {
+					a.step("no collateral could be fetched: %v", err)
+				}
+				break
 			}
-			req.Collateral = fetched
+			req.Collateral = got.bundle
+			req.Collateral.Add(given)
 			v = verifier.Appraise(*req)
+			if v.Signature == verifier.SignatureValid && !v.Has(verifier.Error, "collateral_rollback") {
+				break
+			}
+			got.forget()
 		}
 		if lacks(v) && carried != nil && req.Collateral == nil {
 			a.step("use the collateral that the evidence carries")
@@ -299,6 +308,11 @@ func (c *verifyCmd) obtain(a *app, req *verifier.Request) (obtained, *verifier.S
 		}
 		if err != nil {
 			return obtained{err: err}, nil, nil
+		}
+	}
+	if c.GPUEvidence != "" {
+		if src.GPU, err = readLimited(c.GPUEvidence, 1<<20); err != nil {
+			return obtained{}, nil, err
 		}
 	}
 	return obtained{data: raw}, src, nil

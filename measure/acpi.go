@@ -49,25 +49,22 @@ const upstreamEndpoints = 4
 // a legacy interrupt controller only where "pic" says so or the version is 8.
 //
 // The code of every error is acpi_shape_unsupported; its message names the field.
-// Among the refused are a version that was not stated, a software TPM, GPUs without
-// a pci_hole64_size (the window then depends on their BARs), and GPUs with
-// hugepages (an expander bridge, whose windows the firmware chooses).
+// Refused are a software TPM, GPUs without a pci_hole64_size (the window then
+// depends on their BARs), and GPUs with hugepages (an expander bridge, whose
+// windows the firmware chooses). [acpi.Build] refuses more, such as a QEMU version
+// that was not stated.
 func (c *VMConfig) Shape() (acpi.Shape, error) {
 	refuse := func(field, why string) (acpi.Shape, error) {
 		return acpi.Shape{}, fault.New("acpi_shape_unsupported", "ACPI tables of this VM: %s: %s", field, why)
 	}
 	gpus := c.NumGPUs > 0 || c.NumNVSwitches > 0
 	switch {
-	case c.QEMUVersion == "":
-		return refuse("qemu_version", "not stated")
 	case c.SWTPM:
 		return refuse("swtpm", "a TPM adds tables and a log area")
 	case c.Hugepages && gpus:
 		return refuse("hugepages", "GPUs are then behind an expander bridge, whose windows the firmware chooses")
 	case gpus && c.PCIHole64Size == 0:
 		return refuse("pci_hole64_size", "not stated, so that the window depends on the GPUs")
-	case c.Hugepages && c.MemorySize == 0:
-		return refuse("memory_size", "0")
 	}
 	switch c.HostShareMode {
 	case "", "9p", "vvfat", "vhd": // one device each
@@ -82,13 +79,9 @@ func (c *VMConfig) Shape() (acpi.Shape, error) {
 	if endpoints+ports > acpi.MaxSlots {
 		return refuse("devices", fmt.Sprintf("%d on the root bus, want at most %d", endpoints+ports, acpi.MaxSlots))
 	}
-	pic, err := c.pic()
-	if err != nil {
-		return refuse("qemu_version", err.Error())
-	}
 	s := acpi.Shape{
 		QEMU: c.QEMUVersion, VCPUs: int(c.CPUCount), Memory: c.MemorySize,
-		HotplugOff: c.HotplugOff, PIC: pic, Serial: true, NUMA: c.Hugepages,
+		HotplugOff: c.HotplugOff, PIC: c.pic(), Serial: true, NUMA: c.Hugepages,
 		Hole64Size: c.PCIHole64Size, ConfigBase: c.ConfigBase,
 	}
 	for i := range endpoints + ports {
@@ -103,16 +96,17 @@ func (c *VMConfig) Shape() (acpi.Shape, error) {
 
 // pic reports whether the VM has a legacy interrupt controller: as stated, or with
 // QEMU 8 only.
-func (c *VMConfig) pic() (bool, error) {
+func (c *VMConfig) pic() bool {
 	if c.PIC != nil {
-		return *c.PIC, nil
+		return *c.PIC
 	}
 	major, err := c.qemuMajor()
-	return major == 8, err
+	return err == nil && major == 8
 }
 
 // ACPIDigests returns the digests of the tables for [VMConfig.Shape] in the order
-// of the event log. The code of every error is acpi_shape_unsupported.
+// of the event log: loader, RSDP, tables. The code of every error is
+// acpi_shape_unsupported.
 func (c *VMConfig) ACPIDigests() ([3]dstack.Measurement, error) {
 	shape, err := c.Shape()
 	if err != nil {
@@ -123,4 +117,41 @@ func (c *VMConfig) ACPIDigests() ([3]dstack.Measurement, error) {
 		return [3]dstack.Measurement{}, err
 	}
 	return tables.Digests(), nil
+}
+
+// Where known builds of OVMF put the configuration space and the first 64-bit BAR,
+// on which the tables depend. The second ones are those of builds before 2023, the
+// last on machines with more than 46 address bits.
+var (
+	configBases = []uint64{acpi.ConfigBase, 0xb000_0000}
+	hole64Bases = []uint64{acpi.Hole64Base, 0x7000_0000_0000}
+)
+
+// MatchACPI checks that logged digests (loader, RSDP, tables) are those of tables
+// that QEMU makes for [VMConfig.Shape] under some firmware, or under the one that
+// pci_config_base tells. Which firmware a VM has MRTD tells; here it only chooses
+// addresses. Codes: acpi_shape_unsupported; acpi_mismatch when the host gave other
+// tables than it said, or the firmware is none of those known.
+func (c *VMConfig) MatchACPI(logged [3]dstack.Measurement) error {
+	shape, err := c.Shape()
+	if err != nil {
+		return err
+	}
+	configs := configBases
+	if c.ConfigBase != 0 {
+		configs = []uint64{c.ConfigBase}
+	}
+	for _, shape.ConfigBase = range configs {
+		for _, shape.Hole64Base = range hole64Bases {
+			tables, err := acpi.Build(shape)
+			if err != nil {
+				return err
+			}
+			if tables.Digests() == logged {
+				return nil
+			}
+		}
+	}
+	return fault.New("acpi_mismatch", "the ACPI tables that the host gave the guest are not those that QEMU %.16s makes for this VM", c.QEMUVersion).
+		WithFix("start the VM with an unchanged QEMU and the devices that its vm_config states")
 }

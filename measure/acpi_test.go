@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
@@ -101,6 +103,62 @@ func TestThreat_D13_ACPI_tables_of_real_TDs_follow_from_their_vm_config(t *testi
 	}
 }
 
+func TestThreat_D01_other_tables_than_QEMUs_do_not_match(t *testing.T) {
+	for _, vm := range realVMs(t) {
+		if err := vm.config.MatchACPI(vm.logged); err != nil {
+			t.Errorf("%s: %v", vm.name, err)
+		}
+		for i := range vm.logged {
+			other := vm.logged
+			other[i][47] ^= 1
+			wantCode(t, vm.config.MatchACPI(other), "acpi_mismatch")
+		}
+		claimed := *vm.config
+		claimed.CPUCount++
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_mismatch")
+		claimed = *vm.config
+		claimed.ConfigBase = 0xb000_0000
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_mismatch")
+		claimed.SWTPM = true
+		wantCode(t, claimed.MatchACPI(vm.logged), "acpi_shape_unsupported")
+	}
+}
+
+func TestTablesUnderOlderFirmwareMatch(t *testing.T) {
+	c := &measure.VMConfig{QEMUVersion: "10.0.2", CPUCount: 2, MemorySize: 2 << 30, Endpoints: 6}
+	shape, err := c.Shape()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name         string
+		config, bars uint64
+		code         string
+	}{
+		{"OVMF of 2025", 0, 0, ""},
+		{"OVMF of 2022", 0xb000_0000, 0, ""},
+		{"OVMF of 2022 with 47 address bits", 0xb000_0000, 0x7000_0000_0000, ""},
+		{"BARs where no OVMF puts them", 0, 0x6000_0000_0000, "acpi_mismatch"},
+		{"one that nobody knows", 0xc000_0000, 0, "acpi_mismatch"},
+	} {
+		shape.ConfigBase, shape.Hole64Base = tc.config, tc.bars
+		tables, err := acpi.Build(shape)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.MatchACPI(tables.Digests()); fault.Code(err) != tc.code {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+		stated := *c
+		if stated.ConfigBase = tc.config; tc.bars != 0x6000_0000_0000 {
+			tc.code = ""
+		}
+		if err := stated.MatchACPI(tables.Digests()); fault.Code(err) != tc.code {
+			t.Errorf("%s, stated: %v", tc.name, err)
+		}
+	}
+}
+
 func TestThreat_D13_RTMR0_of_a_real_quote_follows_without_its_event_log(t *testing.T) {
 	lite, register, _ := loadGetQuote(t, "attestation/tdx/tdx-lite-getquote.json")
 	large, largeRegister, _ := loadGetQuote(t, "attestation/tdx/quote-report.json")
@@ -184,6 +242,51 @@ func TestThreat_D13_ACPI_tables_match_what_others_published(t *testing.T) {
 	old := measure.VMConfig{QEMUVersion: "8.2.2", CPUCount: 1, MemorySize: 1 << 30, Endpoints: 4}
 	if got, err := old.ACPIDigests(); err != nil || got != loggedACPI(t, events) {
 		t.Errorf("digests %s, %v; the firmware logged %s", got, err, loggedACPI(t, events))
+	}
+}
+
+func TestTheShapeOfAVMConfigIsThatOfUpstreamsVMMOrOurs(t *testing.T) {
+	slots := func(endpoints, ports int) []acpi.Slot {
+		return append(slices.Repeat([]acpi.Slot{acpi.Endpoint}, endpoints), slices.Repeat([]acpi.Slot{acpi.RootPort}, ports)...)
+	}
+	for name, tc := range map[string]struct {
+		config string
+		want   acpi.Shape
+	}{
+		"upstream's least VM": {
+			`{"qemu_version":"9.2.1","cpu_count":1,"memory_size":1073741824}`,
+			acpi.Shape{QEMU: "9.2.1", VCPUs: 1, Memory: 1 << 30, Slots: slots(5, 0), Serial: true},
+		},
+		"QEMU 8 has a PIC": {
+			`{"qemu_version":"8.2.2","cpu_count":1,"memory_size":1073741824}`,
+			acpi.Shape{QEMU: "8.2.2", VCPUs: 1, Memory: 1 << 30, Slots: slots(5, 0), Serial: true, PIC: true},
+		},
+		"unless it was switched off, and QEMU 10 if it was on": {
+			`{"qemu_version":"10.0.0","cpu_count":1,"memory_size":1073741824,"pic":true}`,
+			acpi.Shape{QEMU: "10.0.0", VCPUs: 1, Memory: 1 << 30, Slots: slots(5, 0), Serial: true, PIC: true},
+		},
+		"cards, volumes, GPUs and switches": {
+			`{"qemu_version":"9.2.1","cpu_count":8,"memory_size":1073741824,"num_nics":2,"num_verity_volumes":3,"num_gpus":2,"num_nvswitches":1,"hotplug_off":true,"pci_hole64_size":1099511627776}`,
+			acpi.Shape{QEMU: "9.2.1", VCPUs: 8, Memory: 1 << 30, Slots: slots(9, 3), Serial: true, HotplugOff: true, Hole64Size: 1 << 40},
+		},
+		"hugepages are one node": {
+			`{"qemu_version":"9.2.1","cpu_count":8,"memory_size":1073741824,"hugepages":true,"host_share_mode":"vhd"}`,
+			acpi.Shape{QEMU: "9.2.1", VCPUs: 8, Memory: 1 << 30, Slots: slots(5, 0), Serial: true, NUMA: true},
+		},
+		"our VM, under an older OVMF": {
+			`{"qemu_version":"10.1.2","cpu_count":2,"memory_size":1073741824,"num_pci_endpoints":6,"pci_config_base":2952790016}`,
+			acpi.Shape{QEMU: "10.1.2", VCPUs: 2, Memory: 1 << 30, Slots: slots(6, 0), Serial: true, ConfigBase: 0xb000_0000},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := parseVMConfig(t, tc.config).Shape()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 

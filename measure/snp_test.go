@@ -324,6 +324,7 @@ func TestSNPLaunchesAreRefusedForTheirOwnReason(t *testing.T) {
 		{"metadata of version 2", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[8] = 2; return b })},
 		{"metadata without sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[12] = 0; return b })},
 		{"metadata with 65 sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[12] = 65; return b })},
+		{"metadata whose sections overflow 32 bits", "firmware_malformed", firmware(func(b []byte) []byte { le.PutUint32(metadata(b)[12:], 0x15555556); return b })},
 		{"metadata too short for their sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[4]--; return b })},
 		{"a section that is not whole pages", "firmware_malformed", sections(measure.SNPSection{GPA: 1, Size: 4096, Type: 1}, hashes)},
 		{"a section of odd size", "firmware_malformed", sections(measure.SNPSection{GPA: 0, Size: 4095, Type: 1}, hashes)},

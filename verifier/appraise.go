@@ -40,6 +40,8 @@ type appraisal struct {
 
 	asserted      []dstack.ImageHash // image hashes that the evidence names
 	imageAnchored bool
+
+	gpuAssumptions []string
 }
 
 // Appraise judges evidence at a stated time.
@@ -120,6 +122,7 @@ func (a *appraisal) run(roots []attest.Roots, col *collateral.Bundle) {
 	if a.id != nil {
 		a.manifest()
 	}
+	a.gpus()
 	a.binding()
 	a.workload()
 	a.image()

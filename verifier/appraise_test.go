@@ -487,7 +487,7 @@ func mutations(t *testing.T) []mutation {
 			dev := true
 			r.roots, r.ref.DevImage, r.pol.Image.AllowLite = []attest.Roots{roots}, &dev, true
 		}, nil},
-		{"ACPI tables of the host's own making", "rtmr0_mismatch", func(g *guest, r *request) { g.tables = &dstack.Measurement{1} }, nil},
+		{"ACPI tables of the host's own making", "acpi_mismatch", func(g *guest, r *request) { g.tables = &dstack.Measurement{1} }, nil},
 		{"ACPI tables that nobody compared, under production roots", "acpi_not_checked", func(g *guest, r *request) {
 			g.edit.vm = unknownShape
 			roots := g.platform.Roots()

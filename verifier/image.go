@@ -122,7 +122,7 @@ func (a *appraisal) image() {
 }
 
 // imageCodes are the findings that say more than that an image is unanchored.
-var imageCodes = []string{"image_hash_mismatch", "mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch", "measurement_mismatch", "register_mismatch", "enclave_debug"}
+var imageCodes = []string{"image_hash_mismatch", "mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch", "acpi_mismatch", "measurement_mismatch", "register_mismatch", "enclave_debug"}
 
 // anchorImage records who vouches for the image.
 func (a *appraisal) anchorImage(h dstack.ImageHash, origin string) {
@@ -321,25 +321,31 @@ func (a *appraisal) ownDocument(expected map[dstack.ImageHash]string) {
 	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch registers", "MRTD " + short(a.claims.TDX.MRTD) + ", RTMR0 to RTMR2", origin})
 }
 
-// acpi returns the digests of the three ACPI events. They are those of the tables
-// that QEMU makes for the shape of VM that the evidence claims; that the VM has this
-// shape, RTMR0 shows. Where such tables cannot be computed the log's digests stand
-// in, and the tables are the host's own (D01).
+// acpi returns the digests of the three ACPI events. The log tells them, and they
+// must be those of tables that QEMU makes for the shape of VM that the evidence
+// claims; that the VM has them, RTMR0 shows. Where such tables cannot be computed
+// they are the host's own, and its code in them nobody has seen (D01).
 func (a *appraisal) acpi() []dstack.Measurement {
-	digests, err := a.cfg.vm.ACPIDigests()
-	if err == nil {
-		return digests[:]
-	}
-	allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
-	a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite",
-		"the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones: %v", err)
-	var out []dstack.Measurement
+	var logged []dstack.Measurement
 	for _, e := range a.ev.EventLog {
 		if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
-			out = append(out, dstack.Measurement(e.Digest))
+			logged = append(logged, dstack.Measurement(e.Digest))
 		}
 	}
-	return out
+	computed, err := a.cfg.vm.ACPIDigests()
+	if err != nil {
+		allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
+		a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite",
+			"the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones: %v", err)
+		return logged
+	}
+	if len(logged) != len(computed) {
+		return computed[:]
+	}
+	if err := a.cfg.vm.MatchACPI([3]dstack.Measurement(logged)); err != nil {
+		a.fail(err, "event_log", "acpi_mismatch")
+	}
+	return logged
 }
 
 // registers compares the launch registers of the quote with expected ones.
@@ -356,6 +362,7 @@ func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 	var acpi []dstack.Measurement
 	if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
 		acpi = a.acpi()
+		ok = ok && !a.v.Has(Error, "acpi_mismatch")
 	}
 	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
 		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)

@@ -40,6 +40,7 @@ type Policy struct {
 	SNP      SNPPolicy      `json:"snp,omitzero"`
 	CCA      CCAPolicy      `json:"cca,omitzero"`
 	GCP      GCPPolicy      `json:"gcp,omitzero"`
+	GPU      GPUPolicy      `json:"gpu,omitzero"`
 	Image    ImagePolicy    `json:"image,omitzero"`
 	Workload WorkloadPolicy `json:"workload,omitzero"`
 	Evidence EvidencePolicy `json:"evidence,omitzero"`
@@ -136,6 +137,23 @@ type GCPPolicy struct {
 	// changed the image after it was measured.
 	PartitionTables   []collateral.Hex `json:"partition_tables,omitempty"`
 	AnyPartitionTable bool             `json:"any_partition_table,omitempty"`
+}
+
+// GPUPolicy is about NVIDIA GPUs that the guest attested at boot. The zero value
+// judges none.
+type GPUPolicy struct {
+	// Devices is how many there must be, no more and no fewer; 0 judges none.
+	Devices int `json:"devices,omitempty"`
+	// UEIDs, when not empty, are the only GPUs accepted.
+	UEIDs []string `json:"ueids,omitempty"`
+	// Nonce is what the GPUs must have signed, 32 bytes; BootNonce accepts one that
+	// the guest chose.
+	Nonce     collateral.Hex `json:"nonce,omitempty"`
+	BootNonce bool           `json:"boot_nonce,omitempty"`
+
+	AllowDevTools     bool `json:"allow_devtools,omitempty"`
+	AllowDebug        bool `json:"allow_debug,omitempty"`
+	AllowInsecureBoot bool `json:"allow_insecure_boot,omitempty"`
 }
 
 // ImagePolicy is about the OS image.

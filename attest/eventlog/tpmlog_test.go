@@ -135,10 +135,16 @@ func TestStartupLocalityIsWherePCR0Begins(t *testing.T) {
 	if got, err := log.Replay(BankSHA256, 1); err != nil || !bytes.Equal(got, make([]byte, 32)) {
 		t.Errorf("an untouched PCR = %x, %v", got, err)
 	}
-	// A locality that comes late, or for another PCR, is only a remark.
-	log, err = ParseTPMLog(tpmLog(tcgDigestSize, []uint16{0xB}, event, tpmRecord(0, evNoAction, 0, locality, 0xB), tpmRecord(1, evNoAction, 0, locality, 0xB)))
-	if err != nil || log.StartupLocality != 0 || len(log.Events) != 1 {
-		t.Errorf("log = %+v, %v", log, err)
+	for name, records := range map[string][]byte{
+		"a locality that comes late":    slices.Concat(event, tpmRecord(0, evNoAction, 0, locality, 0xB)),
+		"a locality of another PCR":     slices.Concat(tpmRecord(1, evNoAction, 0, locality, 0xB), event),
+		"a locality of no length":       slices.Concat(tpmRecord(0, evNoAction, 0, locality[:16], 0xB), event),
+		"something that is no locality": slices.Concat(tpmRecord(0, evNoAction, 0, make([]byte, 17), 0xB), event),
+	} {
+		log, err = ParseTPMLog(tpmLog(tcgDigestSize, []uint16{0xB}, records))
+		if err != nil || log.StartupLocality != 0 || len(log.Events) != 1 {
+			t.Errorf("%s: log = %+v, %v", name, log, err)
+		}
 	}
 }
 
@@ -175,6 +181,7 @@ func TestATPMLogIsRefusedForItsOwnReason(t *testing.T) {
 		{"that begins with another PCR", append([]byte{1}, good[1:]...), "log_malformed"},
 		{"that begins with another type", slices.Concat(good[:4], []byte{4}, good[5:]), "log_malformed"},
 		{"of the SHA-1 form", tpmHead([]byte("no specification")), "log_malformed"},
+		{"of another version of the form", bytes.Replace(one(record), []byte("Event03"), []byte("Event02"), 1), "log_malformed"},
 		{"whose specification is cut", tpmHead([]byte(specIDHeader)), "log_malformed"},
 		{"whose vendor data are cut", tpmHead(append(one()[32:len(one())-1], 1)), "log_malformed"},
 		{"without algorithms", tpmLog(tcgDigestSize, nil), "log_malformed"},

@@ -109,6 +109,9 @@ func mutations() []mutation {
 	add("cose_malformed", "a document cut short", mutation{quote: func(q []byte) []byte { return q[:len(q)-1] }})
 	add("cose_malformed", "a byte after the document", mutation{quote: func(q []byte) []byte { return append(q, 0) }})
 	add("cose_too_large", "B15: a document beyond the size limit", mutation{quote: func(q []byte) []byte { return append(q, make([]byte, cose.MaxMessage)...) }})
+	add("cose_too_large", "B15: a transport's bytes beyond the size limit", mutation{quote: func(q []byte) []byte {
+		return append(append([]byte{0}, q...), make([]byte, cose.MaxMessage)...)
+	}})
 	add("cose_tag", "a document under another tag", mutation{module: func(m *module) { m.Message.Tag = 98 }})
 	add("cose_detached", "a document without its payload", mutation{module: func(m *module) { m.Message.Edit = func(p []any) { p[2] = nil } }})
 	add("cose_critical", "a critical header that nobody knows", mutation{module: func(m *module) {

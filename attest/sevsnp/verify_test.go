@@ -344,6 +344,14 @@ func mutations() []mutation {
 	add("vek_chain", "an ASK that did not sign the VCEK", mutation{input: chain(func(p *platform) [][]byte {
 		return [][]byte{foreign(p, "SEV-Milan").Cert.Raw, p.VEK.Cert.Raw}
 	})})
+	add("vek_chain", "B15: the ASK behind seventeen impostors, for which nobody looks", mutation{input: func(p *platform, i *attest.Input) {
+		i.Evidence.CertChain = nil
+		i.Collateral.Certificates = append(i.Collateral.Certificates, p.VEK.Cert.Raw)
+		for range 17 {
+			i.Collateral.Certificates = append(i.Collateral.Certificates, foreign(p, "SEV-Milan").Cert.Raw)
+		}
+		i.Collateral.Certificates = append(i.Collateral.Certificates, p.ASK.Cert.Raw)
+	}})
 	add("vek_chain", "an ASK that may not sign certificates", mutation{platform: reissueASK(func(_ *platform, c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature })})
 	add("vek_chain", "an ASK that is no CA", mutation{platform: reissueASK(func(_ *platform, c *x509.Certificate) { c.IsCA = false })})
 	add("vek_issuer", "a VCEK issued by the ASVK", mutation{
@@ -383,6 +391,7 @@ func mutations() []mutation {
 
 	// How certificates come.
 	add("chain_length", "nine entries", mutation{input: chain(func(p *platform) [][]byte { return slices.Repeat([][]byte{p.ASK.Cert.Raw}, 9) })})
+	add("chain_length", "nine empty tables", mutation{input: chain(func(*platform) [][]byte { return slices.Repeat([][]byte{make([]byte, 24)}, 9) })})
 	add("chain_length", "eight entries with more certificates", mutation{input: chain(func(p *platform) [][]byte {
 		return slices.Repeat([][]byte{bytes.Repeat(sevsnptest.PEM(p.ASK.Cert), 2)}, 8)
 	})})
@@ -471,6 +480,7 @@ func mutations() []mutation {
 	add("vek_extension", "a negative SPL", mutation{platform: setExt("3.3", sevsnptest.DER(-1))})
 	add("vek_extension", "an SPL with a byte after it", mutation{platform: setExt("3.3", []byte{2, 1, 0x16, 0})})
 	add("vek_extension", "a product name with a control character", mutation{platform: setExt("2", []byte{22, 2, 'A', 7})})
+	add("vek_extension", "a product name in another kind of string", mutation{platform: setExt("2", []byte("\x0c\x08Milan-B1"))})
 	add("vek_extension", "a Turin certificate without FMC SPL", mutation{product: sevsnp.Turin, platform: setExt("3.9", nil)})
 	add("vek_extension", "a Turin certificate with a reserved SPL", mutation{product: sevsnp.Turin, platform: setExt("3.5", sevsnptest.DER(1))})
 	add("vek_extension", "a Milan certificate with a short HWID", mutation{platform: setExt("4", make([]byte, 8))})

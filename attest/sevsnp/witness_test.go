@@ -189,6 +189,9 @@ var theyAccept = map[string][]string{
 		"B02: an old revocation list", "B02: a revocation list of the future", "B02: a delta list",
 		"B02: an ASK revoked in the older of two lists",
 	},
+	"it is given one intermediate, here the last": {
+		"B15: the ASK behind seventeen impostors, for which nobody looks",
+	},
 	"it looks up the ASK only": {
 		"B02: a revoked root",
 	},

@@ -214,17 +214,18 @@ func (c *chain) checkIssuers() error {
 
 func (c *chain) checkTimes(at time.Time) error {
 	for i, cert := range c.certs {
-		code := "ak_issuer_expired"
+		if !at.Before(cert.NotBefore) && !at.After(cert.NotAfter) {
+			c.until(cert.NotAfter)
+			continue
+		}
+		from, to, now := day(cert.NotBefore), day(cert.NotAfter), day(at)
 		switch i {
 		case 0:
-			code = "ak_cert_expired"
+			return fault.New("ak_cert_expired", "the attestation key's certificate is valid from %s to %s, not at %s", from, to, now)
 		case len(c.certs) - 1:
-			code = "root_expired"
+			return fault.New("root_expired", "root %q is valid from %s to %s, not at %s", cert.Subject, from, to, now)
 		}
-		if at.Before(cert.NotBefore) || at.After(cert.NotAfter) {
-			return fault.New(code, "%q is valid from %s to %s, not at %s", cert.Subject, day(cert.NotBefore), day(cert.NotAfter), day(at))
-		}
-		c.until(cert.NotAfter)
+		return fault.New("ak_issuer_expired", "the authority %q is valid from %s to %s, not at %s", cert.Subject, from, to, now)
 	}
 	return nil
 }
@@ -261,12 +262,12 @@ func (c *chain) checkRevocation(ders []collateral.Hex, at time.Time, opt attest.
 				wrong[i] = err
 				continue
 			}
-			if lists(crl, cert) {
-				code, what := "ak_revoked", "the attestation key's certificate"
-				if i > 0 {
-					code, what = "ak_issuer_revoked", "the authority's certificate"
-				}
-				return fault.New(code, "%s, %q, serial %x, is revoked", what, cert.Subject, cert.SerialNumber)
+			switch {
+			case !lists(crl, cert):
+			case i == 0:
+				return fault.New("ak_revoked", "the attestation key's certificate, serial %x, is revoked", cert.SerialNumber)
+			default:
+				return fault.New("ak_issuer_revoked", "the certificate of the authority %q, serial %x, is revoked", cert.Subject, cert.SerialNumber)
 			}
 			found[i] = true
 			c.until(crl.NextUpdate)

@@ -132,6 +132,17 @@ func TestAnotherBootIsRefusedForItsOwnReason(t *testing.T) {
 			m.Events = slices.DeleteFunc(m.Events, func(e attest.PCREvent) bool { return e.Index == 2 })
 			m.Measure(2, "\x00\x00\x00\x00")
 		}},
+		{name: "a partition table and no image", code: "gcp_log", boot: func(m *machine) {
+			m.PCRs[2] = nil
+			events := slices.Clone(m.Events)
+			m.Events = slices.DeleteFunc(m.Events, func(e attest.PCREvent) bool { return e.Index == 2 })
+			for n := 0; len(events) > 0; events = events[1:] {
+				if events[0].Index == 2 && n < 2 {
+					m.Extend(2, events[0].Digest)
+					n++
+				}
+			}
+		}},
 		{name: "a log without its last event", code: "gcp_log", log: func(l []attest.PCREvent) []attest.PCREvent {
 			return slices.Delete(l, len(l)-2, len(l)-1)
 		}},

@@ -68,7 +68,8 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	}, nil
 }
 
-// banks are those that a quote may be of, by their numbers: SHA-1 is none of them.
+// bankOf returns the bank with a number of the TCG registry. SHA-1 is no bank to
+// rest on.
 func bankOf(hash uint16) (eventlog.Bank, error) {
 	switch hash {
 	case AlgSHA256:

@@ -428,6 +428,33 @@ func TestChainsOfAnyAllowedShapeVerify(t *testing.T) {
 	}
 }
 
+func TestClaimsEndWithTheFirstThingTheyRestOn(t *testing.T) {
+	end := tpmtest.At.Add(time.Hour)
+	c, err := verify(t, mutation{machine: reissueAK(func(c *x509.Certificate) { c.NotAfter = end })})
+	if err != nil || !c.Expires.Equal(end) {
+		t.Errorf("the certificate ends first: %v, %v", c, err)
+	}
+	c, err = verify(t, mutation{machine: func(m *machine) { m.CRLs[0].NextUpdate = end }})
+	if err != nil || !c.Expires.Equal(end) {
+		t.Errorf("the root's list ends first: %v, %v", c, err)
+	}
+}
+
+func TestListsOfOtherIssuersAreNotRead(t *testing.T) {
+	// A name, and nothing that a list has.
+	name, _ := asn1.Marshal(pkix.Name{CommonName: "somebody else"}.ToRDNSequence())
+	stub, err := asn1.Marshal(struct {
+		TBS struct{ Algorithm, Issuer asn1.RawValue }
+	}{struct{ Algorithm, Issuer asn1.RawValue }{asn1.NullRawValue, asn1.RawValue{FullBytes: name}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = verify(t, mutation{input: func(_ *machine, in *attest.Input) { in.Collateral.CRLs = append(in.Collateral.CRLs, stub) }})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAMissingListThatIsAllowedIsNamed(t *testing.T) {
 	allow := func(_ *machine, in *attest.Input) { in.Options.AllowMissingCRL = true }
 	c, err := verify(t, mutation{input: allow})

@@ -73,7 +73,7 @@ type Cache struct {
 }
 
 // Open returns the cache of a source in a directory, which it makes with mode 0700
-// unless it is there. A directory of others has the code directory_unsafe. Caches
+// unless it is there. A directory of others has the code store_unsafe. Caches
 // of several sources may share one directory.
 func Open(dir string, source collateral.Source, o Options) (*Cache, error) {
 	dir, err := userdir.Open(dir)

@@ -161,6 +161,23 @@ func TestThreat_B02_AStaleAnswerIsNeverUsedPastItsEnd(t *testing.T) {
 	r.expect("which is not kept", one, "", 6)
 }
 
+func TestAServiceThatLagsDoesNotReplaceAnAnswerThatIsStillGood(t *testing.T) {
+	r := newRig(t, cache.Options{})
+	r.expect("first", one, "", 1)
+	lagging := realBundle(t)
+	lagging.QEIdentity = strings.Replace(lagging.QEIdentity, `"nextUpdate":"2025-07`, `"nextUpdate":"2025-06`, 1)
+	r.src.bundle = lagging
+	r.now = r.now.Add(25 * time.Hour)
+	for asked := range 2 {
+		if b, _, n := r.get(one); b.QEIdentity == lagging.QEIdentity || n != asked+2 {
+			t.Errorf("what ended took the place of what is good, after asking %d times", n)
+		}
+	}
+	if len(r.warns) != 2 {
+		t.Errorf("warnings %v", r.warns)
+	}
+}
+
 // A clock that was set back makes nothing fresh; the time to verify at is another
 // matter, and the caller's.
 func TestThreat_F03_AnAnswerFromTheFutureIsNotFresh(t *testing.T) {
@@ -361,14 +378,14 @@ func TestWhatCannotBeKeptIsReturnedNonetheless(t *testing.T) {
 	if len(r.warns) == 0 || fault.Code(r.warns[0]) != "cache_unwritable" {
 		t.Errorf("warnings %v", r.warns)
 	}
-	if _, err := cache.Open("/dev/null/x", r.src, cache.Options{}); fault.Code(err) != "directory_unreadable" {
+	if _, err := cache.Open("/dev/null/x", r.src, cache.Options{}); fault.Code(err) != "store_unreadable" {
 		t.Errorf("a directory that cannot be made: %v", err)
 	}
 	open := t.TempDir()
 	if err := os.Chmod(open, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := cache.Open(open, r.src, cache.Options{}); fault.Code(err) != "directory_unsafe" {
+	if _, err := cache.Open(open, r.src, cache.Options{}); fault.Code(err) != "store_unsafe" {
 		t.Errorf("a directory that others may read: %v", err)
 	}
 }

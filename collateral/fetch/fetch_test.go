@@ -20,6 +20,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,7 +32,11 @@ import (
 	"github.com/google/go-sev-guest/verify/trust"
 	"github.com/google/go-tdx-guest/pcs"
 
+	"github.com/dstack-go/dstack/attest"
+	"github.com/dstack-go/dstack/attest/tdx"
+	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
+	"github.com/dstack-go/dstack/collateral/cache"
 	"github.com/dstack-go/dstack/collateral/fetch"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
@@ -152,6 +157,44 @@ func TestPCSReturnsWhatTheServiceHas(t *testing.T) {
 	}
 }
 
+// From a service by way of the cache to a verdict, and without the service as long
+// as what was kept is good.
+func TestFetchedAndKeptCollateralVerifiesARealQuote(t *testing.T) {
+	set := realSet(t, "v4")
+	quote := testkit.Vectors(t, "attestation/tdx/dcap-qvl-tdx_quote_v4.bin")
+	now := time.Date(2025, 6, 20, 0, 0, 0, 0, time.UTC)
+	s := newService(t, pccs(set))
+	c, err := cache.Open(filepath.Join(t.TempDir(), "cache"), fetch.Vendors{PCS: newPCS(t, fetch.PCSOptions{Base: s.URL})},
+		cache.Options{Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		name string
+		at   time.Time
+		code string
+	}{
+		{"from the service", now, ""},
+		{"from the cache", now.Add(time.Hour), ""},
+		{"from the cache, stale", now.Add(48 * time.Hour), ""},
+		{"past its end", now.Add(60 * 24 * time.Hour), "collateral_network"},
+	} {
+		now = step.at
+		b, err := c.Collateral(t.Context(), wantTDX)
+		if fault.Code(err) != step.code {
+			t.Fatalf("%s: %v, want %q", step.name, err, step.code)
+		}
+		s.Close() // after the first
+		if err != nil {
+			continue
+		}
+		claims, err := tdxtest.Verify(quote, b.TDX, []attest.Roots{tdx.VendorRoots()}, now)
+		if err != nil || claims.TCBStatus != "UpToDate" || claims.TCBEvaluation != 17 {
+			t.Errorf("%s: %+v, %v", step.name, claims, err)
+		}
+	}
+}
+
 // The URLs are those that google/go-tdx-guest asks, plus the update channel.
 func TestPCSAsksWhatTheSpecificationSays(t *testing.T) {
 	for _, c := range []struct {
@@ -257,7 +300,10 @@ func TestAnswersAreRefusedForTheirOwnReason(t *testing.T) {
 		{"a server that is down for long", tcbPath, sendStatus(503, "Retry-After", "3600"), "collateral_unavailable", 1},
 		{"a redirect to another host", crlPath, redirect(elsewhere.URL), "collateral_redirect", 1},
 		{"a redirect to itself without end", crlPath, redirect(crlPath), "collateral_redirect", 4},
-		{"a redirect to another scheme", crlPath, redirect("file:///etc/passwd"), "collateral_redirect", 1},
+		{"a redirect to a file", crlPath, redirect("file:///etc/passwd"), "collateral_redirect", 1},
+		{"a redirect to another scheme", crlPath, func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://"+r.Host+crlPath, http.StatusFound)
+		}, "collateral_redirect", 1},
 		{"a status of redirection only", crlPath, status(304), "collateral_redirect", 1},
 		{"a connection dropped", qePath, drop, "collateral_network", 0},
 		{"a body cut short", qePath, truncated, "collateral_network", 3},
@@ -428,7 +474,7 @@ func TestTheLastCallerToLeaveEndsTheRequest(t *testing.T) {
 	s := newService(t, mux)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if _, err := newPCS(t, fetch.PCSOptions{Base: s.URL}).Collateral(ctx, wantTDX); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := newPCS(t, fetch.PCSOptions{Base: s.URL, HTTP: fetch.HTTP{Timeout: time.Minute}}).Collateral(ctx, wantTDX); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("err = %v", err)
 	}
 	select {
@@ -649,4 +695,54 @@ func TestVendorsAsksTheServiceOfTheTEE(t *testing.T) {
 			t.Errorf("without a service: %v", err)
 		}
 	}
+}
+
+// roundTripper answers without a network.
+type roundTripper func(*http.Request) *http.Response
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r), nil }
+
+// Whatever a service answers, the sources return a bundle within the limits or an
+// error with a code.
+func FuzzAnswers(f *testing.F) {
+	set := realSet(f, "v4")
+	for path, serve := range pccs(set) {
+		w := httptest.NewRecorder()
+		serve(w, httptest.NewRequest("GET", path, nil))
+		for _, header := range []string{"TCB-Info-Issuer-Chain", "SGX-Enclave-Identity-Issuer-Chain", "SGX-PCK-CRL-Issuer-Chain"} {
+			if v := w.Header().Get(header); v != "" || path == rootPath {
+				f.Add(path, v, w.Body.Bytes())
+			}
+		}
+	}
+	f.Add("/vcek/v1/Milan/cert_chain", "", trust.AskArkMilanVcekBytes)
+	f.Add("/vcek/v1/Milan/crl", "", []byte(set.PCKCRL))
+	f.Fuzz(func(t *testing.T, path, header string, body []byte) {
+		answers := pccs(set)
+		answers["/vcek/v1/Milan/cert_chain"] = send(trust.AskArkMilanVcekBytes)
+		answers["/vcek/v1/Milan/crl"] = send(set.PCKCRL)
+		h := fetch.HTTP{Attempts: 1, RoundTripper: roundTripper(func(r *http.Request) *http.Response {
+			w := httptest.NewRecorder()
+			if serve := answers[r.URL.Path]; r.URL.Path != path && serve != nil {
+				serve(w, r)
+			} else {
+				send(body, "TCB-Info-Issuer-Chain", header, "SGX-Enclave-Identity-Issuer-Chain", header, "SGX-PCK-CRL-Issuer-Chain", header)(w, r)
+			}
+			return w.Result()
+		})}
+		k, err := fetch.NewKDS(fetch.KDSOptions{HTTP: h})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := fetch.Vendors{PCS: newPCS(t, fetch.PCSOptions{HTTP: h}), KDS: k}
+		for _, want := range []collateral.Request{wantTDX, {Product: "Milan"}} {
+			b, err := all.Collateral(t.Context(), want)
+			if err != nil && fault.Code(err) == "" {
+				t.Fatalf("an error without a code: %v", err)
+			}
+			if err == nil && b.Check() != nil {
+				t.Fatalf("a bundle beyond its limits: %v", b.Check())
+			}
+		}
+	})
 }

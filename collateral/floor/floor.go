@@ -62,7 +62,7 @@ type document struct {
 }
 
 // Open returns the store in a directory, which it makes with mode 0700 unless it is
-// there. A directory of others has the code directory_unsafe.
+// there. A directory of others has the code store_unsafe.
 func Open(dir string) (*Store, error) {
 	dir, err := userdir.Open(dir)
 	if err != nil {

@@ -48,9 +48,9 @@ func Build(s Shape) (*Tables, error) {
 	b := new(builder)
 	b.loader = append(b.loader, allocate(rsdpFile, 16, zoneFSEG), allocate(tablesFile, 64, zoneHigh))
 
-	facs := b.add(s.facs())
+	control := b.add(facs())
 	dsdt := b.table("DSDT", 1, s.dsdt(p))
-	b.fadt(s.fadt(), facs, dsdt)
+	b.fadt(s.fadt(), control, dsdt)
 	listed := []uint32{b.last}
 	list := func(signature string, revision byte, body []byte) {
 		listed = append(listed, b.table(signature, revision, body))
@@ -174,7 +174,7 @@ func addChecksum(file string, result, start, length uint32) []byte {
 }
 
 // facs is the Firmware ACPI Control Structure (ACPI 6.5, §5.2.10).
-func (s *Shape) facs() []byte {
+func facs() []byte {
 	return append(append([]byte("FACS"), le32(64)...), make([]byte, 56)...)
 }
 

@@ -26,7 +26,7 @@ func TestOpenMakesAPrivateDirectoryOrRefuses(t *testing.T) {
 		if err := os.Chmod(dir, mode); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := userdir.Open(dir); fault.Code(err) != "directory_unsafe" {
+		if _, err := userdir.Open(dir); fault.Code(err) != "store_unsafe" {
 			t.Errorf("mode %o: %v", mode, err)
 		}
 	}
@@ -34,7 +34,7 @@ func TestOpenMakesAPrivateDirectoryOrRefuses(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := userdir.Open(file); fault.Code(err) != "directory_unreadable" {
+	if _, err := userdir.Open(file); fault.Code(err) != "store_unreadable" {
 		t.Errorf("a file: %v", err)
 	}
 	if os.Geteuid() == 0 {
@@ -45,7 +45,7 @@ func TestOpenMakesAPrivateDirectoryOrRefuses(t *testing.T) {
 		if err := os.Chown(other, 1234, 0); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := userdir.Open(other); fault.Code(err) != "directory_unsafe" {
+		if _, err := userdir.Open(other); fault.Code(err) != "store_unsafe" {
 			t.Errorf("another's directory: %v", err)
 		}
 	}
