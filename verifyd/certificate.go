@@ -64,6 +64,9 @@ func (s *Service) VerifyCertificate(ctx context.Context, data []byte) (*Certific
 		return nil, err
 	}
 	src, err := verifier.FromCertificate(cert)
+	if code := fault.Code(err); code == "ratls_report_data_mismatch" {
+		return nil, fault.Wrap(err, code, "report data mismatch") // upstream's words
+	}
 	if err != nil {
 		return nil, err
 	}
