@@ -421,13 +421,11 @@ func TestTheServiceEndsGracefully(t *testing.T) {
 func TestSlowAndTalkativeClientsHarmNobody(t *testing.T) {
 	url, _ := serve(t, setup(t, nil, nil))
 	addr := strings.TrimPrefix(url, "http://")
-	var conns []net.Conn
 	for range 50 {
 		c, err := net.Dial("tcp", addr)
 		check(t, err)
 		defer c.Close()
 		io.WriteString(c, "POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
-		conns = append(conns, c)
 	}
 	start := time.Now()
 	if status, _, _ := send(t, "POST", url+"/verify", []byte("{}")); status != 200 || time.Since(start) > 2*time.Second {
@@ -674,7 +672,10 @@ func BenchmarkVerify(b *testing.B) {
 		}
 		b.Run(name, func(b *testing.B) {
 			g := newGuest(b, release, lite)
-			s := setup(b, g.roots(), func(c *Config, o *Options) { c.ImageDownloadURL = imageURL })
+			s := setup(b, nil, func(c *Config, o *Options) {
+				known(b, c, g)
+				c.ImageDownloadURL, o.Collateral = imageURL, collateral.Static{Bundle: g.roots().Bundle()}
+			})
 			url, _ := serve(b, s)
 			body, err := json.Marshal(map[string]any{"attestation": g.attestation().Attestation})
 			check(b, err)

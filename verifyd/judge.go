@@ -203,6 +203,12 @@ func (s *Service) judge(ctx context.Context, q *inquiry, out *Response) {
 	compat := base
 	compat.Policy = s.compatible(q.evidence.TEE)
 	compat.Source.Manifest, compat.Source.Nonce = "", nil
+	if q.evidence.TEE == dstack.TDX {
+		// checkImage does what follows from the configuration.
+		bare := *q.evidence
+		bare.Config = ""
+		compat.Source.Container, compat.Source.Evidence = nil, &bare
+	}
 	v := verifier.Appraise(compat)
 	ref := s.compare(ctx, q, v, fetchErr, out)
 
