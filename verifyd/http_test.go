@@ -198,6 +198,9 @@ func TestBodiesThatAreNoRequestsAreRefused(t *testing.T) {
 			}
 		})
 	}
+	if n := s.metrics.tooLarge.Load(); n != 1 {
+		t.Errorf("%d bodies were cut off at the limit", n)
+	}
 	// Exactly 1 MiB is read.
 	pad := strings.Repeat(" ", MaxBody-2)
 	if status, _, body := send(t, "POST", url+"/verify", []byte("{}"+pad)); status != 200 {

@@ -286,14 +286,11 @@ func place(h *tar.Header) (string, error) {
 	if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeDir {
 		return bad("is neither a regular file nor a directory")
 	}
-	if h.Name == "" || h.Name[0] == '/' || strings.ContainsAny(h.Name, "\x00\\") {
-		return bad("is absolute or has a character that no image has")
-	}
 	var parts []string
 	for part := range strings.SplitSeq(strings.TrimSuffix(h.Name, "/"), "/") {
 		switch part {
 		case ".":
-		case "", "..":
+		case "", "..": // empty also before the first slash of an absolute name
 			return bad("does not lead to a place in it")
 		default:
 			parts = append(parts, part)

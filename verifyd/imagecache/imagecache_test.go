@@ -322,6 +322,7 @@ func TestImagesThatAreNotTheirHashAreRefused(t *testing.T) {
 	}{
 		{"another image", "image_hash_mismatch", repack(func(r *imagetest.Release) { r.Hash[0] ^= 1 })},
 		{"a kernel that was changed", "image_altered", repack(func(r *imagetest.Release) { r.Files["bzImage"] = []byte("evil") })},
+		{"a document that was changed", "image_altered", repack(func(r *imagetest.Release) { r.Files["measurement.tdx.cbor"] = []byte("evil") })},
 		{"no kernel", "image_checksums", repack(func(r *imagetest.Release) { delete(r.Files, "bzImage") })},
 		{"no list", "image_checksums", func(t *testing.T) (dstack.ImageHash, []byte) {
 			return dstack.ImageHash{}, imagetest.Archive(t, file("ovmf.fd", "x"))
