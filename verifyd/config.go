@@ -20,7 +20,8 @@ import (
 const DefaultConfigFile = "dstack-verifier.toml"
 
 // EnvPrefix begins the environment variables that overlay the file:
-// DSTACK_VERIFIER_ATTESTATION__URLS__PCCS sets attestation.urls.pccs.
+// DSTACK_VERIFIER_ATTESTATION__URLS__PCCS sets attestation.urls.pccs. DSTACK_VERIFIER_URL
+// is left alone: it is where a client finds a service.
 const EnvPrefix = "DSTACK_VERIFIER_"
 
 // Config is the service's configuration. The keys up to Attestation are upstream's;
@@ -131,7 +132,7 @@ func LoadConfig(path string, environ []string) (Config, error) {
 			path = DefaultConfigFile
 		}
 	}
-	if err := config.Load(&c, path, config.Env{Prefix: EnvPrefix, Environ: environ}); err != nil {
+	if err := config.Load(&c, path, config.Env{Prefix: EnvPrefix, Environ: environ, Ignore: []string{"URL"}}); err != nil {
 		return c, err
 	}
 	return c, c.Check()

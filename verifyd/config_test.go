@@ -37,7 +37,7 @@ insecure_allow_external_trust_anchors = false
 pccs = ""
 amd_kds = "https://kds.example/vcek/v1"
 `), 0o600))
-	c, err := LoadConfig("", []string{"DSTACK_VERIFIER_PORT=9000", "DSTACK_VERIFIER_ATTESTATION__URLS__PCCS=https://pccs.example", "OTHER=1"})
+	c, err := LoadConfig("", []string{"DSTACK_VERIFIER_PORT=9000", "DSTACK_VERIFIER_ATTESTATION__URLS__PCCS=https://pccs.example", "OTHER=1", "DSTACK_VERIFIER_URL=http://a.example"})
 	check(t, err)
 	if c.Address != "0.0.0.0" || c.Port != 9000 || c.Attestation.URLs != (URLs{"https://pccs.example", "https://kds.example/vcek/v1"}) || c.ImageDownloadTimeoutSecs != 60 {
 		t.Errorf("%+v", c)

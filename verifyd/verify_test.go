@@ -355,6 +355,45 @@ func TestReasonsAreUpstreams(t *testing.T) {
 	}
 }
 
+// As GetQuote replies, whose report_data are a claim, and whose log says registers.
+func TestClaimsOfARawRequestAreCompared(t *testing.T) {
+	g := newGuest(t, imagetest.New(t, "0.6.0", false), true)
+	s := setup(t, g.roots(), nil)
+	for _, c := range []struct {
+		name, prefix, text string
+		edit               func(*Request)
+	}{
+		{"other report data", prefixQuote, "tdx report_data mismatch", func(r *Request) { r.ReportData = ptr(strings.Repeat("ab", 64)) }},
+		{"report data of 32 bytes", prefixInternal, "report_data", func(r *Request) { r.ReportData = ptr(strings.Repeat("ab", 32)) }},
+		{"a runtime event of another register", prefixLog, "belong to register 3", func(r *Request) {
+			r.EventLog = ptr(strings.Replace(*r.EventLog, `"imr":3`, `"imr":2`, 1))
+		}},
+		{"a log that is no list", prefixInternal, "", func(r *Request) { r.EventLog = ptr(`{}`) }},
+		{"no configuration", prefixImage, "os_image_hash", func(r *Request) { r.VMConfig = nil }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := g.raw()
+			valid(t, s.Verify(t.Context(), r))
+			c.edit(r)
+			invalid(t, s.Verify(t.Context(), r), c.prefix, c.text)
+		})
+	}
+	// What is claimed does not make evidence fresh; what is expected does.
+	r := g.raw()
+	if out := s.Verify(t.Context(), r); out.Verdict.Freshness != verifier.FreshNone {
+		t.Error(show(out))
+	}
+	r.ExpectedReportData = r.ReportData
+	if out := s.Verify(t.Context(), r); out.Verdict.Freshness != verifier.FreshReportData {
+		t.Error(show(out))
+	}
+	// A sys-config that nests the configuration is read as well.
+	nested, err := json.Marshal(map[string]any{"vm_config": *r.VMConfig, "docker_registry": "x"})
+	check(t, err)
+	r.VMConfig = ptr(string(nested))
+	valid(t, s.Verify(t.Context(), r))
+}
+
 // unlogged leaves the firmware's events out, as stripped logs do.
 func unlogged(e *attest.Evidence) { e.EventLog = eventlog.Runtime(e.EventLog) }
 

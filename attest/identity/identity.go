@@ -16,7 +16,7 @@
 // here compares with upstream's; attest.Claims.DeviceID is the better one where the
 // two differ (enclaves, see [DeviceID]).
 //
-// Specification: attestation.md §5.1 to §5.5.
+// Specification: attestation.md §5.1 to §5.5, §8.4.
 package identity
 
 import (
@@ -175,7 +175,8 @@ func (in Input) fromEnclave(out *ratls.AppInfo) error {
 
 // DeviceID returns upstream's device id: SHA-256 of the PPID (16 bytes; TDX, also on
 // Google Cloud), of the chip id (64 bytes; SEV-SNP), of the module id of a NitroTPM,
-// and of the module id up to its first hyphen for an enclave. The last is the same
+// and of the module id up to its first hyphen for an enclave; of the UEID (33 bytes) of
+// Arm CCA, which upstream has not got. That of an enclave is the same
 // ("i") for every enclave, as upstream has it: do not tell machines apart by it.
 func DeviceID(c *attest.Claims) (dstack.DeviceID, error) {
 	switch {
@@ -189,12 +190,16 @@ func DeviceID(c *attest.Claims) (dstack.DeviceID, error) {
 	case c.TEE == dstack.NitroTPM:
 		return sha256.Sum256([]byte(c.Nitro.ModuleID)), nil
 	}
+	if c.CCA != nil {
+		return sha256.Sum256(c.CCA.InstanceID), nil
+	}
 	return dstack.DeviceID{}, fault.New("identity_tee", "evidence of %s has no device id of upstream's form", c.TEE)
 }
 
 // hashes computes mr_system and mr_aggregated (attestation.md §5.3). Fields of fixed
 // length are run together; each formula has one length, so that nothing is ambiguous
-// but upstream's optional suffix of three registers, which is three or none.
+// but upstream's optional suffix of three registers, which is three or none. Arm CCA
+// has upstream's proposal (attestation.md §8.4).
 func (in Input) hashes(out *ratls.AppInfo) error {
 	c := in.Claims
 	var mkp [32]byte
@@ -226,6 +231,14 @@ func (in Input) hashes(out *ratls.AppInfo) error {
 			return err
 		}
 		out.MRSystem, out.MRAggregated = hash(in.Image, mkp[:]), hash(pcrs[0], pcrs[2], rt14)
+	case c.CCA != nil:
+		a := c.CCA
+		rem3, err := in.runtime(a.HashAlgorithm)
+		if err != nil {
+			return err
+		}
+		launch := bytes.Join([][]byte{a.RIM, a.REM[0], a.REM[1], a.REM[2]}, nil)
+		out.MRSystem, out.MRAggregated = hash(launch, mkp[:]), hash(launch, rem3, a.RPV[:])
 	case c.SNP != nil:
 		out.MRSystem, out.MRAggregated = hash(c.SNP.Measurement[:]), hash(c.SNP.Measurement[:], c.SNP.HostData[:])
 	case c.TEE == dstack.Nitro:

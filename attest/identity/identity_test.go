@@ -208,7 +208,7 @@ func TestEnclaveIdentityIsThatOfTheSnapshot(t *testing.T) {
 	}
 }
 
-// Google Cloud and NitroTPM have no vector; the formulas are spelled out a second
+// Google Cloud, NitroTPM and Arm CCA have no vector; the formulas are spelled out a second
 // time here, over registers that the log replays to.
 func TestCloudIdentitiesFollowTheFormulas(t *testing.T) {
 	ev := evidenceOf(t, "tdx/quote-report.json")
@@ -241,6 +241,17 @@ func TestCloudIdentitiesFollowTheFormulas(t *testing.T) {
 	gcp.TPM.PCRs = gcp.TPM.PCRs[1:]
 	if _, err := Of(Input{Claims: gcp, Evidence: ev, Image: image}); fault.Code(err) != "identity_register" {
 		t.Errorf("without PCR 0: %v", err)
+	}
+
+	realm := &attest.CCA{RIM: bytes.Repeat([]byte{9}, 64), HashAlgorithm: "sha-512", InstanceID: []byte("ueid"), RPV: [64]byte{5}}
+	for i := range realm.REM {
+		realm.REM[i] = bytes.Repeat([]byte{byte(i)}, 64)
+	}
+	realm.REM[3] = replay("sha-512")
+	got, err = Of(Input{Claims: &attest.Claims{TEE: dstack.CCA, CCA: realm}, Evidence: ev})
+	if err != nil || got.MRSystem != sum(realm.RIM, realm.REM[0], realm.REM[1], realm.REM[2], mkp[:]) ||
+		got.MRAggregated != sum(realm.RIM, realm.REM[0], realm.REM[1], realm.REM[2], realm.REM[3], realm.RPV[:]) || got.DeviceID != sha256.Sum256([]byte("ueid")) {
+		t.Errorf("Arm CCA: %+v %v", got, err)
 	}
 
 	regs := map[uint32][]byte{4: bytes.Repeat([]byte{4}, 48), 7: bytes.Repeat([]byte{7}, 48), 12: bytes.Repeat([]byte{12}, 48), 14: replay("sha-384")}

@@ -182,10 +182,11 @@ func Open(dir string, o Options) (*Cache, error) {
 	if err := os.MkdirAll(images, 0o700); err != nil {
 		return nil, fault.Wrap(err, "image_cache_dir", "make the image cache").WithFix("give another image_cache_dir")
 	}
-	for _, d := range []string{dir, images} {
-		if err := checkPrivate(d); err != nil {
-			return nil, err
-		}
+	if err := checkPrivate(dir); err != nil {
+		return nil, err
+	}
+	if err := checkPrivate(images); err != nil {
+		return nil, err
 	}
 	tmp := filepath.Join(images, "tmp")
 	if err := os.MkdirAll(tmp, 0o700); err != nil {
@@ -219,19 +220,47 @@ func sweep(dir string, before time.Time) {
 	}
 }
 
-// checkPrivate refuses a directory that another user owns or can write to: images
-// are hashed as they are read, but nobody else should fill the disk or swap it.
+// checkPrivate refuses a directory that another user owns or can write to, or can put
+// another in place of: images are hashed as they are read, but nobody else should fill
+// the disk or choose what is removed.
 func checkPrivate(dir string) error {
+	bad := func(path, why string) error {
+		return fault.New("image_cache_dir", "%s %s", path, why).WithFix("give another image_cache_dir, or chmod 700 this one")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return fault.Wrap(err, "image_cache_dir", "look at the image cache")
+	}
 	st, err := os.Lstat(dir)
 	if err != nil {
 		return fault.Wrap(err, "image_cache_dir", "look at the image cache")
 	}
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	if !st.IsDir() || !ok || int(sys.Uid) != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
-		return fault.New("image_cache_dir", "%s is not a directory of this user that nobody else can write to", dir).
-			WithFix("give another image_cache_dir, or chmod 700 this one")
+	if !st.IsDir() || owner(st) != os.Geteuid() || st.Mode().Perm()&0o022 != 0 {
+		return bad(dir, "is not a directory of this user that nobody else can write to")
 	}
-	return nil
+	for parent := filepath.Dir(dir); ; parent = filepath.Dir(parent) {
+		st, err := os.Stat(parent)
+		if err != nil {
+			return fault.Wrap(err, "image_cache_dir", "look at the image cache")
+		}
+		if uid := owner(st); uid != 0 && uid != os.Geteuid() {
+			return bad(parent, "belongs to another user, who could replace what is in it")
+		}
+		if st.Mode().Perm()&0o002 != 0 && st.Mode()&fs.ModeSticky == 0 {
+			return bad(parent, "can be written to by everyone, who could replace what is in it")
+		}
+		if parent == filepath.Dir(parent) {
+			return nil
+		}
+	}
+}
+
+// owner is the user id of a file's owner, or -1.
+func owner(st fs.FileInfo) int {
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		return int(sys.Uid)
+	}
+	return -1
 }
 
 // Close ends downloads under way and waits for them.

@@ -537,6 +537,18 @@ func TestADirectoryOfOthersIsRefused(t *testing.T) {
 	if _, err := Open(dir, Options{}); fault.Code(err) != "image_cache_dir" {
 		t.Errorf("%v", err)
 	}
+	if _, err := Open(filepath.Join(dir, "own"), Options{}); fault.Code(err) != "image_cache_dir" {
+		t.Errorf("in a directory that everyone can write to: %v", err)
+	}
+	if os.Geteuid() == 0 {
+		theirs := t.TempDir()
+		if err := os.Chown(theirs, 12345, -1); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(filepath.Join(theirs, "own"), Options{}); fault.Code(err) != "image_cache_dir" {
+			t.Errorf("in a directory of another user: %v", err)
+		}
+	}
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(t.TempDir(), link); err != nil {
 		t.Fatal(err)
