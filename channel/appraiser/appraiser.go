@@ -33,6 +33,8 @@ type Appraiser struct {
 	// Collateral is where the vendors' statements come from; nil uses only what
 	// evidence carries.
 	Collateral collateral.Source
+
+	memo attest.Memo
 }
 
 // Appraise refuses with the code of the first error of the verdict, whose message
