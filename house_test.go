@@ -83,6 +83,11 @@ var importTable = []importRule{
 		},
 	},
 	{
+		Why:   "the verifier service serves the ground floor's verdicts and knows no component",
+		From:  []string{"verifyd", "cmd/dstack-verifier"},
+		Never: append([]string{"stack", "cli", "simtee", "attest/collect", "os/exec"}, components...),
+	},
+	{
 		Why:    "the simulated TEE stays out of every other binary",
 		From:   []string{"cmd", "cli", "stack"},
 		Never:  []string{"simtee"},
@@ -278,10 +283,10 @@ func TestThreat_M05_VerdictsAreNoBooleans(t *testing.T) {
 // the vendors'. The files are built as a release builds them and searched.
 func TestThreat_B14_ReleaseBinariesHoldNoDevelopmentTrust(t *testing.T) {
 	if testing.Short() {
-		t.Skip("builds three binaries")
+		t.Skip("builds four binaries")
 	}
 	dir := t.TempDir()
-	for _, name := range []string{"dstack", "dstack-vmm", "dstack-guest"} {
+	for _, name := range []string{"dstack", "dstack-vmm", "dstack-guest", "dstack-verifier"} {
 		bin := filepath.Join(dir, name)
 		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", bin, "./cmd/"+name)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
