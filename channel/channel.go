@@ -21,7 +21,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -118,12 +117,16 @@ func parseTarget(target string) (*url.URL, string, error) {
 	if port == "" {
 		port = map[string]string{"https": "443", "http": "80"}[u.Scheme]
 	}
-	host := u.Hostname()
-	// RFC 6761 §6.3: localhost names are loopback, whatever a resolver says.
+	return u, net.JoinHostPort(loopback(u.Hostname()), port), nil
+}
+
+// loopback returns host, or 127.0.0.1 for the names that are loopback whatever a
+// resolver says (RFC 6761 §6.3).
+func loopback(host string) string {
 	if h := strings.TrimSuffix(strings.ToLower(host), "."); h == "localhost" || strings.HasSuffix(h, ".localhost") {
-		host = "127.0.0.1"
+		return "127.0.0.1"
 	}
-	return u, net.JoinHostPort(host, port), nil
+	return host
 }
 
 // dial makes the one connection. spki is nil for http.
@@ -150,16 +153,9 @@ func dial(ctx context.Context, u *url.URL, addr string) (net.Conn, []byte, error
 		// compares it with the key recorded here. TLS 1.3 has proved possession
 		// of that key by the time the handshake returns.
 		InsecureSkipVerify: true,
-		VerifyConnection: func(cs tls.ConnectionState) error {
-			if len(cs.PeerCertificates) == 0 {
-				return errors.New("the server presented no certificate")
-			}
-			leaf := cs.PeerCertificates[0]
-			if _, err := x509.ParsePKIXPublicKey(leaf.RawSubjectPublicKeyInfo); err != nil {
-				return fmt.Errorf("public key of the server: %w", err)
-			}
-			spki = bytes.Clone(leaf.RawSubjectPublicKeyInfo)
-			return nil
+		VerifyConnection: func(cs tls.ConnectionState) (err error) {
+			spki, err = leafSPKI(cs)
+			return err
 		},
 	})
 	if err := conn.HandshakeContext(dialCtx); err != nil {

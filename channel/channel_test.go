@@ -52,7 +52,7 @@ func newInstance(t *testing.T, encrypted bool, h http.HandlerFunc) *instance {
 	return in
 }
 
-func wantCode(t *testing.T, err error, code string) {
+func wantCode(t testing.TB, err error, code string) {
 	t.Helper()
 	if got := fault.Code(err); got != code {
 		t.Fatalf("error %v has code %q, want %q", err, got, code)

@@ -95,19 +95,69 @@ func (c *verifyCmd) Run(a *app) error {
 	if err := c.reference(&req.Reference, src); err != nil {
 		return err
 	}
-	if err := c.collateral(a, &req, dev); err != nil {
+	if err := c.given(a, &req, dev); err != nil {
 		return err
 	}
-	verdict := verifier.Appraise(req)
-	if err := c.raiseFloor(a, verdict); err != nil {
+	verdict, err := c.appraise(a, &req)
+	if err != nil {
 		return err
 	}
 	if c.SaveBundle != "" {
-		if err := saveBundle(c.SaveBundle, raw.data, req.Collateral); err != nil {
+		col := req.Collateral
+		if col == nil {
+			col = src.Collateral
+		}
+		if err := saveBundle(c.SaveBundle, raw.data, col); err != nil {
 			return err
 		}
 	}
 	return a.verdict(verdict)
+}
+
+// appraise judges, fetching collateral when that is all that is lacking.
+func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, error) {
+	floors, err := c.floors()
+	if err != nil {
+		return nil, err
+	}
+	if floors != nil {
+		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC != "" {
+			least, err := floors.Floor(want.FMSPC)
+			if err != nil {
+				return nil, err
+			}
+			req.Policy.TCB.MinEvaluation = max(req.Policy.TCB.MinEvaluation, least)
+		}
+	}
+	carried := req.Source.Collateral
+	if !c.Offline {
+		req.Source.Collateral = nil // what is fetched comes first
+	}
+	v := verifier.Appraise(*req)
+	if !c.Offline && lacks(v) {
+		fetched, err := c.fetch(a, &req.Source)
+		switch {
+		case err != nil:
+			a.step("no collateral could be fetched: %v", err)
+		case fetched != nil:
+			if req.Collateral != nil {
+				fetched.Add(req.Collateral)
+			}
+			req.Collateral = fetched
+			v = verifier.Appraise(*req)
+		}
+		if lacks(v) && carried != nil && req.Collateral == nil {
+			a.step("use the collateral that the evidence carries")
+			req.Source.Collateral = carried
+			v = verifier.Appraise(*req)
+		}
+	}
+	if floors != nil && v.Signature == verifier.SignatureValid && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation > 0 {
+		if err := floors.Raise(v.Platform.Product, v.Platform.TCBEvaluation); err != nil {
+			return nil, err
+		}
+	}
+	return v, nil
 }
 
 // verdict prints one and turns it into an exit code.

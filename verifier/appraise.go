@@ -34,6 +34,10 @@ type appraisal struct {
 	man    *manifest.Manifest // whose hash is in that identity
 	cfg    config             // claimed by the host
 
+	// documentOnly says that id comes from the configuration document alone, in which
+	// what is absent is not pinned.
+	documentOnly bool
+
 	asserted      []dstack.ImageHash // image hashes that the evidence names
 	imageAnchored bool
 }
@@ -159,7 +163,10 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 	}
 	claims, err := verify(attest.Input{
 		Evidence: a.ev, Collateral: col, Roots: roots, At: a.at,
-		Options: attest.Options{AllowDebug: a.pol.AllowDebug, TDXAttributes: attributes, SNPAllowMigration: a.pol.SNP.AllowMigration},
+		Options: attest.Options{
+			AllowDebug: a.pol.AllowDebug, TDXAttributes: attributes, SNPAllowMigration: a.pol.SNP.AllowMigration,
+			AllowMissingCRL: a.pol.AllowMissingCRL || a.v.Scope == ScopeSignature,
+		},
 	})
 	if claims == nil {
 		a.unverified(err)
@@ -170,6 +177,9 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 	v.Claims, v.Trust, v.Signature, v.TCBStatus = claims, claims.Trust, SignatureValid, claims.TCBStatus
 	v.Advisories = append(v.Advisories, claims.Advisories...)
 	v.Platform = platform(claims)
+	for _, what := range claims.Unchecked {
+		a.add(Warning, "not_checked", "collateral", "give what it needs with --collateral", "not checked: %s", what)
+	}
 	a.anchor("TEE quote", fmt.Sprintf("%s, TCB %s", claims.TEE, claims.TCBStatus), claims.Root)
 	if err == nil {
 		return true
@@ -210,7 +220,7 @@ func platform(c *attest.Claims) *Platform {
 	p := &Platform{
 		Root: c.Root, Product: c.Product, DeviceID: c.DeviceID, DeviceScheme: c.DeviceScheme,
 		TCBDate: c.TCBDate, TCBEvaluation: c.TCBEvaluation, Debug: c.Debug, Made: c.Made, Expires: c.Expires,
-		Bound: []string{"registers at launch", "report data"}, NotBound: []string{}, Unchecked: []string{},
+		Bound: []string{"registers at launch", "report data"}, NotBound: []string{}, Unchecked: append([]string{}, c.Unchecked...),
 	}
 	if t := c.TDX; t != nil {
 		p.PlatformStatus, p.ModuleStatus, p.QEStatus = t.PlatformStatus, t.ModuleStatus, t.QEStatus

@@ -9,6 +9,8 @@ import (
 	"slices"
 
 	"github.com/dstack-go/dstack/attest/binding"
+	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/internal/fault"
 )
 
 // nonce compares what was asked with what was answered. The echo proves nothing;
@@ -123,6 +125,15 @@ func (a *appraisal) ratls(spki []byte) {
 	if want := binding.ReportData(binding.TagRATLS, spki); !bytes.Equal(want[:], a.claims.ReportData) {
 		a.add(Error, "report_data_mismatch", "claims.report_data", "", "the quote does not commit to the key of the certificate that carries it")
 		return
+	}
+	if cert := a.src.Certificate; cert != nil {
+		switch err := ratls.CheckStandalone(cert, a.at); {
+		case err == nil:
+		case fault.Code(err) == "ratls_not_self_signed":
+			a.add(Info, "ratls_issued", "certificate", "", "the certificate was issued by %q, whose word on it was not judged", cert.Issuer)
+		default:
+			a.fail(err, "certificate", "ratls_malformed")
+		}
 	}
 	switch conn := a.fresh.ConnectionSPKI; {
 	case conn == nil:

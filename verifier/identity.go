@@ -110,11 +110,13 @@ func (a *appraisal) manifest() {
 		if want := m.GPUPolicyHash(); !bytes.Equal(a.id.GPUPolicyHash, want[:]) {
 			a.add(Error, "gpu_policy_mismatch", "event_log.gpu-policy-hash", "", "the guest measured another GPU policy than the manifest has")
 		}
+	}
+	if a.id.GPUPolicyHash != nil && !a.documentOnly || a.id.InitScriptHashes != nil {
 		if !slices.EqualFunc(a.id.InitScriptHashes, m.InitScriptHashes(), bytes.Equal) {
 			a.add(Error, "init_script_mismatch", "event_log.init-script-hash", "", "the guest measured other init scripts than the manifest has")
 		}
 	}
-	if m.NoInstanceID != (len(a.id.InstanceID) == 0) {
+	if unpinned := a.documentOnly && len(a.id.InstanceID) == 0; !unpinned && m.NoInstanceID != (len(a.id.InstanceID) == 0) {
 		a.add(Error, "instance_id_mismatch", "event_log.instance-id", "", "the manifest has no_instance_id %v, the guest measured the instance id %q", m.NoInstanceID, hexString(a.id.InstanceID))
 	}
 	a.keyProvider(m)
@@ -245,6 +247,7 @@ func (a *appraisal) digestCommitment(name string, digest [32]byte) {
 		}
 		id.KeyProvider = fmt.Sprintf(`{"name":%q,"id":%q}`, doc.KeyProvider, hexString(doc.KeyProviderID))
 		a.identify(id, name)
+		a.documentOnly = true
 	}
 	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch commitment", name + " equals what runs", "the host, before launch"})
 }

@@ -18,7 +18,11 @@ import (
 func (a *appraisal) policy() {
 	c, p := a.claims, a.pol
 	a.tcb()
-	if len(p.Devices) > 0 && !slices.Contains(p.Devices, c.DeviceID) {
+	switch {
+	case len(p.Devices) == 0:
+	case c.DeviceScheme == "":
+		a.add(Error, "device_not_allowed", "platform.device_id", "", "the evidence does not say which machine it is of, and only some are accepted")
+	case !slices.Contains(p.Devices, c.DeviceID):
 		a.add(Error, "device_not_allowed", "platform.device_id", "", "the machine %s is not among those accepted", c.DeviceID)
 	}
 	if c.TDX != nil {

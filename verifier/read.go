@@ -16,6 +16,7 @@ import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -345,7 +346,14 @@ func readCertificate(der []byte) (*Source, error) {
 
 // FromCertificate takes the evidence that an RA-TLS certificate carries.
 func FromCertificate(cert *x509.Certificate) (*Source, error) {
-	return nil, fault.New("evidence_unknown", "certificates come next")
+	a, err := ratls.FromCertificate(cert)
+	if err != nil {
+		return nil, err
+	}
+	return &Source{
+		Version: sourceFormat, Container: a.Container,
+		RATLS: cert.RawSubjectPublicKeyInfo, Issued: cert.NotBefore, Certificate: cert,
+	}, nil
 }
 
 func readTPMBundle(data []byte) (*Source, error) {

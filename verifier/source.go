@@ -3,6 +3,7 @@
 package verifier
 
 import (
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -46,6 +47,8 @@ type Source struct {
 	// Issued the start of that certificate's validity; nil and zero otherwise.
 	RATLS  []byte
 	Issued time.Time
+
+	Certificate *x509.Certificate // that one, whole; its form is checked when it is there
 }
 
 // decode returns the evidence, unverified.

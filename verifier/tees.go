@@ -5,13 +5,15 @@ package verifier
 import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
+	"github.com/dstack-go/dstack/attest/sevsnp"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/collateral"
 )
 
 // tees are the kinds of TEE that this version verifies.
 var tees = map[dstack.TEE]attest.Verify{
-	dstack.TDX: tdx.Verify,
+	dstack.TDX:    tdx.Verify,
+	dstack.SEVSNP: sevsnp.Verify,
 }
 
 // tdxAttributes are the TD attributes that a policy may accept, by name.
@@ -19,19 +21,45 @@ var tdxAttributes = map[string]uint64{"pks": tdx.AttrPKS, "kl": tdx.AttrKL, "per
 
 // VendorRoots returns the roots of real hardware, of every kind of TEE.
 func VendorRoots() []attest.Roots {
-	return []attest.Roots{tdx.VendorRoots()}
+	return []attest.Roots{tdx.VendorRoots(), sevsnp.VendorRoots()}
 }
 
 // DevelopmentRoots returns the roots of a development trust anchor. Evidence
 // accepted under them says nothing about hardware.
 func DevelopmentRoots(d *collateral.DevRoots) ([]attest.Roots, error) {
 	var out []attest.Roots
-	if d.TDXRootPEM != "" {
-		r, err := tdx.DevelopmentRoots(d)
+	for _, kind := range []struct {
+		text string
+		read func(*collateral.DevRoots) (attest.Roots, error)
+	}{
+		{d.TDXRootPEM, tdx.DevelopmentRoots}, {d.SNPRootPEM, sevsnp.DevelopmentRoots},
+	} {
+		if kind.text == "" {
+			continue
+		}
+		r, err := kind.read(d)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, r)
 	}
 	return out, nil
+}
+
+// CollateralFor names the collateral that evidence needs and that can be fetched:
+// of TDX and SEV-SNP. ok is false for other kinds, which bring theirs along.
+func CollateralFor(src *Source) (want collateral.Request, ok bool, err error) {
+	e, err := src.decode()
+	if err != nil {
+		return want, false, err
+	}
+	switch e.TEE {
+	case dstack.TDX:
+		want, err = tdx.Request(e.Quote)
+	case dstack.SEVSNP:
+		want, err = sevsnp.Request(e.Quote)
+	default:
+		return want, false, nil
+	}
+	return want, err == nil, err
 }

@@ -154,6 +154,39 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	return claims, checkAttributes(body, in.Options)
 }
 
+// Request names the collateral that a quote needs, by its PCK certificate. Nothing
+// is verified: a hostile quote may ask for another platform's, which then does not
+// fit it.
+func Request(quote []byte) (collateral.Request, error) {
+	var want collateral.Request
+	q, err := ParseQuote(quote)
+	if err != nil {
+		return want, err
+	}
+	if q.CertType != CertTypePCKChain {
+		return want, fault.New("quote_cert_type", "the quote does not carry its PCK certificate (certification data of type %d), which names the platform", q.CertType).
+			WithFix("give the collateral with --collateral, its pck_certificate_chain included")
+	}
+	chain, err := parseChain("pck", q.CertData)
+	if err != nil {
+		return want, err
+	}
+	ext, err := parsePCKExtension(chain[0])
+	if err != nil {
+		return want, err
+	}
+	switch chain[0].Issuer.CommonName {
+	case CNPlatformCA:
+		want.PCKCA = collateral.Platform
+	case CNProcessorCA:
+		want.PCKCA = collateral.Processor
+	default:
+		return want, fault.New("pck_role", "the PCK certificate is issued by %q, want %q or %q", chain[0].Issuer.CommonName, CNPlatformCA, CNProcessorCA)
+	}
+	want.FMSPC = hex.EncodeToString(ext.FMSPC[:])
+	return want, nil
+}
+
 // verification is the state of one call: the time, the one root, its revocation
 // list, and when the first thing relied upon ends.
 type verification struct {
