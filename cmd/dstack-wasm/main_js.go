@@ -93,7 +93,9 @@ func evidence(args []js.Value) ([]byte, error) {
 			return nil, large(n)
 		}
 		b := make([]byte, n)
-		js.CopyBytesToGo(b, args[0])
+		if n > 0 { // a transferred array has no bytes, and throws when it is read
+			js.CopyBytesToGo(b, args[0])
+		}
 		return b, nil
 	}
 	return nil, fault.New("arguments", "evidence must be a string or a Uint8Array")
