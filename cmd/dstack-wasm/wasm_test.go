@@ -5,16 +5,21 @@ package main_test
 import (
 	"bytes"
 	"compress/gzip"
+	"crypto/sha256"
 	"encoding/json"
+	"encoding/pem"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/cmd/dstack-wasm/page/pagetest"
 	"github.com/dstack-go/dstack/internal/testkit"
+	"github.com/dstack-go/dstack/verifier"
 )
 
 // maxCompressed is the most that a visitor downloads, in bytes.
@@ -47,27 +52,86 @@ func module(t testing.TB, dir string) (compressed int, wasm []byte) {
 	return len(raw), wasm
 }
 
-func TestTheModuleIsSmallAndOpensNoConnection(t *testing.T) {
+// TestModule builds the module once, as a release does, and looks at it and asks it.
+func TestModule(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds the module")
 	}
-	compressed, wasm := module(t, build(t))
-	t.Logf("dstack.wasm: %d bytes, %d compressed", len(wasm), compressed)
-	if compressed > maxCompressed {
-		t.Errorf("dstack.wasm.gz has %d bytes, more than %d", compressed, maxCompressed)
-	}
+	dir := build(t)
+	compressed, wasm := module(t, dir)
+	t.Run("is small", func(t *testing.T) {
+		t.Logf("dstack.wasm: %d bytes, %d compressed", len(wasm), compressed)
+		if compressed > maxCompressed {
+			t.Errorf("dstack.wasm.gz has %d bytes, more than %d", compressed, maxCompressed)
+		}
+	})
+	t.Run("is the same when it is built again", func(t *testing.T) {
+		if _, again := module(t, build(t)); !bytes.Equal(wasm, again) {
+			t.Error("two builds of one source differ, so that nobody can compare hashes")
+		}
+	})
+	t.Run("answers as the native code to the byte", func(t *testing.T) { answersAsNative(t, dir) })
+	t.Run("survives what JavaScript hands over", func(t *testing.T) { survives(t, dir) })
+	t.Run("trusts the vendors alone", func(t *testing.T) { trustsVendors(t, wasm) })
+}
+
+// Threat B15, M03: the module has no network, no processes and no parser that it
+// does not need.
+func TestThreat_M03_TheModuleLinksLittle(t *testing.T) {
 	cmd := exec.Command("go", "list", "-deps", ".")
 	cmd.Env = append(os.Environ(), "GOOS=js", "GOARCH=wasm", "CGO_ENABLED=0")
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	deps := strings.Fields(string(out))
-	for _, never := range []string{"net/http", "os/exec", "crypto/tls", "github.com/pelletier/go-toml/v2", "google.golang.org/protobuf/proto"} {
-		for _, d := range deps {
-			if d == never {
-				t.Errorf("the module links %s", never)
-			}
+	allowed := []string{"github.com/dstack-go/", "golang.org/x/crypto", "golang.org/x/sys/cpu", "github.com/fxamacker/cbor/v2", "github.com/x448/float16"}
+	never := []string{"net/http", "os/exec", "crypto/tls", "testing", "html/template"}
+	for _, d := range strings.Fields(string(out)) {
+		if slices.Contains(never, d) || strings.HasSuffix(d, "test") && !strings.HasSuffix(d, "/attest") {
+			t.Errorf("the module links %s", d)
+		}
+		if strings.Contains(strings.Split(d, "/")[0], ".") && !slices.ContainsFunc(allowed, func(p string) bool { return strings.HasPrefix(d, p) }) {
+			t.Errorf("the module links %s, which is not among what it may", d)
+		}
+	}
+}
+
+// trustsVendors holds that the certificates in the module are exactly the vendors'
+// roots that the verifier names, byte for byte (threats.md B14, M04).
+func trustsVendors(t *testing.T, wasm []byte) {
+	want := map[[32]byte]string{}
+	for _, r := range verifier.VendorRoots() {
+		if r.Trust != dstack.TrustProduction {
+			t.Errorf("%s has roots of trust %s", r.TEE, r.Trust)
+		}
+		for _, c := range r.CA {
+			want[sha256.Sum256(c.Raw)] = c.Subject.String()
+		}
+	}
+	found := 0
+	begin := []byte("-----BEGIN CERTIFICATE-----\n")
+	for rest := wasm; ; {
+		at := bytes.Index(rest, begin)
+		if at < 0 {
+			break
+		}
+		rest = rest[at:]
+		block, _ := pem.Decode(rest[:min(len(rest), 16<<10)])
+		rest = rest[len(begin):]
+		if block == nil {
+			continue // the words alone, as in a comparison
+		}
+		found++
+		if _, ok := want[sha256.Sum256(block.Bytes)]; !ok {
+			t.Errorf("the module embeds a certificate that is no vendor's root, of %d bytes", len(block.Bytes))
+		}
+	}
+	if found == 0 || found > len(want) {
+		t.Errorf("the module embeds %d certificates, the verifier names %d roots", found, len(want))
+	}
+	for _, word := range []string{"dstack/simtee", "tdxtest", "sevsnptest", "verifiertest"} {
+		if bytes.Contains(wasm, []byte(word)) {
+			t.Errorf("the module contains %s", word)
 		}
 	}
 }
@@ -121,17 +185,14 @@ func node(t *testing.T, dir, script string, in, out any) {
 	}
 }
 
-func TestTheModuleAnswersAsTheNativeCodeToTheByte(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds the module")
-	}
+func answersAsNative(t *testing.T, dir string) {
 	cases := pagetest.Cases(t)
 	var questions []question
 	for _, c := range cases {
 		questions = append(questions, question{c.Input, c.Text, c.Options})
 	}
 	var answers []string
-	node(t, build(t), `return input.map(ask);`, questions, &answers)
+	node(t, dir, `return input.map(ask);`, questions, &answers)
 	if len(answers) != len(cases) {
 		t.Fatalf("%d answers to %d questions", len(answers), len(cases))
 	}
@@ -143,15 +204,12 @@ func TestTheModuleAnswersAsTheNativeCodeToTheByte(t *testing.T) {
 	}
 }
 
-// Whatever JavaScript hands over, the functions answer with a string, and go on
-// working afterwards.
-func TestTheModuleSurvivesWhatJavaScriptHandsOver(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds the module")
-	}
+// survives holds that whatever JavaScript hands over, the functions answer with a
+// string, and go on working afterwards.
+func survives(t *testing.T, dir string) {
 	c := pagetest.Cases(t)[0]
 	var answers map[string]string
-	node(t, build(t), `
+	node(t, dir, `
 		const cyclic = {}; cyclic.self = cyclic;
 		const detached = new Uint8Array(8); structuredClone(detached.buffer, {transfer: [detached.buffer]});
 		const many = {}; for (let i = 0; i < 100000; i++) many["k" + i] = i;

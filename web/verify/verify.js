@@ -197,7 +197,7 @@
       said = JSON.parse(new TextDecoder().decode(body.subarray(0, 4096)));
     } catch { /* no words of its own */ }
     const words = typeof said?.error === "string" ? `: it says “${said.error}” (${said.code})` : "";
-    return new Problem("evidence_refused", `${url.host} declined with status ${status}${words}`, typeof said?.fix === "string" ? said.fix : "");
+    return new Problem("evidence_refused", `${url.host} declined with status ${status}${words}`, status === 429 ? "ask again in a while" : "the words are the other side's own; a report can be given instead");
   }
 
   // ---- what the form says ----
@@ -363,7 +363,7 @@
     return el("ul", { class: "findings" }, [...list].sort((a, b) => order[a.level] - order[b.level]).map((f) =>
       el("li", { class: f.level in order ? f.level : "error" },
         el("p", {}, el("span", { class: "level" }, f.level), " ", el("code", {}, f.code), f.evidence ? el("span", { class: "where" }, ` in ${f.evidence}`) : ""),
-        el("p", {}, f.message), f.fix ? fix(f.fix) : null)));
+        el("p", {}, f.message), f.code === "channel_unbound" ? fix("verify with the command, outside of a browser; see below") : f.fix ? fix(f.fix) : null)));
   }
 
   function connection(v, evidence) {
@@ -394,7 +394,7 @@
     const pretty = JSON.stringify(v, null, 2);
     show(kind, word, sentence, [
       section("Verdict", facts([
-        ["Trust", trusts[v.trust] ?? v.trust, v.trust === "development" ? "warn" : ""],
+        ["Trust", v.signature === "valid" ? trusts[v.trust] ?? v.trust : "none: no root vouches for this evidence", v.trust === "production" ? "" : "warn"],
         ["Scope", v.scope === "signature" ? "signature, chain and collateral only" : "the workload, and where it runs"],
         ["Evidence", evidence.from, "wrap"],
         ["Nonce", evidence.nonce, "hex"],

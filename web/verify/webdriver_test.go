@@ -199,19 +199,25 @@ func (b *browser) wait(what, body string) {
 	}
 }
 
-// screenshot saves the page as it stands, in its full height.
+// screenshot saves the page as it stands, in its full height, in light and dark.
 func (b *browser) screenshot(path string) {
 	b.t.Helper()
 	var height int
-	b.script("return document.documentElement.scrollHeight;", &height)
-	b.call("POST", "/window/rect", map[string]any{"width": 1000, "height": min(height+140, 6000)}, nil)
-	var png string
-	b.call("GET", "/screenshot", nil, &png)
-	raw, err := base64.StdEncoding.DecodeString(png)
-	if err != nil {
-		b.t.Fatal(err)
+	b.script("return document.body.scrollHeight;", &height)
+	b.call("POST", "/window/rect", map[string]any{"width": 1000, "height": min(height+140, 8000)}, nil)
+	for _, scheme := range []string{"dark", "light"} {
+		b.call("POST", "/goog/cdp/execute", map[string]any{"cmd": "Emulation.setEmulatedMedia", "params": map[string]any{
+			"features": []any{map[string]string{"name": "prefers-color-scheme", "value": scheme}},
+		}}, nil)
+		var png string
+		b.call("GET", "/screenshot", nil, &png)
+		raw, err := base64.StdEncoding.DecodeString(png)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		if err := os.WriteFile(path+"-"+scheme+".png", raw, 0o644); err != nil {
+			b.t.Fatal(err)
+		}
 	}
-	if err := os.WriteFile(path, raw, 0o644); err != nil {
-		b.t.Fatal(err)
-	}
+	b.call("POST", "/window/rect", map[string]any{"width": 1000, "height": 1400}, nil)
 }

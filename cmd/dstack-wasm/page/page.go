@@ -182,7 +182,7 @@ func verify(input, options []byte, now time.Time) (*verifier.Verdict, error) {
 	var o Options
 	if len(bytes.TrimSpace(options)) > 0 {
 		if err := strictjson.Decode(options, &o, strictjson.Limits{Size: MaxOptions, Depth: 12}); err != nil {
-			return nil, fault.Wrap(err, "options_malformed", "the options do not parse").WithFix("the names of the options are in docs/browser.md")
+			return nil, fault.Wrap(err, "options_malformed", "the options do not parse").WithFix("web/verify/README.md lists the options")
 		}
 	}
 	req, err := o.request(now)
