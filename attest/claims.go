@@ -41,8 +41,9 @@ type Claims struct {
 	TCBDate    time.Time // publication of the oldest level that applies; zero when unknown
 
 	// TCBEvaluation orders the vendor's statements that the grade rests on: for TDX
-	// the lower of the evaluation data numbers of TCB info and QE identity, zero
-	// elsewhere. A floor on it detects replayed collateral (threats.md B03).
+	// the lower of the evaluation data numbers of TCB info and QE identity, for
+	// SEV-SNP the number of AMD's revocation list, zero elsewhere. A floor on it, of
+	// one Product, detects replayed collateral (threats.md B03).
 	TCBEvaluation uint32
 
 	Product string // processor family in the vendor's words, such as Genoa, or an FMSPC of 12 hex digits

@@ -151,6 +151,7 @@ func TestConfigurationsThatCannotBeSafe(t *testing.T) {
 	}{
 		{"none", ClientRole, nil},
 		{"an empty client", ClientRole, &Config{}},
+		{"a client that judges nobody", ClientRole, &Config{Intended: Intended{AppID: appA}}},
 		{"an empty server", ServerRole, &Config{}},
 		{"a client that means nobody", ClientRole, &Config{Appraiser: &judge{vendor: v}}},
 		{"a client that takes anyone", ClientRole, &Config{Appraiser: &judge{vendor: v}, AnyClient: true, Intended: Intended{AppID: appA}}},
@@ -303,7 +304,7 @@ func TestHTTPOverAttestedChannels(t *testing.T) {
 	server := &http.Server{ConnContext: ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := PeerOf(r.Context())
 		if err != nil {
-			http.Error(w, err.Error(), 403)
+			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
 		if r.URL.Path == "/away" {
@@ -393,6 +394,12 @@ func TestProtocolErrorsOfAServer(t *testing.T) {
 	v := newVendor(t)
 	m := v.boot(t, appA, inst1, newKey(t))
 	hi := hello{nonce: [32]byte{5}}
+	// A server that had no certificate of the client in the TLS handshake.
+	demandLate := func(conn *tls.Conn) {
+		h := hello{nonce: [32]byte{5}, demand: true, intended: must(Intended{}.encode())}
+		writeFrame(conn, frameHello, h.encode())
+		writeFrame(conn, frameEvidence, nil)
+	}
 	for _, c := range []struct {
 		name, code string
 		talk       func(conn *tls.Conn)
@@ -407,15 +414,8 @@ func TestProtocolErrorsOfAServer(t *testing.T) {
 		{"its hello is short", "channel_protocol", func(conn *tls.Conn) { writeFrame(conn, frameHello, make([]byte, 32)) }},
 		{"it refuses", "channel_refused", func(conn *tls.Conn) { writeFrame(conn, frameRefuse, []byte("some_code")) }},
 		{"it refuses with a novel", "channel_frame_too_large", func(conn *tls.Conn) { writeFrame(conn, frameRefuse, make([]byte, 65)) }},
-		{"it asks for the evidence of a key that it never saw", "channel_no_attester", func(conn *tls.Conn) {
-			readFrame(conn, frameHello)
-			relayed, _ := (Intended{}).encode()
-			h := hello{nonce: [32]byte{5}, demand: true, intended: relayed}
-			writeFrame(conn, frameHello, h.encode())
-			// An honest evidence of the session cannot be made here; the client gives up
-			// before it asks itself.
-			writeFrame(conn, frameEvidence, nil)
-		}},
+		{"it asks for the evidence of a key that it never saw", "channel_protocol", demandLate},
+		{"it asks for evidence of a client that has none", "channel_no_attester", demandLate},
 		{"it stops within a frame", "channel_broken", func(conn *tls.Conn) { conn.Write([]byte{1, 0, 0, 0, 50, 1, 2}) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -424,9 +424,10 @@ func TestProtocolErrorsOfAServer(t *testing.T) {
 				conn.CloseWrite()
 				io.Copy(io.Discard, conn)
 			}
-			cfg := v.client()
+			cfg := v.mutual(m)
+			cfg.Appraiser = yes{m}
 			if c.code == "channel_no_attester" {
-				cfg.Appraiser = yes{m}
+				cfg.Attester = nil
 			}
 			conn, err := Dial(t.Context(), "tcp", rawServer(t, m.key, talk), cfg)
 			wantRefusal(t, conn, err, c.code)

@@ -11,9 +11,46 @@
 // redirect, never retries on another one, never uses a proxy from the
 // environment.
 //
-// This first cut fetches evidence ([FetchEvidence], design.md §4). What it
-// returns is hostile until the verifier has accepted it: any machine on the
-// path can answer; a plain-HTTP answer is bound to nothing but the nonce.
+// There are three ways, from strong to weak:
+//
+//   - An attested channel ([Dial], [Listen]) is for dstack's own parts. Inside a
+//     TLS 1.3 session with its own ALPN token, before the first application byte,
+//     each end that is asked gives evidence made for this session: over keying
+//     material that TLS exports, the leaf keys of both ends, its role, the
+//     verifier's nonce and whom the verifier means. Relay, even by a thief of the
+//     TLS key, reflection and replay fail (C01, B08); the same app on another
+//     machine is refused when an instance is meant (C02); evidence that an app
+//     rather than the system made is refused, since the key must be the one that
+//     the guest's init committed to before any app ran (B20). Not covered: a guest
+//     whose init or kernel is in the attacker's hands, and a thief of the channel
+//     key who also controls an app inside the same instance.
+//   - RA-TLS ([DialRATLS], [ListenRATLS]) is for upstream's programs: evidence
+//     about a TLS key, made at some time, in the certificate. It says so: its peers
+//     have [BindingKey].
+//   - [FetchEvidence] and [FetchCertificate] get what a verifier looks at and give
+//     no connection to talk over.
+//
+// An [Appraiser] decides who is accepted and an [Attester] makes evidence; a peer
+// that was accepted is a value ([Peer]) that hangs on its connection, and nothing
+// here returns a bool. Attacker-controlled are every byte of a peer and the path;
+// all of it is bounded in size and time before it is used, and untrusted in
+// meaning until the appraiser has accepted it and this package has held what the
+// appraiser established against the connection.
+//
+// On the wire, a message of the handshake is one byte of kind, the payload's
+// length as u32 big-endian, and the payload:
+//
+//	1 hello     nonce (32) ‖ evidence wanted (0 or 1) ‖ intended identity; at most 4 KiB
+//	2 evidence  container; at most 1 MiB
+//	3 accept    empty
+//	4 refuse    error code; at most 64 bytes
+//
+// in the order hello → ← hello, evidence → [evidence,] accept ← accept, the client
+// first. What evidence is made over is in commitment.go, the encoding of an
+// intended identity in peer.go. The version of all that is in the token [ALPN].
+//
+// Implements design.md §4; attestation.md §7.4 and §7.5; threats.md B08, B20, C01
+// to C05.
 package channel
 
 import (

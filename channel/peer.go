@@ -46,6 +46,10 @@ type Candidate struct {
 	Intended   Intended          // whom this end means
 	Binding    Binding           // what ReportData ties the evidence to
 	At         time.Time
+
+	// Issued is when the RA-TLS certificate that carried the evidence began to be
+	// valid, by its own word; zero for evidence that was made for this session.
+	Issued time.Time
 }
 
 // Appraisal is what an appraiser established about a peer that it accepted.

@@ -170,7 +170,7 @@ func (c *RATLS) judge(ctx context.Context, cs tls.ConnectionState, role Role) (*
 	}
 	return admit(ctx, c.Appraiser, Candidate{
 		Container: a.Container, ReportData: a.ReportData, SPKI: spki, Role: role,
-		Intended: c.Intended, Binding: BindingKey, At: now,
+		Intended: c.Intended, Binding: BindingKey, At: now, Issued: leaf.NotBefore,
 	}, c.CommittedKey)
 }
 
@@ -239,7 +239,8 @@ type Certifier struct {
 	current *tls.Certificate
 }
 
-// NewCertifier makes the first certificate. Codes: channel_config,
+// NewCertifier makes the first certificate, so that a TEE that does not work shows
+// at start. Codes: channel_config,
 // channel_attest, ratls_too_large.
 func NewCertifier(ctx context.Context, cfg CertifierConfig) (*Certifier, error) {
 	switch {
@@ -292,7 +293,11 @@ func (c *Certifier) latest() *tls.Certificate {
 	return c.current
 }
 
+// make does not end with the handshake that asked for it: others wait for the
+// result.
 func (c *Certifier) make(ctx context.Context) (*tls.Certificate, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), defaultTimeout)
+	defer cancel()
 	key := c.cfg.Key
 	if key == nil {
 		var err error

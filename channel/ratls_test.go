@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io"
 	"math/big"
@@ -21,6 +22,8 @@ import (
 	"time"
 
 	dstack "github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest/container"
+	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -111,7 +114,7 @@ func TestRATLSBothWays(t *testing.T) {
 }
 
 // selfSigned makes a certificate of key with container as its evidence.
-func selfSigned(t *testing.T, key *Key, from, to time.Time, container []byte) *tls.Certificate {
+func selfSigned(t *testing.T, key *Key, from, to time.Time, container []byte, more ...pkix.Extension) *tls.Certificate {
 	t.Helper()
 	ext, err := ratls.Extensions(ratls.Issued{}, container)
 	if err != nil {
@@ -119,7 +122,7 @@ func selfSigned(t *testing.T, key *Key, from, to time.Time, container []byte) *t
 	}
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: "x"}, DNSNames: []string{"x"},
-		NotBefore: from, NotAfter: to, ExtraExtensions: ext,
+		NotBefore: from, NotAfter: to, ExtraExtensions: append(ext, more...),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.signer().Public(), key.signer())
 	if err != nil {
@@ -182,6 +185,35 @@ func TestRATLSCertificatesThatAreNotAccepted(t *testing.T) {
 	}
 }
 
+// The pair of quote and event log that upstream's older programs wrote.
+func TestRATLSLegacyCertificateIsAppraised(t *testing.T) {
+	v := newVendor(t)
+	m := v.boot(t, appA, inst1, newKey(t))
+	e, err := container.Decode(must(m.Attest(t.Context(), ratls.ReportData(m.key.SPKI()))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrap := func(ext int, payload []byte) pkix.Extension {
+		return pkix.Extension{Id: ratls.OID(ext), Value: must(asn1.Marshal(payload))}
+	}
+	now := time.Now()
+	for name, key := range map[string]*Key{"of its key": m.key, "of another key": newKey(t)} {
+		t.Run(name, func(t *testing.T) {
+			cert := selfSigned(t, key, now, now.Add(time.Hour), nil, wrap(ratls.ExtQuote, e.Quote), wrap(ratls.ExtEventLog, must(eventlog.MarshalJSON(e.EventLog))))
+			conn, err := DialRATLS(t.Context(), "tcp", present(t, cert), v.ratls())
+			if key != m.key {
+				wantRefusal(t, conn, err, "channel_report_data")
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustEcho(t, conn)
+			conn.Close()
+		})
+	}
+}
+
 // A container may claim what it likes: what the hardware signed decides.
 func TestRATLSEvidenceWhoseClaimIsALie(t *testing.T) {
 	v := newVendor(t)
@@ -217,7 +249,7 @@ func TestThreat_B08_AnOldRATLSCertificateIsRefused(t *testing.T) {
 }
 
 // Threats B08, C01: what RA-TLS cannot do, and says it cannot. Who has a copy of
-// key and evidence passes; an attached channel to the same thief fails (see
+// key and evidence passes; an attested channel to the same thief fails (see
 // TestThreat_B08_ReplayedEvidenceIsRefused).
 func TestRATLSAdmitsAThiefOfTheKeyAndSaysSo(t *testing.T) {
 	v := newVendor(t)
@@ -250,7 +282,7 @@ func TestHTTPOverRATLS(t *testing.T) {
 	server := &http.Server{ConnContext: ConnContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := PeerOf(r.Context())
 		if err != nil {
-			http.Error(w, err.Error(), 403)
+			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
 		io.WriteString(w, p.Identity.AppID.String())

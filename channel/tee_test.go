@@ -207,7 +207,7 @@ func echo(l net.Listener) {
 	}
 }
 
-// exchange must come back over an accepted connection.
+// mustEcho sends a message that must come back.
 func mustEcho(t testing.TB, conn net.Conn) {
 	t.Helper()
 	message := []byte("application bytes")
@@ -231,7 +231,8 @@ func mustEcho(t testing.TB, conn net.Conn) {
 func wantRefusal(t testing.TB, conn *Conn, err error, code string) {
 	t.Helper()
 	if conn != nil {
-		t.Error("a connection beside an error")
+		conn.Close()
+		t.Errorf("a connection to %+v, want a refusal", conn.Peer())
 	}
 	wantCode(t, err, code)
 }

@@ -150,8 +150,8 @@ func TestThreat_C01_EvidenceOfAnotherSessionRoleOrIntentIsRefused(t *testing.T) 
 }
 
 // Threat C01: an attacker who has the key of a node that talks to its own kind
-// answers the node with the node's own evidence. Order, nonces and roles each stop
-// it; all of them must be gone for this test to fail.
+// answers the node with the node's own evidence. Nonces and roles each stop it;
+// both must be gone for this test to fail.
 func TestThreat_C01_ReflectedEvidenceIsRefused(t *testing.T) {
 	v := newVendor(t)
 	m := v.boot(t, appA, inst1, newKey(t))

@@ -39,7 +39,7 @@ func (c *verifyCmd) given(a *app, req *verifier.Request, dev *collateral.Bundle)
 	}
 	req.Collateral.Add(bundle)
 	if len(keys) > 0 {
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	return nil
 }
@@ -52,11 +52,7 @@ func readCollateral(a *app, path string) (*collateral.Bundle, []collateral.Named
 	case err != nil:
 		return nil, nil, err
 	case st.IsDir():
-		bundle, keys, skipped, err := collateral.FromFS(os.DirFS(path))
-		if len(skipped) > 0 {
-			a.step("not collateral, left alone: %s", strings.Join(skipped, ", "))
-		}
-		return bundle, keys, err
+		return readDirectory(a, path)
 	}
 	raw, err := readLimited(path, collateral.MaxBundle)
 	if err != nil {
@@ -65,14 +61,51 @@ func readCollateral(a *app, path string) (*collateral.Bundle, []collateral.Named
 	return collateral.FromFiles(map[string][]byte{filepath.Base(path): raw})
 }
 
+// readDirectory takes every file of a directory that is collateral, and says which
+// are not: what is then missing, the verdict names.
+func readDirectory(a *app, path string) (*collateral.Bundle, []collateral.NamedKey, error) {
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, nil, fault.Wrap(err, "directory_unreadable", "collateral directory")
+	}
+	files := map[string][]byte{}
+	var others []string
+	for _, e := range entries {
+		name := e.Name()
+		if !e.Type().IsRegular() || strings.HasPrefix(name, ".") || len(files) == collateral.MaxFiles {
+			others = append(others, name)
+			continue
+		}
+		data, err := readLimited(filepath.Join(path, name), collateral.MaxDirectory)
+		if err != nil {
+			return nil, nil, err
+		}
+		if _, _, err := collateral.FromFiles(map[string][]byte{name: data}); fault.Code(err) == "directory_unknown_file" {
+			others = append(others, name)
+			continue
+		}
+		files[name] = data
+	}
+	if len(others) > 0 {
+		a.step("no collateral, left alone: %s", strings.Join(others, ", "))
+	}
+	return collateral.FromFiles(files)
+}
+
 // lacks reports whether a verdict could be another one with collateral that can be
 // fetched.
 func lacks(v *verifier.Verdict) bool {
 	return v.Has(verifier.Error, "collateral_missing") || v.TEE == dstack.SEVSNP && v.Has(verifier.Error, "crl_missing")
 }
 
+// fetched is collateral from the vendors' services.
+type fetched struct {
+	bundle *collateral.Bundle
+	forget func() // drops what the cache has, so that the service is asked again
+}
+
 // fetch asks the vendors' services, or caches of them.
-func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*collateral.Bundle, error) {
+func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*fetched, error) {
 	want, ok, err := verifier.CollateralFor(src)
 	if err != nil || !ok {
 		return nil, err
@@ -86,13 +119,17 @@ func (c *verifyCmd) fetch(a *app, src *verifier.Source) (*collateral.Bundle, err
 		return nil, err
 	}
 	var source collateral.Source = fetch.Vendors{PCS: pcs, KDS: kds}
+	out := &fetched{forget: func() {}}
 	if dir, err := os.UserCacheDir(); err == nil {
-		if source, err = cache.New(filepath.Join(dir, "dstack", "collateral"), source, cache.Options{}); err != nil {
+		kept, err := cache.Open(filepath.Join(dir, "dstack", "collateral"), source, cache.Options{Warn: func(err error) { a.step("collateral: %v", err) }})
+		if err != nil {
 			return nil, err
 		}
+		source, out.forget = kept, func() { kept.Forget(want) }
 	}
 	a.step("fetch collateral for %s", describe(want))
-	return source.Collateral(a.ctx, want)
+	out.bundle, err = source.Collateral(a.ctx, want)
+	return out, err
 }
 
 func describe(want collateral.Request) string {
@@ -102,8 +139,8 @@ func describe(want collateral.Request) string {
 	return "SEV-SNP, " + want.Product
 }
 
-// floors opens the least evaluation numbers that this user has seen (threats.md
-// B03). Verification at a stated time has none: the past had other numbers.
+// floors opens the highest numbers of collateral that this user has seen, by product
+// (threats.md B03). Verification at a stated time has none: the past had others.
 func (c *verifyCmd) floors() (*floor.Store, error) {
 	if c.At != "" {
 		return nil, nil

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,7 +19,6 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -33,6 +33,8 @@ type verifyCmd struct {
 
 	Tee      string `help:"What the file is, when looking at it does not tell: tdx, sev-snp, cca, tpm, nitro, nitro-tpm, or dstack (a container or reply)." enum:",tdx,sev-snp,cca,tpm,nitro,nitro-tpm,dstack" default:"" placeholder:"KIND"`
 	EventLog string `name:"event-log" help:"Event log that belongs to a bare quote: JSON, or a binary CCEL." placeholder:"FILE"`
+
+	GPUEvidence string `name:"gpu-evidence" help:"What NVIDIA's verifier printed in the guest at boot, byte for byte." placeholder:"FILE"`
 
 	Lock        string   `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
 	Compose     string   `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
@@ -121,12 +123,12 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 		return nil, err
 	}
 	if floors != nil {
-		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC != "" {
-			least, err := floors.Floor(want.FMSPC)
+		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC+want.Product != "" {
+			least, err := floors.Floor(want.FMSPC + want.Product)
 			if err != nil {
 				return nil, err
 			}
-			req.Policy.TCB.MinEvaluation = max(req.Policy.TCB.MinEvaluation, least)
+			req.Policy.Floor = uint32(min(least, math.MaxUint32))
 		}
 	}
 	carried := req.Source.Collateral
@@ -135,16 +137,23 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 	}
 	v := verifier.Appraise(*req)
 	if !c.Offline && lacks(v) {
-		fetched, err := c.fetch(a, &req.Source)
-		switch {
-		case err != nil:
-			a.step("no collateral could be fetched: %v", err)
-		case fetched != nil:
-			if req.Collateral != nil {
-				fetched.Add(req.Collateral)
+		given := req.Collateral
+		// Twice: what a cache had may be bad or replaced, and is then asked for anew.
+		for range 2 {
+			got, err := c.fetch(a, &req.Source)
+			if err != nil || got == nil {
+				if err != nil {
+					a.step("no collateral could be fetched: %v", err)
+				}
+				break
 			}
-			req.Collateral = fetched
+			req.Collateral = got.bundle
+			req.Collateral.Add(given)
 			v = verifier.Appraise(*req)
+			if v.Signature == verifier.SignatureValid && !v.Has(verifier.Error, "collateral_rollback") {
+				break
+			}
+			got.forget()
 		}
 		if lacks(v) && carried != nil && req.Collateral == nil {
 			a.step("use the collateral that the evidence carries")
@@ -152,8 +161,9 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 			v = verifier.Appraise(*req)
 		}
 	}
-	if floors != nil && v.Signature == verifier.SignatureValid && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation > 0 {
-		if err := floors.Raise(v.Platform.Product, v.Platform.TCBEvaluation); err != nil {
+	seen := floors != nil && v.Signature == verifier.SignatureValid && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation > req.Policy.Floor
+	if seen {
+		if err := floors.Raise(a.ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
 			return nil, err
 		}
 	}
@@ -219,7 +229,7 @@ func (c *verifyCmd) anchors(req *verifier.Request) (*collateral.Bundle, error) {
 		if len(keys) == 0 {
 			return nil, fault.New("trust_anchor", "%s holds no public key", path).WithFix("give a PEM PUBLIC KEY or a JWK")
 		}
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	if c.DevRoots == "" {
 		return nil, nil
@@ -239,14 +249,6 @@ func (c *verifyCmd) anchors(req *verifier.Request) (*collateral.Bundle, error) {
 	req.Roots = append(req.Roots, roots...)
 	req.Policy.DevRoots = true
 	return dev.Bundle(), nil
-}
-
-func callerKeys(keys []collateral.NamedKey) attest.Roots {
-	r := attest.Roots{TEE: dstack.CCA, Trust: dstack.TrustCaller}
-	for _, k := range keys {
-		r.Keys = append(r.Keys, attest.RootKey{Name: k.Name, Key: k.Key})
-	}
-	return r
 }
 
 // obtained is what came from the source, before it was read.
@@ -306,6 +308,11 @@ func (c *verifyCmd) obtain(a *app, req *verifier.Request) (obtained, *verifier.S
 		}
 		if err != nil {
 			return obtained{err: err}, nil, nil
+		}
+	}
+	if c.GPUEvidence != "" {
+		if src.GPU, err = readLimited(c.GPUEvidence, 1<<20); err != nil {
+			return obtained{}, nil, err
 		}
 	}
 	return obtained{data: raw}, src, nil
@@ -404,6 +411,9 @@ func measureImage(img *osimage.Image, vm measure.VMConfig) (*measure.TDX, error)
 		return nil, err
 	}
 	l := measure.Launch{Cmdline: img.Metadata.Cmdline, VCPUs: int(vm.CPUCount), MemoryBytes: vm.MemorySize, TwoPassAddPages: twoPass}
+	if shape, err := vm.Shape(); err == nil {
+		l.ACPI = &shape
+	}
 	for _, f := range []struct {
 		path string
 		into *[]byte

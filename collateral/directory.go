@@ -65,18 +65,18 @@ func FromFS(dir fs.FS) (*Bundle, []NamedKey, error) {
 }
 
 func readFile(dir fs.FS, name string, limit int64) ([]byte, error) {
-	f, err := dir.Open(name)
-	if err != nil {
-		return nil, fault.Wrap(err, "directory_unreadable", "collateral %s", name)
-	}
-	defer f.Close()
-	fi, err := f.Stat()
+	fi, err := fs.Stat(dir, name) // before it is opened, which for a pipe could last
 	if err != nil {
 		return nil, fault.Wrap(err, "directory_unreadable", "collateral %s", name)
 	}
 	if !fi.Mode().IsRegular() {
 		return nil, fault.New("directory_unknown_file", "collateral %s is not a regular file", name).WithFix("put every file into the directory itself")
 	}
+	f, err := dir.Open(name)
+	if err != nil {
+		return nil, fault.Wrap(err, "directory_unreadable", "collateral %s", name)
+	}
+	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, fault.Wrap(err, "directory_unreadable", "collateral %s", name)

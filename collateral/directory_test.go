@@ -127,11 +127,9 @@ func TestThreat_B02_DirectoryWithoutARevocationListVerifiesNothing(t *testing.T)
 
 func TestDirectoryPicksIssuersBySignature(t *testing.T) {
 	// Two PKIs with the same names, of which one signed.
-	real, _, _ := realSet(t, "v4")
-	p := tdxtest.New(t)
-	set := p.Collateral()
-	files := scatter(set)
-	files["0"], files["1"], files["z"] = []byte(real.TCBInfoIssuerChain), []byte(real.PCKCRLIssuerChain), []byte(real.QEIdentityIssuerChain)
+	p, other := tdxtest.New(t), tdxtest.New(t)
+	files := scatter(p.Collateral())
+	files["0"] = []byte(other.Chain(other.TCBSigner, other.PCKCA, other.Root))
 	b, _, err := collateral.FromFiles(files)
 	if err != nil {
 		t.Fatal(err)
@@ -342,14 +340,15 @@ func TestFileSystemIsReadFlatAndBounded(t *testing.T) {
 		name string
 		file *fstest.MapFile
 		code string
+		word string
 	}{
-		{"sub/crl.der", &fstest.MapFile{}, "directory_unknown_file"},
-		{"pipe", &fstest.MapFile{Mode: fs.ModeNamedPipe}, "directory_unknown_file"},
-		{"zz", &fstest.MapFile{Data: make([]byte, collateral.MaxDirectory)}, "directory_too_large"},
+		{"sub/crl.der", &fstest.MapFile{}, "directory_unknown_file", "sub is not a regular file"},
+		{"pipe", &fstest.MapFile{Mode: fs.ModeNamedPipe, Data: p.Root.Cert.Raw}, "directory_unknown_file", "pipe is not a regular file"},
+		{"zz", &fstest.MapFile{Data: make([]byte, collateral.MaxDirectory)}, "directory_too_large", "zz"},
 	} {
 		fsys := maps.Clone(fsys)
 		fsys[c.name] = c.file
-		if _, _, err := collateral.FromFS(fsys); fault.Code(err) != c.code {
+		if _, _, err := collateral.FromFS(fsys); fault.Code(err) != c.code || !strings.Contains(err.Error(), c.word) {
 			t.Errorf("%s: %v, want %s", c.name, err, c.code)
 		}
 	}
@@ -360,8 +359,9 @@ func TestFileSystemIsReadFlatAndBounded(t *testing.T) {
 
 func FuzzFromFiles(f *testing.F) {
 	set, _, _ := realSet(f, "v4")
-	for _, data := range scatter(set) {
-		f.Add(data, []byte(set.TCBInfoIssuerChain))
+	files := scatter(set)
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		f.Add(files[name], []byte(set.TCBInfoIssuerChain))
 	}
 	f.Add(testkit.Vectors(f, "attestation/tdx/dcap-qvl-tdx_quote_v4_collateral.json"), []byte{})
 	f.Add(testkit.Vectors(f, "attestation/cca/veraison-ec.p256.pub.jwk"), []byte(set.RootCACRL))

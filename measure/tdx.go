@@ -13,6 +13,7 @@ import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/measure/acpi"
 )
 
 // Launch is what a host boots: the very bytes it gives to the VM, and the shape
@@ -26,6 +27,11 @@ type Launch struct {
 	VCPUs       int    // only the ACPI tables depend on it
 	MemoryBytes uint64 // a whole number of pages
 
+	// ACPI is the shape of the VM that its ACPI tables follow from; its VCPUs and
+	// Memory are not looked at, those above count. Nil: not known, and the three
+	// ACPI events stay open.
+	ACPI *acpi.Shape
+
 	// TwoPassAddPages is the page order of QEMU 8; the zero value is that of QEMU 9
 	// and later.
 	TwoPassAddPages bool
@@ -38,13 +44,16 @@ type TDX struct {
 	RTMR1 dstack.Measurement `json:"rtmr1"`
 	RTMR2 dstack.Measurement `json:"rtmr2"`
 
+	// NoACPI says why the ACPI events have no digest; nil when they have one. Codes:
+	// acpi_shape_missing, acpi_shape_unsupported.
+	NoACPI error `json:"-"`
+
 	// The events behind RTMR1 and RTMR2; not part of the JSON form.
 	rtmr1, rtmr2 []bootEvent
 }
 
 // RTMR0Event is one event that the firmware extends into RTMR0. A nil Digest is
-// that of an ACPI table set, which depends on the host's QEMU and is taken from
-// elsewhere.
+// that of an ACPI table set that was not computed and is taken from elsewhere.
 type RTMR0Event struct {
 	Name   string              `json:"name"`
 	Digest *dstack.Measurement `json:"digest"`
@@ -100,7 +109,8 @@ func extend(register *dstack.Measurement, digest dstack.Measurement) {
 	*register = sha384(append(register[:], digest[:]...))
 }
 
-// ComputeTDX returns the registers of a TD that boots l by direct kernel boot.
+// ComputeTDX returns the registers of a TD that boots l by direct kernel boot. A
+// shape whose ACPI tables are not computed here is no error: see TDX.NoACPI.
 func ComputeTDX(l Launch) (*TDX, error) {
 	f, err := newFacts(l)
 	if err != nil {
@@ -114,7 +124,14 @@ func ComputeTDX(l Launch) (*TDX, error) {
 	if err != nil {
 		return nil, err
 	}
-	return f.tdx(l.MemoryBytes, l.TwoPassAddPages)
+	t, err := f.tdx(l.MemoryBytes, l.TwoPassAddPages)
+	if err != nil || l.ACPI == nil {
+		return t, err
+	}
+	shape := *l.ACPI
+	shape.VCPUs, shape.Memory = l.VCPUs, l.MemoryBytes
+	t.NoACPI = t.SetACPI(shape)
+	return t, nil
 }
 
 func kernelDigest(patched []byte) (dstack.Measurement, error) {
@@ -169,7 +186,8 @@ func (f facts) tdx(memory uint64, twoPass bool) (*TDX, error) {
 		return nil, err
 	}
 	t := &TDX{
-		MRTD: f.singlePass,
+		MRTD:   f.singlePass,
+		NoACPI: errNoShape(),
 		rtmr1: []bootEvent{
 			{"kernel", evBootApplication, f.kernel},
 			{"", evAction, sha384([]byte("Calling EFI Application from Boot Option"))},
@@ -231,9 +249,9 @@ func (t *TDX) ReplayRTMR0(acpi []dstack.Measurement) (dstack.Measurement, error)
 	return register, nil
 }
 
-// BootLog returns the launch as an event log: imr 0, 1 and 2. The ACPI events have
-// the digest of the empty string, as suits a TEE that has no ACPI tables to
-// measure. A TDX that was read from JSON does not know the events behind RTMR1 and
+// BootLog returns the launch as an event log: imr 0, 1 and 2. ACPI events that are
+// open have the digest of the empty string, as suits a TEE that has no ACPI tables
+// to measure. A TDX that was read from JSON does not know the events behind RTMR1 and
 // RTMR2 and returns those of imr 0 only.
 func (t *TDX) BootLog() []eventlog.Event {
 	var events []eventlog.Event

@@ -45,6 +45,11 @@ type VMConfig struct {
 	TDXMeasurement *Split `json:"tdx_measurement,omitempty"`
 	GCPMeasurement *Split `json:"gcp_measurement,omitempty"`
 	AWSMeasurement *Split `json:"aws_measurement,omitempty"`
+	// SNPMeasurement is the JSON text of an SNPSplit.
+	SNPMeasurement string `json:"sev_snp_measurement,omitempty"`
+	// Two keys that only our VMM writes, see [VMConfig.Shape]. Zero: upstream's.
+	Endpoints  uint32 `json:"num_pci_endpoints,omitempty"`
+	ConfigBase uint64 `json:"pci_config_base,omitempty"`
 	// MRConfig is the text of the config document that MRCONFIGID or HOST_DATA
 	// commits to.
 	MRConfig string `json:"mr_config,omitempty"`
@@ -107,6 +112,18 @@ func (c *VMConfig) TwoPass() (bool, error) {
 	if c.QEMUVersion == "" {
 		return c.TwoPassAddPages != nil && *c.TwoPassAddPages, nil
 	}
+	major, err := c.qemuMajor()
+	if err != nil {
+		return false, err
+	}
+	if c.TwoPassAddPages != nil {
+		return *c.TwoPassAddPages, nil
+	}
+	return major == 8, nil
+}
+
+// qemuMajor is the first number of a stated QEMU version.
+func (c *VMConfig) qemuMajor() (int, error) {
 	parts := strings.Split(c.QEMUVersion, ".")
 	major, bad := 0, len(parts) != 3
 	for i, part := range parts {
@@ -117,10 +134,7 @@ func (c *VMConfig) TwoPass() (bool, error) {
 		}
 	}
 	if bad || major < 8 {
-		return false, fault.New("vm_config_malformed", "vm_config: qemu_version %.32q, want X.Y.Z from 8.0.0", c.QEMUVersion)
+		return 0, fault.New("vm_config_malformed", "vm_config: qemu_version %.32q, want X.Y.Z from 8.0.0", c.QEMUVersion)
 	}
-	if c.TwoPassAddPages != nil {
-		return *c.TwoPassAddPages, nil
-	}
-	return major == 8, nil
+	return major, nil
 }

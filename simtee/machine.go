@@ -34,6 +34,10 @@ type LaunchSpec struct {
 	VCPUs       int               `json:"vcpus"`
 	MemoryBytes uint64            `json:"memory_bytes"`
 	MRConfigID  dstack.MRConfigID `json:"mr_config_id"`
+	// VMConfig is the vm_config text of the VM. The ACPI digests of RTMR0 are those
+	// that QEMU would give a TD of this shape; of a shape without, or empty, they are
+	// the digest of nothing.
+	VMConfig string `json:"vm_config,omitempty"`
 	// Debug sets TD_ATTRIBUTES.DEBUG, which every verifier refuses; for negative
 	// tests.
 	Debug bool `json:"debug"`
@@ -164,13 +168,26 @@ func launch(spec LaunchSpec) (state, error) {
 		s.Files[file.name] = fileRecord{len(data), sum[:]}
 		*file.to = data
 	}
+	if spec.VMConfig != "" {
+		vm, err := measure.ParseVMConfig([]byte(spec.VMConfig))
+		if err != nil {
+			return s, err
+		}
+		if shape, err := vm.Shape(); err == nil {
+			l.ACPI = &shape
+		}
+	}
 	tdx, err := measure.ComputeTDX(l)
 	if err != nil {
 		return s, err
 	}
-	empty := dstack.Measurement(sha512.Sum384(nil))
 	s.MRTD, s.RTMR[1], s.RTMR[2] = tdx.MRTD, tdx.RTMR1, tdx.RTMR2
-	if s.RTMR[0], err = tdx.ReplayRTMR0([]dstack.Measurement{empty, empty, empty}); err != nil {
+	var acpi []dstack.Measurement
+	if tdx.NoACPI != nil {
+		empty := dstack.Measurement(sha512.Sum384(nil))
+		acpi = []dstack.Measurement{empty, empty, empty}
+	}
+	if s.RTMR[0], err = tdx.ReplayRTMR0(acpi); err != nil {
 		return s, err
 	}
 	s.BootLog = tdx.BootLog()

@@ -40,6 +40,8 @@ type appraisal struct {
 
 	asserted      []dstack.ImageHash // image hashes that the evidence names
 	imageAnchored bool
+
+	gpuAssumptions []string
 }
 
 // Appraise judges evidence at a stated time.
@@ -120,6 +122,7 @@ func (a *appraisal) run(roots []attest.Roots, col *collateral.Bundle) {
 	if a.id != nil {
 		a.manifest()
 	}
+	a.gpus()
 	a.binding()
 	a.workload()
 	a.image()
@@ -161,15 +164,19 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 	for _, name := range a.pol.TDX.Attributes {
 		attributes |= tdxAttributes[name]
 	}
-	claims, err := verify(attest.Input{
+	in := attest.Input{
 		Evidence: a.ev, Collateral: col, Roots: roots, At: a.at,
 		Options: attest.Options{
 			AllowDebug: a.pol.AllowDebug, TDXAttributes: attributes, SNPAllowMigration: a.pol.SNP.AllowMigration,
 			AllowMissingCRL: a.pol.AllowMissingCRL || a.v.Scope == ScopeSignature,
 		},
-	})
+	}
+	claims, err := verify(in)
 	if claims == nil {
 		a.unverified(err)
+		return false
+	}
+	if a.ev.TEE == dstack.TDX && a.ev.TPMQuote != nil && !a.vtpm(in, claims) {
 		return false
 	}
 	a.claims = claims
@@ -181,6 +188,9 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 		a.add(Warning, "not_checked", "collateral", "give what it needs with --collateral", "not checked: %s", what)
 	}
 	a.anchor("TEE quote", fmt.Sprintf("%s, TCB %s", claims.TEE, claims.TCBStatus), claims.Root)
+	if floor := a.pol.Floor; claims.Trust == dstack.TrustProduction && claims.TCBEvaluation < floor {
+		a.add(Error, "collateral_rollback", "platform.tcb_evaluation", "fetch current collateral; who handed this out replays an old one", "the collateral has number %d, and number %d was seen before: it is out of date although it has not expired", claims.TCBEvaluation, floor)
+	}
 	if err == nil {
 		return true
 	}

@@ -49,7 +49,7 @@ func TestBaselineIsAccepted(t *testing.T) {
 	for _, f := range v.Findings {
 		warnings = append(warnings, f.Level+" "+f.Code)
 	}
-	want := []string{"warning time_host", "warning acpi_not_checked", "warning dev_image", "warning firmware_distribution"}
+	want := []string{"warning time_host", "warning dev_image", "warning firmware_distribution"}
 	if diff := cmp.Diff(want, warnings); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
@@ -160,7 +160,7 @@ func remanifest(g *guest, r *request, d manifest.Draft) {
 	g.document.ComposeHash = h
 	r.ref = Reference{}
 	r.ref.AddComposeHash(h, "--compose-hash")
-	r.ref.AddImage(g.image, g.registers(), "--image")
+	r.ref.AddImage(g.image, g.expected(), "--image")
 }
 
 func draft() manifest.Draft {
@@ -169,6 +169,9 @@ func draft() manifest.Draft {
 }
 
 var other = bytes.Repeat([]byte{0xee}, 32)
+
+// unknownShape states a VM whose ACPI tables cannot be computed.
+func unknownShape(c *measure.VMConfig) { c.QEMUVersion = "" }
 
 // certified makes the evidence that of an RA-TLS certificate of the connection.
 func certified(g *guest, r *request) {
@@ -369,14 +372,14 @@ func mutations(t *testing.T) []mutation {
 		// The workload.
 		{"no workload expected", "workload_not_specified", func(g *guest, r *request) {
 			r.ref = Reference{}
-			r.ref.AddImage(g.image, g.registers(), "--image")
+			r.ref.AddImage(g.image, g.expected(), "--image")
 		}, nil},
 		{"another compose hash expected", "compose_hash_mismatch", func(g *guest, r *request) { r.ref.AddComposeHash(dstack.ComposeHash{1}, "--compose-hash") }, nil},
 		{"another compose hash expected by field", "compose_hash_mismatch", func(g *guest, r *request) { r.ref.ComposeHashes = []dstack.ComposeHash{{1}, {2}} }, nil},
 		{"another manifest expected", "compose_hash_mismatch", func(g *guest, r *request) { r.ref.AddManifest([]byte("{}"), "--compose") }, nil},
 		{"another app expected", "app_id_mismatch", func(g *guest, r *request) { r.ref.AddAppID(dstack.AppID{1}, "--app-id") }, nil},
 		{"another lock", "compose_hash_mismatch", func(g *guest, r *request) {
-			r.ref.AddLock(&lock.Lock{ComposeHash: dstack.ComposeHash{1}, AppID: g.app, OSImageHash: g.image, Measurements: g.registers()}, "lock file")
+			r.ref.AddLock(&lock.Lock{ComposeHash: dstack.ComposeHash{1}, AppID: g.app, OSImageHash: g.image, Measurements: g.expected()}, "lock file")
 		}, nil},
 		{"another manifest shown than measured", "manifest_hash_mismatch", func(g *guest, r *request) { g.edit.source = func(s *Source) { s.Manifest += " " } }, nil},
 		{"a manifest that readers take in two ways", "manifest_duplicate_key", func(g *guest, r *request) {
@@ -384,7 +387,7 @@ func mutations(t *testing.T) []mutation {
 			g.document.ComposeHash = g.composeHash()
 			r.ref = Reference{}
 			r.ref.AddComposeHash(g.composeHash(), "--compose-hash")
-			r.ref.AddImage(g.image, g.registers(), "--image")
+			r.ref.AddImage(g.image, g.expected(), "--image")
 		}, nil},
 		{"images that are not pinned", "images_unpinned", func(g *guest, r *request) {
 			d := draft()
@@ -458,6 +461,7 @@ func mutations(t *testing.T) []mutation {
 		{"another command line", "rtmr2_mismatch", func(g *guest, r *request) { g.launch.Cmdline += " init=/bin/sh" }, nil},
 		{"more memory than expected", "rtmr0_mismatch", func(g *guest, r *request) { g.launch.MemoryBytes *= 2 }, []string{"rtmr1_mismatch"}},
 		{"ACPI events taken out of the log", "rtmr0_mismatch", func(g *guest, r *request) {
+			g.edit.vm = unknownShape
 			g.edit.evidence = func(e *attest.Evidence) {
 				e.EventLog = slices.DeleteFunc(e.EventLog, func(e eventlog.Event) bool { return e.IMR == 0 })
 			}
@@ -483,7 +487,9 @@ func mutations(t *testing.T) []mutation {
 			dev := true
 			r.roots, r.ref.DevImage, r.pol.Image.AllowLite = []attest.Roots{roots}, &dev, true
 		}, nil},
+		{"ACPI tables of the host's own making", "rtmr0_mismatch", func(g *guest, r *request) { g.tables = &dstack.Measurement{1} }, nil},
 		{"ACPI tables that nobody compared, under production roots", "acpi_not_checked", func(g *guest, r *request) {
+			g.edit.vm = unknownShape
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			r.roots = []attest.Roots{roots}
@@ -492,7 +498,7 @@ func mutations(t *testing.T) []mutation {
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			r.roots, r.pol.Image.AllowLite = []attest.Roots{roots}, true
-			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.registers(), Image: "dstack-sim-0.1"}, "lock file")
+			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.expected(), Image: "dstack-sim-0.1"}, "lock file")
 		}, nil},
 	}
 }
@@ -538,7 +544,7 @@ func TestPolicyMayAllow(t *testing.T) {
 			g.edit.body = func(b *tdx.ReportBody) { b.TDAttributes[0] |= 1 }
 			r.pol.AllowDebug = true
 		}},
-		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.TDX.AllowNoMRConfig = true }},
+		{"mr_config_missing", func(g *guest, r *request) { g.document = nil; r.pol.Workload.AllowUncommitted = true }},
 		{"images_unpinned", func(g *guest, r *request) {
 			d := draft()
 			d.ImagePolicy = ""
@@ -557,6 +563,7 @@ func TestPolicyMayAllow(t *testing.T) {
 			r.pol.Image.AllowDev, r.pol.Image.AllowLite = true, true
 		}},
 		{"acpi_not_checked", func(g *guest, r *request) {
+			g.edit.vm = unknownShape
 			roots := g.platform.Roots()
 			roots.Trust = dstack.TrustProduction
 			r.roots = []attest.Roots{roots}
@@ -663,7 +670,7 @@ func TestAccepted(t *testing.T) {
 		},
 		"a lock": func(g *guest, r *request) {
 			r.ref = Reference{}
-			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.registers(), Image: "dstack-sim-0.1"}, "lock file")
+			r.ref.AddLock(&lock.Lock{ComposeHash: g.composeHash(), AppID: g.app, OSImageHash: g.image, Measurements: g.expected(), Image: "dstack-sim-0.1"}, "lock file")
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -857,7 +864,7 @@ func TestThreat_B12_AppIDAloneAcceptsNothing(t *testing.T) {
 	g := newGuest(t)
 	r := g.request()
 	r.ref = Reference{AppID: &g.app}
-	r.ref.AddImage(g.image, g.registers(), "--image")
+	r.ref.AddImage(g.image, g.expected(), "--image")
 	v := r.appraise(g.evidence())
 	if v.Accepted || !cmp.Equal(v.errors(), []string{"workload_not_specified"}) {
 		t.Fatal(show(v))

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -42,9 +43,10 @@ type guest struct {
 	spki  []byte // the system channel's key, which the connection of the test has
 	nonce []byte
 
-	document *mrconfig.Document // committed at launch; nil: none
-	carry    bool               // the document in vm_config
-	edit     struct {           // last changes
+	tables   *dstack.Measurement // digest of ACPI tables that are not QEMU's; nil: they are
+	document *mrconfig.Document  // committed at launch; nil: none
+	carry    bool                // the document in vm_config
+	edit     struct {            // last changes
 		runtime   func([]eventlog.Event) []eventlog.Event // before RTMR3 is computed
 		body      func(*tdx.ReportBody)                   // before the quote is signed
 		evidence  func(*attest.Evidence)                  // after it
@@ -112,7 +114,37 @@ func (g *guest) runtime() []eventlog.Event {
 	return out
 }
 
+// vm is the configuration that the host states.
+func (g *guest) vm() measure.VMConfig {
+	return measure.VMConfig{
+		OSImageHash: g.image.String(), CPUCount: uint32(g.launch.VCPUs), MemorySize: g.launch.MemoryBytes,
+		NumNICs: 1, QEMUVersion: "10.0.2", Endpoints: 6, HostShareMode: "vhd",
+	}
+}
+
+// registers are those of the launch, ACPI tables of the stated shape included.
 func (g *guest) registers() *measure.TDX {
+	vm := g.vm()
+	shape, err := vm.Shape()
+	g.check(err)
+	l := g.launch
+	l.ACPI = &shape
+	m, err := measure.ComputeTDX(l)
+	g.check(err)
+	g.check(m.NoACPI)
+	if g.tables != nil {
+		for i := range m.RTMR0 {
+			if strings.HasPrefix(m.RTMR0[i].Name, "acpi-") {
+				m.RTMR0[i].Digest = g.tables
+			}
+		}
+	}
+	return m
+}
+
+// expected are the registers that a lock knows: those of the image, without the
+// ACPI tables, which depend on the host's QEMU.
+func (g *guest) expected() *measure.TDX {
 	m, err := measure.ComputeTDX(g.launch)
 	g.check(err)
 	return m
@@ -134,7 +166,7 @@ func (g *guest) evidence() Source {
 		}
 		body.RTMR[imr] = r
 	}
-	vm := measure.VMConfig{OSImageHash: g.image.String(), CPUCount: uint32(g.launch.VCPUs), MemorySize: g.launch.MemoryBytes, NumNICs: 1}
+	vm := g.vm()
 	if g.document != nil {
 		doc := g.document.Bytes()
 		body.MRConfigID = mrconfig.IDv3(doc)
@@ -190,7 +222,7 @@ func (g *guest) request() *request {
 	}
 	r.ref.AddComposeHash(g.composeHash(), "--compose-hash")
 	r.ref.AddAppID(g.app, "--app-id")
-	r.ref.AddImage(g.image, g.registers(), "--image")
+	r.ref.AddImage(g.image, g.expected(), "--image")
 	return r
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/mrconfig"
+	"github.com/dstack-go/dstack/attest/nitro"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/manifest"
 )
@@ -179,8 +180,11 @@ func parseKeyProvider(text string) (kind, id string, err error) {
 // what runs.
 func (a *appraisal) launchCommitment() {
 	switch c := a.claims.ConfigCommitment(); {
-	case c == nil:
+	case c == nil && a.claims.TEE == dstack.Nitro:
 		a.enclave()
+	case c == nil && a.claims.TEE == dstack.NitroTPM && a.id != nil:
+		a.nitroTPMCommitment()
+	case c == nil:
 	case c.ID != nil:
 		if a.id != nil {
 			a.mrConfigID(*c.ID)
@@ -194,12 +198,12 @@ func (a *appraisal) launchCommitment() {
 // the image stands for the manifest too (attestation.md §5.1). App and instance are
 // not measured.
 func (a *appraisal) enclave() {
-	if a.claims.TEE != dstack.Nitro {
+	h, err := nitro.ImageHash(a.claims.PCRs())
+	if err != nil {
+		a.fail(err, "claims.pcrs", "nitro_pcr_missing")
 		return
 	}
-	pcrs := a.claims.PCRs()
-	h := sha256.Sum256(slices.Concat(pcrs[0], pcrs[1], pcrs[2]))
-	a.identify(&eventlog.Identity{ComposeHash: h, OSImageHash: h[:]}, "pcr0 to pcr2")
+	a.identify(&eventlog.Identity{ComposeHash: dstack.ComposeHash(h), OSImageHash: h[:]}, "pcr0 to pcr2")
 }
 
 // digestCommitment checks HOST_DATA of SEV-SNP or RPV of Arm CCA: the digest of a
@@ -264,7 +268,7 @@ func (a *appraisal) mrConfigID(id dstack.MRConfigID) {
 	}
 	switch form {
 	case mrconfig.FormNone:
-		a.add(lenient(a.pol.TDX.AllowNoMRConfig), "mr_config_missing", "claims.mr_config_id", "start the VM with a host that commits to the configuration", "the launch committed to no configuration (MRCONFIGID is zero)")
+		a.add(lenient(a.pol.Workload.AllowUncommitted), "mr_config_missing", "claims.mr_config_id", "start the VM with a host that commits to the configuration", "the launch committed to no configuration (MRCONFIGID is zero)")
 		return
 	case mrconfig.FormV1:
 		if id != mrconfig.IDv1(a.id.ComposeHash) {

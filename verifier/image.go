@@ -97,10 +97,16 @@ func (a *appraisal) image() {
 	}
 	a.pinned()
 	switch {
+	case a.claims.TDX != nil && a.claims.TPM != nil:
+		a.gcpImage(matched)
 	case a.claims.TDX != nil:
 		a.tdxImage(matched)
-	case a.claims.TEE == dstack.Nitro:
+	case a.claims.SNP != nil:
+		a.snpImage(matched)
+	case a.claims.TEE == dstack.Nitro && a.id != nil:
 		a.enclaveImage(matched)
+	case a.claims.TEE == dstack.NitroTPM:
+		a.nitroTPMImage(matched)
 	}
 	if a.imageAnchored {
 		return
@@ -192,6 +198,35 @@ func (a *appraisal) tdxImage(matched map[dstack.ImageHash]string) {
 	if !direct {
 		a.ownDocument(matched)
 	}
+}
+
+// snpImage computes the launch digest from the measurement document that the
+// evidence carries, and compares it with the one that the hardware signed. As with
+// TDX the document is the image's only when the expected image hash names it.
+func (a *appraisal) snpImage(matched map[dstack.ImageHash]string) {
+	text := a.cfg.vm.SNPMeasurement
+	if text == "" {
+		return
+	}
+	h, err := dstack.ParseImageHash(a.cfg.vm.OSImageHash)
+	if err != nil {
+		return // reported
+	}
+	split, err := measure.ParseSNPSplit([]byte(text))
+	if err != nil {
+		a.fail(err, "container.config.sev_snp_measurement", "measurement_malformed")
+		return
+	}
+	want, _, err := split.Compute(h)
+	if err != nil {
+		a.fail(err, "container.config.sev_snp_measurement", "measurement_malformed")
+		return
+	}
+	if got := a.claims.SNP.Measurement; got != want {
+		a.add(Error, "measurement_mismatch", "claims.measurement", "", "the hardware measured %s at launch; the image %s on this shape of VM gives %s", short(got), short(h), short(want))
+		return
+	}
+	a.measured("measurement", want.String(), h, matched)
 }
 
 // enclaveImage compares the hash that names an enclave's image, which is that of
@@ -286,6 +321,27 @@ func (a *appraisal) ownDocument(expected map[dstack.ImageHash]string) {
 	a.v.SelfConsistent = append(a.v.SelfConsistent, Anchor{"launch registers", "MRTD " + short(a.claims.TDX.MRTD) + ", RTMR0 to RTMR2", origin})
 }
 
+// acpi returns the digests of the three ACPI events. They are those of the tables
+// that QEMU makes for the shape of VM that the evidence claims; that the VM has this
+// shape, RTMR0 shows. Where such tables cannot be computed the log's digests stand
+// in, and the tables are the host's own (D01).
+func (a *appraisal) acpi() []dstack.Measurement {
+	digests, err := a.cfg.vm.ACPIDigests()
+	if err == nil {
+		return digests[:]
+	}
+	allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
+	a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite",
+		"the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones: %v", err)
+	var out []dstack.Measurement
+	for _, e := range a.ev.EventLog {
+		if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
+			out = append(out, dstack.Measurement(e.Digest))
+		}
+	}
+	return out
+}
+
 // registers compares the launch registers of the quote with expected ones.
 func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 	ok := true
@@ -299,13 +355,7 @@ func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 
 	var acpi []dstack.Measurement
 	if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
-		for _, e := range a.ev.EventLog {
-			if e.IsACPI() && len(e.Digest) == dstack.MeasurementSize {
-				acpi = append(acpi, dstack.Measurement(e.Digest))
-			}
-		}
-		allowed := a.pol.Image.AllowLite || a.claims.Trust == dstack.TrustDevelopment
-		a.add(lenient(allowed), "acpi_not_checked", "event_log", "run a VM shape whose tables can be computed, or accept it by the policy's image.allow_lite", "the ACPI tables that the host gave the guest are as the event log says, and were not compared with expected ones")
+		acpi = a.acpi()
 	}
 	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
 		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)

@@ -240,6 +240,9 @@ func (a *appraisal) assume() {
 	if a.v.Has(Warning, "time_host") || a.man == nil {
 		say("the host for the guest's clock")
 	}
+	for _, text := range a.gpuAssumptions {
+		say(text)
+	}
 	say("the host for availability: it can stop or slow the guest, drop its traffic, and start it from an older disk")
 	if a.man != nil && a.man.KeyProviderKind() == manifest.KeyProviderKMS {
 		say("the key management service that gives the guest its keys, which this verdict does not cover")

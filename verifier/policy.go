@@ -39,6 +39,8 @@ type Policy struct {
 	TDX      TDXPolicy      `json:"tdx,omitzero"`
 	SNP      SNPPolicy      `json:"snp,omitzero"`
 	CCA      CCAPolicy      `json:"cca,omitzero"`
+	GCP      GCPPolicy      `json:"gcp,omitzero"`
+	GPU      GPUPolicy      `json:"gpu,omitzero"`
 	Image    ImagePolicy    `json:"image,omitzero"`
 	Workload WorkloadPolicy `json:"workload,omitzero"`
 	Evidence EvidencePolicy `json:"evidence,omitzero"`
@@ -49,6 +51,10 @@ type Policy struct {
 	// AllowMissingCRL accepts certificates of SEV-SNP and TPM whose revocation could
 	// not be checked because there was no list (B02).
 	AllowMissingCRL bool `json:"allow_missing_crl,omitempty"`
+
+	// Floor is the highest TCBEvaluation that the caller has seen of this very
+	// product (B03); evidence of a lower one is refused. No file can say it.
+	Floor uint32 `json:"-"`
 
 	// DevRoots lets roots of development trust count. Evidence under them proves
 	// nothing about hardware. No file can say it: only the caller who adds such roots.
@@ -89,9 +95,6 @@ type TDXPolicy struct {
 	Attributes []string `json:"attributes,omitempty"`
 	// MinModuleSVN is the least security version of the TDX module (A06).
 	MinModuleSVN uint8 `json:"min_module_svn,omitempty"`
-	// AllowNoMRConfig accepts a launch that committed to no configuration (MRCONFIGID
-	// all zero), as older upstream hosts start guests (B11).
-	AllowNoMRConfig bool `json:"allow_no_mr_config,omitempty"`
 }
 
 // SNPPolicy is about AMD SEV-SNP.
@@ -124,6 +127,35 @@ type CCAPolicy struct {
 	Components []collateral.Hex `json:"components,omitempty"`
 }
 
+// GCPPolicy is about TDX on Google Cloud, where a vTPM measures the boot. The zero
+// value accepts no image.
+type GCPPolicy struct {
+	// Firmware are the values of PCR 0 accepted, 32 bytes each.
+	Firmware []collateral.Hex `json:"firmware,omitempty"`
+	// PartitionTables are the digests accepted of the boot disk's partition table.
+	// AnyPartitionTable accepts any: a loader measured in its place may then have
+	// changed the image after it was measured.
+	PartitionTables   []collateral.Hex `json:"partition_tables,omitempty"`
+	AnyPartitionTable bool             `json:"any_partition_table,omitempty"`
+}
+
+// GPUPolicy is about NVIDIA GPUs that the guest attested at boot. The zero value
+// judges none.
+type GPUPolicy struct {
+	// Devices is how many there must be, no more and no fewer; 0 judges none.
+	Devices int `json:"devices,omitempty"`
+	// UEIDs, when not empty, are the only GPUs accepted.
+	UEIDs []string `json:"ueids,omitempty"`
+	// Nonce is what the GPUs must have signed, 32 bytes; BootNonce accepts one that
+	// the guest chose.
+	Nonce     collateral.Hex `json:"nonce,omitempty"`
+	BootNonce bool           `json:"boot_nonce,omitempty"`
+
+	AllowDevTools     bool `json:"allow_devtools,omitempty"`
+	AllowDebug        bool `json:"allow_debug,omitempty"`
+	AllowInsecureBoot bool `json:"allow_insecure_boot,omitempty"`
+}
+
 // ImagePolicy is about the OS image.
 type ImagePolicy struct {
 	// AllowDev accepts a development image under production roots (D12).
@@ -146,6 +178,9 @@ type WorkloadPolicy struct {
 	// AllowUnpinnedImages accepts a manifest without image_policy "digest", whose tags
 	// may stand for other images tomorrow (J01).
 	AllowUnpinnedImages bool `json:"allow_unpinned_images,omitempty"`
+	// AllowUncommitted accepts a launch that committed to no configuration (MRCONFIGID
+	// or PCR 8 all zero), as older upstream hosts start guests (B11).
+	AllowUncommitted bool `json:"allow_uncommitted,omitempty"`
 }
 
 // EvidencePolicy is about age and freshness.

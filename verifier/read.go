@@ -18,6 +18,7 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/attest/strictjson"
+	"github.com/dstack-go/dstack/attest/tpm"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -357,5 +358,9 @@ func FromCertificate(cert *x509.Certificate) (*Source, error) {
 }
 
 func readTPMBundle(data []byte) (*Source, error) {
-	return nil, fault.New("evidence_unknown", "bundles come next")
+	q, err := tpm.ParseBundle(data)
+	if err != nil {
+		return nil, err
+	}
+	return &Source{Version: sourceFormat, Evidence: &attest.Evidence{TEE: dstack.TPM, TPMQuote: q}}, nil
 }

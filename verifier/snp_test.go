@@ -3,6 +3,7 @@
 package verifier
 
 import (
+	"bytes"
 	"encoding/json"
 	"slices"
 	"strings"
@@ -227,7 +228,30 @@ func TestUpstreamSEVSNPEvidence(t *testing.T) {
 	req.Policy.SNP.Products = []string{"Milan"}
 	req.Policy.TCB.Accept = append(req.Policy.TCB.Accept, "OutOfDate")
 	v = Appraise(req)
-	if v.Accepted || v.Workload == nil || !v.Has(Error, "workload_not_specified") {
+	if v.Accepted || v.Workload == nil || !v.Has(Error, "workload_not_specified") || !v.Has(Error, "image_unanchored") {
 		t.Fatal(show(v))
 	}
+	if !slices.ContainsFunc(v.SelfConsistent, func(a Anchor) bool { return a.What == "measurement" }) {
+		t.Error(show(v))
+	}
+
+	// Who expects this workload and this image has all that it rests on anchored.
+	image, err := dstack.ParseImageHash(v.Workload.OSImageHash)
+	if err != nil || !strings.HasPrefix(v.Workload.OSImageHash, "f69c8e50") {
+		t.Fatal(v.Workload.OSImageHash, err)
+	}
+	req.Reference.AddComposeHash(v.Workload.ComposeHash, "the test")
+	req.Reference.AddImageHash(image, "the test")
+	req.Policy.SNP.AllowNoAliasCheck = true
+	v = Appraise(req)
+	if !v.Accepted || !slices.ContainsFunc(v.Anchors, func(a Anchor) bool { return a.What == "measurement" }) {
+		t.Error(show(v))
+	}
+	// The same with one bit of the shape changed does not give the signed digest.
+	was := bytes.Clone(src.Container)
+	if src.Container = bytes.Replace(was, []byte(`\"vcpus\":2`), []byte(`\"vcpus\":3`), 1); bytes.Equal(was, src.Container) {
+		t.Fatal("nothing was changed")
+	}
+	req.Source = *src
+	refusedFor(t, Appraise(req), "measurement_mismatch")
 }

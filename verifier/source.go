@@ -12,6 +12,7 @@ import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/container"
+	"github.com/dstack-go/dstack/attest/gpu"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -40,6 +41,10 @@ type Source struct {
 	Nonce       []byte             // the nonce that was answered; empty for upstream's evidence
 	ServedSPKIs [][]byte           // DER SPKIs of the certificates that the instance serves
 	Collateral  *collateral.Bundle // optional; used only when the caller has none
+
+	// GPU is the output of NVIDIA's verifier that the guest recorded at boot, byte for
+	// byte; empty when unknown.
+	GPU []byte
 
 	// Evidence is bare evidence, in place of Container. It has no JSON form.
 	Evidence *attest.Evidence
@@ -76,11 +81,12 @@ type sourceJSON struct {
 	Nonce       collateral.Hex     `json:"nonce"`
 	ServedSPKIs []collateral.Hex   `json:"served_spkis"`
 	Collateral  *collateral.Bundle `json:"collateral,omitempty"`
+	GPU         string             `json:"gpu_evidence,omitempty"` // text, as nvattest printed it
 }
 
 // MarshalJSON writes the wire form.
 func (s Source) MarshalJSON() ([]byte, error) {
-	w := sourceJSON{Version: s.Version, Container: s.Container, Manifest: s.Manifest, Nonce: s.Nonce, ServedSPKIs: []collateral.Hex{}, Collateral: s.Collateral}
+	w := sourceJSON{Version: s.Version, Container: s.Container, Manifest: s.Manifest, Nonce: s.Nonce, ServedSPKIs: []collateral.Hex{}, Collateral: s.Collateral, GPU: string(s.GPU)}
 	for _, k := range s.ServedSPKIs {
 		w.ServedSPKIs = append(w.ServedSPKIs, k)
 	}
@@ -113,6 +119,9 @@ func ParseSource(data []byte) (*Source, error) {
 		return nil, fault.New("evidence_version", "evidence has version %d, this program reads %d", w.Version, sourceFormat)
 	}
 	s := &Source{Version: w.Version, Container: w.Container, Manifest: w.Manifest, Nonce: w.Nonce, Collateral: w.Collateral}
+	if w.GPU != "" {
+		s.GPU = []byte(w.GPU)
+	}
 	for _, k := range w.ServedSPKIs {
 		s.ServedSPKIs = append(s.ServedSPKIs, k)
 	}
@@ -135,6 +144,8 @@ func (s *Source) check() error {
 		return large("bytes of the container", len(s.Container), container.MaxSize)
 	case len(s.Manifest) > manifest.MaxSize:
 		return large("bytes of the manifest", len(s.Manifest), manifest.MaxSize)
+	case len(s.GPU) > gpu.MaxEvidence:
+		return large("bytes of the GPU evidence", len(s.GPU), gpu.MaxEvidence)
 	case len(s.Nonce) > maxNonce:
 		return large("bytes of the nonce", len(s.Nonce), maxNonce)
 	case len(s.ServedSPKIs) > maxSPKIs:

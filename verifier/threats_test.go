@@ -16,6 +16,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/measure"
 )
 
 // outOfDate makes the guest's TDX module one that was superseded.
@@ -82,6 +83,29 @@ func TestThreat_B03_OlderCollateralBelowTheFloor(t *testing.T) {
 	}
 }
 
+// B03 as the command keeps it: the highest number seen of a product is a floor in
+// every scope, but not for development roots, whose numbers mean nothing.
+func TestThreat_B03_HighestNumberSeenIsAFloor(t *testing.T) {
+	g := newGuest(t)
+	r := g.request()
+	roots := g.platform.Roots()
+	roots.Trust = dstack.TrustProduction
+	r.roots, r.pol.Image.AllowLite = []attest.Roots{roots}, true
+	for floor, ok := range map[uint32]bool{0: true, 18: true, 19: false} {
+		for _, scope := range []string{ScopeWorkload, ScopeSignature} {
+			r.pol.Floor, r.pol.Scope = floor, scope
+			if v := r.appraise(g.evidence()); v.Accepted != ok || !ok && !v.Has(Error, "collateral_rollback") {
+				t.Errorf("floor %d, scope %s%s", floor, scope, show(v))
+			}
+		}
+	}
+	r = g.request()
+	r.pol.Floor = 19
+	if v := r.appraise(g.evidence()); !v.Accepted {
+		t.Error(show(v))
+	}
+}
+
 // B04: status × policy × age. The zero policy denies, and only what a policy names
 // passes.
 func TestThreat_B04_OnlyNamedStatusesPass(t *testing.T) {
@@ -127,6 +151,50 @@ func TestThreat_B17_PolicyHashesHaveOneLength(t *testing.T) {
 			if n == size && err != nil || n != size && fault.Code(err) != "policy_malformed" {
 				t.Errorf("%s with %d bytes: %v", key, n, err)
 			}
+		}
+	}
+}
+
+// D01: tables of the host's own making, whose code the guest's kernel would run,
+// are seen in RTMR0, whatever the log says of them.
+func TestThreat_D01_ForeignACPITablesAreSeen(t *testing.T) {
+	g := newGuest(t)
+	r := g.request()
+	g.tables = &dstack.Measurement{0xba, 0xda}
+	refusedFor(t, r.appraise(g.evidence()), "rtmr0_mismatch")
+	// Where the shape is not stated nobody can tell, and production refuses.
+	roots := g.platform.Roots()
+	roots.Trust = dstack.TrustProduction
+	r.roots = []attest.Roots{roots}
+	g.edit.vm = unknownShape
+	refusedFor(t, r.appraise(g.evidence()), "acpi_not_checked")
+}
+
+// D13: registers follow from the shape of the VM, so nobody need loosen a check for
+// another number of processors, memory or devices; a shape that is not the VM's
+// does not give its registers.
+func TestThreat_D13_ShapesGiveTheirOwnRegisters(t *testing.T) {
+	for _, vcpus := range []int{1, 4, 16} {
+		for _, memory := range []uint64{2 << 30, 8 << 30} {
+			g := newGuest(t)
+			g.launch.VCPUs, g.launch.MemoryBytes = vcpus, memory
+			if v := g.request().appraise(g.evidence()); !v.Accepted || v.Has(Warning, "acpi_not_checked") {
+				t.Errorf("%d processors, %d bytes: %s", vcpus, memory, show(v))
+			}
+		}
+	}
+	for name, lie := range map[string]func(*measure.VMConfig){
+		"processors":      func(c *measure.VMConfig) { c.CPUCount++ },
+		"devices":         func(c *measure.VMConfig) { c.Endpoints++ },
+		"the version":     func(c *measure.VMConfig) { c.QEMUVersion = "8.2.2" },
+		"hot plug":        func(c *measure.VMConfig) { c.HotplugOff = true },
+		"the 64-bit hole": func(c *measure.VMConfig) { c.PCIHole64Size = 1 << 40 },
+	} {
+		g := newGuest(t)
+		r := g.request()
+		g.edit.vm = lie
+		if v := r.appraise(g.evidence()); v.Accepted || !v.Has(Error, "rtmr0_mismatch") {
+			t.Errorf("a lie about %s: %s", name, show(v))
 		}
 	}
 }
@@ -213,7 +281,7 @@ func TestSignatureScope(t *testing.T) {
 func TestPolicyDocuments(t *testing.T) {
 	full := `{"scope":"workload","tees":["tdx"],"tcb":{"accept":["UpToDate","NotReported"],"grace_days":30,"min_evaluation":17},
 		"advisories":{"deny":["INTEL-SA-00289"],"accept":["INTEL-SA-00828"]},"registers":{"mrtd":["00"]},
-		"tdx":{"deny_fmspc":["00806f050000"],"attributes":["pks"],"min_module_svn":5,"allow_no_mr_config":true},
+		"tdx":{"deny_fmspc":["00806f050000"],"attributes":["pks"],"min_module_svn":5},"workload":{"allow_uncommitted":true},
 		"snp":{"products":["Genoa"],"min_tcb":{"Genoa":{"snp":14,"microcode":70}},"allow_vlek":true},
 		"image":{"min_epoch":2},"evidence":{"require_fresh":true,"max_age_seconds":600},"allow_debug":false}`
 	p, err := ParsePolicy([]byte(full))

@@ -41,6 +41,7 @@ type launchSpec struct {
 	VCPUs       uint32            `json:"vcpus"`
 	MemoryBytes uint64            `json:"memory_bytes"`
 	MRConfigID  dstack.MRConfigID `json:"mr_config_id"`
+	VMConfig    string            `json:"vm_config,omitempty"`
 	Debug       bool              `json:"debug"`
 }
 
@@ -122,7 +123,7 @@ func (v *vm) prepare(ctx context.Context) error {
 		return diskFull(err, "prepare VM "+v.spec.ID)
 	}
 	if v.spec.TEE == TEESim {
-		return diskFull(v.resetTEE(ctx, img, doc), "prepare VM "+v.spec.ID)
+		return diskFull(v.resetTEE(ctx, img, bin.Version, doc), "prepare VM "+v.spec.ID)
 	}
 	return nil
 }
@@ -201,7 +202,7 @@ func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*h
 func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*measure.VMConfig, error) {
 	out := &measure.VMConfig{
 		SpecVersion: 1, OSImageHash: img.Hash.String(), CPUCount: s.VCPU, MemorySize: uint64(s.MemoryMB) << 20,
-		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Image: s.Image, HostShareMode: "vhd",
+		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Endpoints: qemu.RootBusDevices, Image: s.Image, HostShareMode: "vhd",
 	}
 	doc, err := readFile(img.TDXMeasurement(), 1<<20)
 	switch {
@@ -215,7 +216,7 @@ func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*
 }
 
 // resetTEE makes the simulated TEE's state that of a machine just switched on.
-func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, doc []byte) error {
+func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, version qemu.Version, doc []byte) error {
 	if err := v.ensurePKI(ctx); err != nil {
 		return err
 	}
@@ -228,9 +229,18 @@ func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, doc []byte) error
 	if err := os.Mkdir(filepath.Join(v.dir, teeState), 0o700); err != nil {
 		return err
 	}
+	vc, err := vmConfig(&v.spec, img, version, uint64(v.server.config.CVM.PCIHole64))
+	if err != nil {
+		return err
+	}
+	vc.TDXMeasurement = nil // does not bear on the shape
+	shape, err := vc.MarshalJSON()
+	if err != nil {
+		return err
+	}
 	return writeJSON(filepath.Join(v.dir, teeLaunch), launchSpec{
 		Firmware: img.Firmware(), Kernel: img.Kernel(), Initrd: img.Initrd(), Cmdline: img.Metadata.Cmdline,
-		VCPUs: v.spec.VCPU, MemoryBytes: uint64(v.spec.MemoryMB) << 20, MRConfigID: mrconfig.IDv3(doc),
+		VCPUs: v.spec.VCPU, MemoryBytes: uint64(v.spec.MemoryMB) << 20, MRConfigID: mrconfig.IDv3(doc), VMConfig: string(shape),
 	})
 }
 

@@ -49,39 +49,69 @@ func ParseCCEL(data []byte) ([]Event, error) {
 		if r.err == nil && imr == ccelEnd {
 			return events, nil
 		}
-		typ, count := r.u32(), r.u32()
-		if r.err == nil && imr != 0 && count != 1 {
-			return nil, fault.New("log_malformed", "firmware event %d has %d digests, want one", len(events), count)
+		algorithms := []uint16{tcgSHA384}
+		if imr == 0 {
+			algorithms = nil // whatever they are, the record is dropped
 		}
-		var digest []byte
-		for i := uint32(0); i < count && r.err == nil; i++ {
-			if i == 16 {
-				return nil, fault.New("log_malformed", "firmware event %d has %d digests", len(events), count)
-			}
-			alg := r.u16()
-			size, ok := tcgDigestSize[alg]
-			if r.err == nil && !ok {
-				return nil, fault.New("log_malformed", "firmware event %d has unknown digest algorithm %#x", len(events), alg)
-			}
-			digest = r.take(int64(size))
-			if r.err == nil && imr != 0 && alg != tcgSHA384 {
-				return nil, fault.New("log_malformed", "firmware event %d has a digest of algorithm %#x, want SHA-384", len(events), alg)
-			}
-		}
-		size := r.u32()
-		if r.err == nil && size > MaxPayload {
-			return nil, fault.New("log_too_large", "firmware event %d has %d bytes of data, more than %d", len(events), size, MaxPayload)
-		}
-		payload := r.take(int64(size))
+		rec := r.record(imr, len(events), algorithms)
 		if r.err != nil || imr == 0 {
 			continue
 		}
 		if len(events) == MaxEvents {
 			return nil, fault.New("log_too_large", "firmware event log has more than %d events", MaxEvents)
 		}
-		events = append(events, Event{IMR: imr - 1, EventType: typ, Digest: digest, Payload: payload})
+		events = append(events, Event{IMR: imr - 1, EventType: rec.typ, Digest: rec.digests[0].value, Payload: rec.data})
 	}
 	return nil, r.err
+}
+
+// tcgRecord is a TCG_PCR_EVENT2 (TCG PC Client Platform Firmware Profile §10.2.2).
+type tcgRecord struct {
+	register uint32
+	typ      uint32
+	digests  []tcgDigest
+	data     []byte
+}
+
+type tcgDigest struct {
+	algorithm uint16
+	value     []byte
+}
+
+// maxDigests bounds the digests of one record; the registry has fewer algorithms.
+const maxDigests = 16
+
+// record reads what follows the register of the record with number n (for
+// messages). Its digests must be of the algorithms, in their order; nil admits
+// any. After a failure r.err says why.
+func (r *reader) record(register uint32, n int, algorithms []uint16) tcgRecord {
+	rec := tcgRecord{register: register, typ: r.u32()}
+	count := r.u32()
+	switch {
+	case r.err != nil:
+	case count > maxDigests:
+		r.err = fault.New("log_malformed", "firmware event %d has %d digests, more than %d", n, count, maxDigests)
+	case algorithms != nil && int(count) != len(algorithms):
+		r.err = fault.New("log_malformed", "firmware event %d has %d digests, want %d", n, count, len(algorithms))
+	}
+	for i := 0; i < int(count) && r.err == nil; i++ {
+		algorithm := r.u16()
+		size, ok := tcgDigestSize[algorithm]
+		switch {
+		case r.err != nil:
+		case !ok:
+			r.err = fault.New("log_malformed", "firmware event %d has unknown digest algorithm %#x", n, algorithm)
+		case algorithms != nil && algorithm != algorithms[i]:
+			r.err = fault.New("log_malformed", "firmware event %d has a digest of algorithm %#x, want %#x", n, algorithm, algorithms[i])
+		}
+		rec.digests = append(rec.digests, tcgDigest{algorithm, r.take(int64(size))})
+	}
+	size := r.u32()
+	if r.err == nil && size > MaxPayload {
+		r.err = fault.New("log_too_large", "firmware event %d has %d bytes of data, more than %d", n, size, MaxPayload)
+	}
+	rec.data = r.take(int64(size))
+	return rec
 }
 
 // reader consumes little-endian fields; after a failure it returns zeros and

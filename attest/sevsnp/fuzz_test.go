@@ -7,10 +7,14 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/pem"
 	"testing"
+	"time"
 
 	"github.com/google/go-sev-guest/verify/testdata"
 
+	"github.com/dstack-go/dstack/attest"
+	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
 )
@@ -119,6 +123,36 @@ func FuzzParseExtensions(f *testing.F) {
 		}
 		if parts := Parts(line, ext.TCB); parts.Microcode != 1 || parts.TEE != 1 || parts.Bootloader != 1 {
 			t.Fatalf("parts %+v", parts)
+		}
+	})
+}
+
+// FuzzVerify is the attacker: all of the evidence and the collateral are his, the
+// root is AMD's. Claims come out for the one report that AMD's key signed, unchanged.
+func FuzzVerify(f *testing.F) {
+	genuine := testkit.Vectors(f, "attestation/sev-snp/report.bin")
+	ask, vcek := testkit.Vectors(f, "attestation/sev-snp/sev_snp_ask.pem"), testkit.Vectors(f, "attestation/sev-snp/sev_snp_vcek.pem")
+	der, _ := pem.Decode(vcek)
+	f.Add(genuine, ask, vcek, []byte(nil), []byte(nil))
+	f.Add(genuine, append(bytes.Clone(ask), vcek...), []byte(nil), der.Bytes, []byte{0x30, 0})
+	f.Add(testdata.AttestationBytes, testdata.VcekBytes, ask, []byte(nil), []byte(nil))
+	in := attest.Input{
+		Roots: []attest.Roots{VendorRoots()}, At: time.Date(2026, 7, 1, 0, 0, 0, 0, time.UTC),
+		Options: attest.Options{AllowMissingCRL: true, AllowDebug: true},
+	}
+	f.Fuzz(func(t *testing.T, report, first, second, cert, crl []byte) {
+		in := in
+		in.Evidence = &attest.Evidence{Quote: report, CertChain: [][]byte{first, second}}
+		in.Collateral = &collateral.Bundle{Certificates: []collateral.Hex{cert}, CRLs: []collateral.Hex{crl}}
+		claims, err := Verify(in)
+		if err != nil {
+			hasCode(t, err)
+		}
+		if claims != nil && !bytes.Equal(report, genuine) && !bytes.Equal(report, testdata.AttestationBytes) {
+			t.Fatalf("claims about a report that AMD's key did not sign: %x", report)
+		}
+		if claims == nil && err == nil {
+			t.Fatal("neither claims nor an error")
 		}
 	})
 }

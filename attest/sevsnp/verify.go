@@ -8,6 +8,8 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"fmt"
+	"math"
 	"math/big"
 	"slices"
 	"strings"
@@ -31,12 +33,21 @@ const (
 // Collateral.Certificates, in any order; AMD's revocation list from
 // Collateral.CRLs. Without a list of the root that vouches the code is
 // crl_missing, or with Options.AllowMissingCRL the claims say that it was not
-// checked.
+// checked. Claims.TCBStatus is [UpToDate] or [OutOfDate].
 //
-// Errors beside claims are the judgements of [Report] against its own guest
-// policy: snp_debug, snp_migration, snp_vmpl, snp_policy_unknown, snp_abi_version,
-// snp_smt, snp_rapl, snp_ciphertext_hiding, snp_author_key, snp_id_key,
-// snp_tcb_committed, snp_tcb_reported, snp_version_committed.
+// Codes without claims: those of [ParseReport] and [ParseExtensions];
+// report_unsigned, report_signer, report_signature; cert_malformed, cert_table,
+// chain_length, collateral_too_large; collateral_missing, no_roots, unknown_root,
+// root_role, vek_chain, vek_issuer, root_expired, ask_expired, vek_expired;
+// crl_missing, crl_malformed, crl_signature, crl_not_yet_valid, crl_expired,
+// ask_revoked, ark_revoked; product_unknown, product_mismatch, vek_product,
+// snp_tcb_mismatch, snp_chip_mismatch.
+//
+// Codes beside claims, when the guest is open to the host, or the platform is not
+// what the guest's policy demands: snp_debug, snp_migration, snp_vmpl,
+// snp_policy_unknown, snp_abi_version, snp_smt, snp_rapl, snp_ciphertext_hiding,
+// snp_author_key, snp_id_key, snp_tcb_committed, snp_tcb_reported,
+// snp_version_committed.
 func Verify(in attest.Input) (*attest.Claims, error) {
 	r, err := ParseReport(in.Evidence.Quote)
 	if err != nil {
@@ -54,7 +65,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	if err := v.findChain(r, in.Evidence.Quote[:signedSize], signer); err != nil {
 		return nil, err
 	}
-	unchecked, err := v.checkRevocation(in)
+	unchecked, number, err := v.checkRevocation(in)
 	if err != nil {
 		return nil, err
 	}
@@ -78,8 +89,8 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		TCBStatus:  OutOfDate, Advisories: []string{},
 		Product:   v.product,
 		Debug:     r.Policy&PolicyDebug != 0,
-		Unchecked: unchecked,
-		At:        in.At, Expires: v.expires,
+		Unchecked: unchecked, TCBEvaluation: number,
+		At: in.At, Expires: v.expires,
 	}
 	if r.CurrentTCB == r.ReportedTCB && r.CurrentTCB == r.CommittedTCB && r.CurrentTCB == r.LaunchTCB {
 		claims.TCBStatus = UpToDate
@@ -182,14 +193,13 @@ func (v *verification) tryChain(leaf, intermediate *x509.Certificate) error {
 	if got := intermediate.Subject.CommonName; got != want {
 		return fault.New("vek_issuer", "%s is issued by %q, want %q", leaf.Subject.CommonName, got, want)
 	}
-	for _, c := range []struct {
-		cert *x509.Certificate
-		code string
-	}{{root, "root_expired"}, {intermediate, "ask_expired"}, {leaf, "vek_expired"}} {
-		if v.at.Before(c.cert.NotBefore) || v.at.After(c.cert.NotAfter) {
-			return fault.New(c.code, "%q is valid from %s to %s, not at %s",
-				c.cert.Subject.CommonName, day(c.cert.NotBefore), day(c.cert.NotAfter), day(v.at))
-		}
+	switch {
+	case !v.holds(root):
+		return fault.New("root_expired", "root %s, not at %s", validity(root), day(v.at))
+	case !v.holds(intermediate):
+		return fault.New("ask_expired", "intermediate %s, not at %s", validity(intermediate), day(v.at))
+	case !v.holds(leaf):
+		return fault.New("vek_expired", "certificate %s, not at %s", validity(leaf), day(v.at))
 	}
 	for _, c := range []*x509.Certificate{root, intermediate, leaf} {
 		v.until(c.NotAfter)
@@ -215,8 +225,9 @@ func (v *verification) findRoot(intermediate *x509.Certificate) (*x509.Certifica
 // checkRevocation looks the intermediate and the root up in the root's revocation
 // lists (threats.md B02). AMD revokes no VCEK or VLEK: a new TCB supersedes it. A
 // list that names them counts whatever its age; otherwise one list must be
-// current. Lists of other issuers are none of our concern.
-func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err error) {
+// current; its number, which rises with each list, is returned. Lists of other
+// issuers are none of our concern.
+func (v *verification) checkRevocation(in attest.Input) (unchecked []string, number uint32, err error) {
 	var lists [][]byte
 	if in.Collateral != nil {
 		for _, der := range in.Collateral.CRLs {
@@ -241,10 +252,10 @@ func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err
 		for _, entry := range crl.RevokedCertificateEntries {
 			switch {
 			case entry.SerialNumber.Cmp(v.intermediate.SerialNumber) == 0:
-				return nil, fault.New("ask_revoked", "%q, serial %x, is revoked since %s",
+				return nil, 0, fault.New("ask_revoked", "%q, serial %x, is revoked since %s",
 					v.intermediate.Subject.CommonName, v.intermediate.SerialNumber, day(entry.RevocationTime))
 			case entry.SerialNumber.Cmp(v.root.SerialNumber) == 0:
-				return nil, fault.New("ark_revoked", "root %q, serial %x, is revoked since %s",
+				return nil, 0, fault.New("ark_revoked", "root %q, serial %x, is revoked since %s",
 					v.root.Subject.CommonName, v.root.SerialNumber, day(entry.RevocationTime))
 			}
 		}
@@ -258,19 +269,22 @@ func (v *verification) checkRevocation(in attest.Input) (unchecked []string, err
 			note(fault.New("crl_expired", "revocation list was good until %s, not at %s", day(crl.NextUpdate), day(v.at)).
 				WithFix("fetch a fresh list, or state the time at which to verify"))
 		case crl.NextUpdate.After(current):
-			current = crl.NextUpdate
+			current, number = crl.NextUpdate, 0
+			if n := crl.Number; n != nil && n.IsUint64() && n.Uint64() <= math.MaxUint32 {
+				number = uint32(n.Uint64())
+			}
 		}
 	}
 	switch {
 	case !current.IsZero():
 		v.until(current)
-		return nil, nil
+		return nil, number, nil
 	case err != nil:
-		return nil, err
+		return nil, 0, err
 	case in.Options.AllowMissingCRL:
-		return []string{"certificate revocation list"}, nil
+		return []string{"certificate revocation list"}, 0, nil
 	}
-	return nil, fault.New("crl_missing", "collateral has no revocation list of %q", v.root.Subject.CommonName).
+	return nil, 0, fault.New("crl_missing", "collateral has no revocation list of %q", v.root.Subject.CommonName).
 		WithFix("fetch it, or allow in the policy that it is missing")
 }
 
@@ -318,6 +332,14 @@ func verifyReport(key *ecdsa.PublicKey, signed []byte, r *Report) bool {
 func littleEndian(b [scalarSize]byte) *big.Int {
 	slices.Reverse(b[:])
 	return new(big.Int).SetBytes(b[:])
+}
+
+func (v *verification) holds(c *x509.Certificate) bool {
+	return !v.at.Before(c.NotBefore) && !v.at.After(c.NotAfter)
+}
+
+func validity(c *x509.Certificate) string {
+	return fmt.Sprintf("%q is valid from %s to %s", c.Subject.CommonName, day(c.NotBefore), day(c.NotAfter))
 }
 
 func day(t time.Time) string { return t.UTC().Format(time.RFC3339) }

@@ -297,6 +297,10 @@ func mutations() []mutation {
 			i.Collateral.Certificates = append(i.Collateral.Certificates, evil)
 		},
 	})
+	add("unknown_root", "a root that is given for another TEE only", mutation{input: func(_ *platform, i *attest.Input) {
+		i.Roots[0].TEE = dstack.TDX
+		i.Roots = append(i.Roots, sevsnp.VendorRoots())
+	}})
 	add("root_expired", "a root that has ended", mutation{
 		input: func(p *platform, i *attest.Input) { i.At = p.Root.Cert.NotAfter.Add(time.Second) },
 	})
@@ -636,13 +640,16 @@ func TestThreat_B15_HostileCertificatesCostLittle(t *testing.T) {
 		in.Collateral.Certificates = append(in.Collateral.Certificates, leaf.Cert.Raw, foreign(p, "SEV-Milan").Cert.Raw)
 	}
 	in.Evidence.CertChain = nil
-	start := time.Now()
-	_, err := sevsnp.Verify(in)
-	if took := time.Since(start); took > 2*time.Second {
-		t.Errorf("took %s", took)
+	took := time.Hour
+	for range 3 { // the best, since other processes compete
+		start := time.Now()
+		if _, err := sevsnp.Verify(in); fault.Code(err) != "vek_chain" {
+			t.Errorf("err = %v", err)
+		}
+		took = min(took, time.Since(start))
 	}
-	if fault.Code(err) != "vek_chain" {
-		t.Errorf("err = %v", err)
+	if took > 2*time.Second {
+		t.Errorf("took %s", took)
 	}
 }
 

@@ -6,8 +6,10 @@
 //
 // A peer's evidence must have exactly the report data of the connection; the
 // workload must be one that the reference values or the intended identity name.
-// The zero value refuses everyone. Everything in a candidate is
-// attacker-controlled. Implements design.md §4 (attested channel).
+// Evidence of an RA-TLS certificate is as old as the certificate and never fresh:
+// a policy that requires freshness refuses it. The zero value refuses everyone.
+// Everything in a candidate is attacker-controlled. Implements design.md §4
+// (attested channel).
 package appraiser
 
 import (
@@ -37,9 +39,15 @@ type Appraiser struct {
 // names all of them.
 func (a *Appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel.Appraisal, error) {
 	src := verifier.Source{Version: 1, Container: c.Container}
+	fresh, pol := verifier.Freshness{ReportData: c.ReportData[:]}, a.Policy
+	if c.Binding == channel.BindingSession {
+		pol.Evidence.MaxAgeSeconds = 0 // it was made for this session
+	} else {
+		// It was made when the certificate was, and answers nobody's nonce (B08).
+		src.RATLS, src.Issued, fresh = c.SPKI, c.Issued, verifier.Freshness{ConnectionSPKI: c.SPKI}
+	}
 	req := verifier.Request{
-		Source: src, Roots: a.Roots, Reference: a.Reference, Policy: a.Policy, At: c.At,
-		Freshness: verifier.Freshness{ReportData: c.ReportData[:]},
+		Source: src, Roots: a.Roots, Reference: a.Reference, Policy: pol, At: c.At, Freshness: fresh,
 	}
 	// Whom the connection means narrows what is accepted; it never widens it.
 	if len(c.Intended.ComposeHashes) > 0 {

@@ -193,3 +193,53 @@ func TestThreat_C02_SameWorkloadAnotherInstance(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// B08: a policy about age and freshness takes evidence made for the session, and
+// of RA-TLS what the certificate's age allows; RA-TLS is never fresh.
+func TestThreat_B08_RATLSEvidenceIsNeverFresh(t *testing.T) {
+	m := newMachine(t, tdxtest.New(t))
+	for _, c := range []struct {
+		name     string
+		evidence verifier.EvidencePolicy
+		age      time.Duration // of the certificate
+		session  string        // code for an attested channel
+		ratls    string        // code for RA-TLS
+	}{
+		{"no demands", verifier.EvidencePolicy{}, time.Hour, "", ""},
+		{"freshness", verifier.EvidencePolicy{RequireFresh: true}, time.Hour, "", "freshness_none"},
+		{"an age that the certificate has not reached", verifier.EvidencePolicy{MaxAgeSeconds: 7200}, time.Hour, "", ""},
+		{"an age that the certificate has passed", verifier.EvidencePolicy{MaxAgeSeconds: 1800}, time.Hour, "", "evidence_too_old"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a := m.appraiser()
+			a.Policy.Evidence = c.evidence
+			in := channel.Intended{AppID: m.app}
+			if _, err := connect(t, m, &channel.Config{Appraiser: a, Intended: in}); fault.Code(err) != c.session {
+				t.Errorf("session: %v, want code %q", err, c.session)
+			}
+			now := func() time.Time { return tdxtest.At }
+			made, err := channel.NewCertifier(t.Context(), channel.CertifierConfig{
+				Attester: m, Key: m.key, Names: []string{"app.test"}, Now: func() time.Time { return tdxtest.At.Add(5*time.Minute - c.age) },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			inner, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := channel.ListenRATLS(inner, made, nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			conn, err := channel.DialRATLS(t.Context(), "tcp", l.Addr().String(), &channel.RATLS{Appraiser: a, Intended: in, Now: now})
+			if fault.Code(err) != c.ratls {
+				t.Errorf("RA-TLS: %v, want code %q", err, c.ratls)
+			}
+			if err == nil {
+				conn.Close()
+			}
+		})
+	}
+}

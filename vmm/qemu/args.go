@@ -79,6 +79,10 @@ var (
 	ifForm    = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
 )
 
+// RootBusDevices is how many devices Args puts on the PCI root bus. ACPI tables, and
+// so RTMR0, depend on it; vm_config states it.
+const RootBusDevices = 6
+
 // Args returns QEMU's arguments. The order of devices is fixed, since it decides
 // their PCI addresses and with them the measured ACPI tables: root, data, shared
 // disk, network card, hostlink, random numbers.
