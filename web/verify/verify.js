@@ -228,7 +228,7 @@
     for (const id of ["compose_hash", "app_id", "instance_id", "os_image_hash", "at", "nonce", "report_data"]) {
       if (value(id)) o[id] = value(id);
     }
-    for (const id of ["lock", "manifest", "dev_roots"]) {
+    for (const id of ["lock", "manifest", "dev_roots", "gpu_evidence"]) {
       const t = await one(id, text);
       if (t !== undefined) o[id] = t;
     }
@@ -284,7 +284,7 @@
   const fields = {
     "--compose-hash": "compose_hash", "--compose": "manifest", "--app-id": "app_id", "--instance-id": "instance_id", "--os-image-hash": "os_image_hash",
     "--lock": "lock", "--policy": "policy", "--collateral": "collateral", "--dev-roots": "dev_roots", "--trust-anchor": "trust_anchors",
-    "--event-log": "event_log", "--at": "at", "--nonce": "nonce", "--report-data": "report_data", "--tee": "kind",
+    "--event-log": "event_log", "--gpu-evidence": "gpu_evidence", "--at": "at", "--nonce": "nonce", "--report-data": "report_data", "--tee": "kind",
   };
 
   // fix shows a remedy, with a way to each field that it names.

@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -64,6 +63,9 @@ type Options struct {
 	// EventLog belongs to a bare quote: the text of a JSON log, or a binary CCEL in base64.
 	EventLog     string `json:"event_log,omitempty"`
 	EventLogCCEL []byte `json:"event_log_ccel,omitempty"`
+
+	// GPUEvidence is what NVIDIA's verifier printed in the guest at boot, as text.
+	GPUEvidence string `json:"gpu_evidence,omitempty"`
 
 	// What to expect, in hexadecimal: 32, 20, 20 and 32 bytes.
 	ComposeHash string `json:"compose_hash,omitempty"`
@@ -216,6 +218,9 @@ func (o *Options) source(input []byte) (*verifier.Source, error) {
 			return nil, err
 		}
 	}
+	if o.GPUEvidence != "" {
+		src.GPU = []byte(o.GPUEvidence)
+	}
 	return src, nil
 }
 
@@ -355,7 +360,7 @@ func (o *Options) roots(req *verifier.Request) error {
 		if len(keys) == 0 {
 			return fault.New("trust_anchor", "%.80q holds no public key", name).WithFix("give a PEM PUBLIC KEY or a JWK")
 		}
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	if len(o.DevRoots) == 0 {
 		return nil
@@ -392,15 +397,7 @@ func (o *Options) collateral(req *verifier.Request) error {
 	}
 	req.Collateral.Add(bundle)
 	if len(keys) > 0 {
-		req.Roots = append(req.Roots, callerKeys(keys))
+		req.Roots = append(req.Roots, verifier.CallerKeys(keys))
 	}
 	return nil
-}
-
-func callerKeys(keys []collateral.NamedKey) attest.Roots {
-	r := attest.Roots{TEE: dstack.CCA, Trust: dstack.TrustCaller}
-	for _, k := range keys {
-		r.Keys = append(r.Keys, attest.RootKey{Name: k.Name, Key: k.Key})
-	}
-	return r
 }

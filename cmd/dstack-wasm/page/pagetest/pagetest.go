@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -123,6 +124,8 @@ func Cases(t testing.TB) []Case {
 		{Name: "a zero policy refuses", Input: evidence, Options: options(set("policy", map[string]any{})), Codes: []string{"policy_zero"}},
 		{Name: "collateral that has ended is refused", Input: evidence, Options: options(set("at", "2027-01-01T00:00:00Z")), Codes: []string{"crl_expired"}},
 		{Name: "a signature alone can be judged", Input: evidence, Options: options(set("policy", "signature-only")), Accepted: true},
+		{Name: "GPU evidence that is too large is refused", Input: evidence, Options: options(set("gpu_evidence", strings.Repeat("0", 2<<20))), Codes: []string{"evidence_too_large"}},
+		{Name: "an event log for evidence that has one is refused", Input: evidence, Options: options(set("event_log", "[]")), Codes: []string{"event_log_twice"}},
 		{Name: "bytes that are no evidence are refused", Input: []byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, Options: options(same), Codes: []string{"evidence_unknown"}},
 		{Name: "no bytes at all are refused", Options: options(same), Codes: []string{"evidence_malformed"}},
 		{Name: "half of the evidence is refused", Input: evidence[:len(evidence)/2], Options: options(same), Codes: []string{"evidence_malformed"}},
