@@ -516,6 +516,30 @@ func TestThePageInChromium(t *testing.T) {
 		}
 	})
 
+	t.Run("a verifier that is missing or broken is no verdict", func(t *testing.T) {
+		old := b.t
+		b.t = t
+		defer func() { b.t = old }()
+		for _, c := range []struct {
+			code string
+			h    http.HandlerFunc
+		}{
+			{"verifier_missing", http.NotFound},
+			{"verifier_failed", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "no module") }},
+		} {
+			mux := http.NewServeMux()
+			mux.Handle("/", http.FileServer(http.Dir(dir)))
+			mux.Handle("/dstack.wasm.gz", c.h)
+			v := visit{b, t, serve(t, mux)}
+			v.open(v.address)
+			v.wait("a word on the verifier", `return document.getElementById("result").dataset.outcome;`)
+			v.field("url", instance)
+			if s := v.verify(); s.Outcome != "error" || s.Code != c.code {
+				t.Errorf("%+v, want %s", s, c.code)
+			}
+		}
+	})
+
 	// Threat F03: the server of the page tells a later time than the browser's clock.
 	late := time.Now().AddDate(4, 0, 0).UTC().Truncate(time.Second)
 	ahead := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -71,6 +71,10 @@ func Cases(t testing.TB) []Case {
 	if err != nil {
 		t.Fatal(err)
 	}
+	silent, err := json.Marshal(map[string]string{"attestation": hex.EncodeToString(src.Container)}) // as upstream's, without a nonce
+	if err != nil {
+		t.Fatal(err)
+	}
 	at := verifiertest.At.Format(time.RFC3339)
 	options := func(edit func(o map[string]any)) string {
 		o := map[string]any{
@@ -118,6 +122,12 @@ func Cases(t testing.TB) []Case {
 		{Name: "another instance is refused", Input: evidence, Options: options(set("instance_id", hex.EncodeToString(make([]byte, 20)))), Codes: []string{"instance_id_mismatch"}},
 		{Name: "another image is refused", Input: evidence, Options: options(set("os_image_hash", hex.EncodeToString(make([]byte, 32)))), Codes: []string{"image_hash_mismatch"}},
 		{Name: "an answer to another nonce is refused", Input: evidence, Options: options(set("nonce", hex.EncodeToString(make([]byte, 32)))), Codes: []string{"nonce_mismatch"}},
+		{Name: "an answer to no nonce is refused when one was sent", Input: silent, Options: options(set("manifest", string(i.Manifest))), Codes: []string{"freshness_none"}},
+		{Name: "a saved answer to no nonce is accepted", Input: silent, Options: options(func(o map[string]any) {
+			delete(o, "asked")
+			delete(o, "nonce")
+			o["policy"] = map[string]any{"tcb": map[string]any{"accept": []string{"UpToDate"}}, "workload": map[string]any{"allow_unpinned_images": true}}
+		}), Accepted: true},
 		{Name: "other report data are refused", Input: evidence, Options: options(set("report_data", hex.EncodeToString(make([]byte, 64)))), Codes: []string{"report_data_mismatch"}},
 		{Name: "without development roots nothing vouches", Input: evidence, Options: options(without("dev_roots")), Codes: []string{"unknown_root"}},
 		{Name: "without an expected workload nothing is accepted", Input: evidence, Options: options(without("compose_hash", "app_id", "lock")), Codes: []string{"workload_not_specified"}},
