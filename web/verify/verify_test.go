@@ -73,6 +73,14 @@ func TestTheIntegrityOfScriptAndStyleIsThatOfTheFiles(t *testing.T) {
 func TestThreat_C06_ThePageUsesNothingOfOthers(t *testing.T) {
 	others := regexp.MustCompile("(?i)(?:https?:|[\"'(=`])//[a-z0-9.-]+\\.[a-z]{2,}")
 	markup := regexp.MustCompile(`innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser|srcdoc`)
+	index, err := verify.FS.ReadFile("index.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const policy = `"default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; worker-src 'self'; connect-src 'self' https: http:; base-uri 'none'; form-action 'none'; trusted-types dstack; require-trusted-types-for 'script'"`
+	if !bytes.Contains(index, []byte(`<meta http-equiv="Content-Security-Policy" content=`+policy)) {
+		t.Error("the page has another content security policy")
+	}
 	entries, err := fs.ReadDir(verify.FS, ".")
 	if err != nil {
 		t.Fatal(err)
@@ -260,6 +268,8 @@ func TestThePageInChromium(t *testing.T) {
 	instance := serve(t, good)
 	at := verifiertest.At.Format(time.RFC3339)
 
+	visit{b, t, origin + "/some/path/"}.fresh() // or there is nothing to test
+
 	run := func(name string, f func(t *testing.T, v visit)) {
 		t.Run(name, func(t *testing.T) {
 			old := b.t
@@ -349,6 +359,18 @@ func TestThePageInChromium(t *testing.T) {
 		}})
 		s := v.verify()
 		s.check(t, "refused", "Refused", "report_data_mismatch")
+	})
+	run("an answer to no nonce is refused", func(t *testing.T, v visit) {
+		expecting(v)
+		from(v, &endpoint{answer: func(w http.ResponseWriter, nonce []byte) {
+			src, err := i.Answer(nonce, false)
+			if err != nil {
+				t.Error(err)
+			}
+			json.NewEncoder(w).Encode(map[string]string{"attestation": hex.EncodeToString(src.Container)})
+		}})
+		s := v.verify()
+		s.check(t, "refused", "Refused", "freshness_none")
 	})
 	run("a root that nobody trusts is refused", func(t *testing.T, v visit) {
 		v.field("url", instance)

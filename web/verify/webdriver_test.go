@@ -187,7 +187,7 @@ func (r *scriptResult) UnmarshalJSON(data []byte) error {
 // wait runs a function's body until it returns something true.
 func (b *browser) wait(what, body string) {
 	b.t.Helper()
-	for end := time.Now().Add(60 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(40 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		var ok bool
 		b.script("return Boolean(await (async () => {"+body+"})());", &ok)
 		if ok {
