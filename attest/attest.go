@@ -93,6 +93,9 @@ type Input struct {
 	Roots      []Roots            // of any TEE; those of another are ignored
 	At         time.Time
 	Options    Options
+
+	// Memo, when not nil, remembers what verifying the collateral gave.
+	Memo *Memo
 }
 
 // Options widen what verification accepts, on the caller's responsibility. The

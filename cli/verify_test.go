@@ -39,6 +39,8 @@ type verdict struct {
 	Self       []json.RawMessage `json:"self_consistent"`
 	Assume     []string          `json:"assumptions"`
 	At         string            `json:"at"`
+	Freshness  string            `json:"freshness"`
+	Channel    string            `json:"channel"`
 }
 
 func (v *verdict) codes() []string {

@@ -23,7 +23,7 @@ import (
 // TPM, outside any TEE. It shows two things: a production guest stops with
 // no_tee, and the firmware's own measurements of kernel, command line and initrd
 // (PCR 4 and 9) are what package measure computes from the files.
-func TestProductionImageWithoutTEEAndItsFirmwareMeasurements(t *testing.T) {
+func TestThreat_D03_ProductionImageStopsWithoutATEE(t *testing.T) {
 	for _, tool := range []string{"swtpm"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Fatalf("%s is missing: run scripts/host-packages.sh", tool)

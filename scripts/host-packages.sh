@@ -15,6 +15,8 @@ export LC_ALL=C
 packages="build-essential bc bison cpio flex kmod libelf-dev libssl-dev lz4 make xz-utils zstd squashfs-tools"
 # Running and testing.
 packages="$packages qemu-utils ovmf swtpm nftables iproute2 ca-certificates curl"
+# The verifier page is tested in a real browser.
+packages="$packages chromium chromium-driver"
 qemu="qemu-system-x86"
 qemu_least=10
 

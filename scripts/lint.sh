@@ -10,7 +10,7 @@ if [ -n "$unformatted" ]; then
 fi
 go vet ./...
 go vet -tags dstack_sim ./cmd/dstack-guest/
-GOOS=js GOARCH=wasm go vet ./verifier/ ./attest/tdx/ ./measure/ ./manifest/
+GOOS=js GOARCH=wasm go vet ./verifier/ ./attest/tdx/ ./measure/ ./manifest/ ./cmd/dstack-wasm/...
 version=v0.8.2
 tool="$cache/tools/staticcheck-$version"
 if [ ! -x "$tool" ]; then

@@ -26,6 +26,7 @@ type appraisal struct {
 	pol   Policy
 	fresh Freshness
 	at    time.Time
+	memo  *attest.Memo
 	v     *Verdict
 
 	ev     *attest.Evidence   // decoded, unverified
@@ -52,7 +53,7 @@ func Appraise(req Request) *Verdict {
 	}
 	ref := req.Reference
 	ref.addPolicy(req.Policy.Workload)
-	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, v: newVerdict(scope, req.At)}
+	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, v: newVerdict(scope, req.At)}
 	a.run(req.Roots, req.Collateral)
 	a.conclude()
 	return a.v
@@ -165,7 +166,7 @@ func (a *appraisal) quote(roots []attest.Roots, col *collateral.Bundle) bool {
 		attributes |= tdxAttributes[name]
 	}
 	in := attest.Input{
-		Evidence: a.ev, Collateral: col, Roots: roots, At: a.at,
+		Evidence: a.ev, Collateral: col, Roots: roots, At: a.at, Memo: a.memo,
 		Options: attest.Options{
 			AllowDebug: a.pol.AllowDebug, TDXAttributes: attributes, SNPAllowMigration: a.pol.SNP.AllowMigration,
 			AllowMissingCRL: a.pol.AllowMissingCRL || a.v.Scope == ScopeSignature,

@@ -121,8 +121,8 @@ func (a *appraisal) image() {
 		"that the guest runs this OS image is only its own word: no expected registers were given, or nothing ties them to it")
 }
 
-// imageCodes are the findings that say more than that an image is unanchored.
-var imageCodes = []string{"image_hash_mismatch", "mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch", "acpi_mismatch", "measurement_mismatch", "register_mismatch", "enclave_debug"}
+// imageCodes are the errors that say more than that an image is unanchored.
+var imageCodes = []string{"event_log_missing", "image_hash_mismatch", "mrtd_mismatch", "rtmr0_mismatch", "rtmr1_mismatch", "rtmr2_mismatch", "acpi_mismatch", "measurement_mismatch", "register_mismatch", "enclave_debug"}
 
 // anchorImage records who vouches for the image.
 func (a *appraisal) anchorImage(h dstack.ImageHash, origin string) {
@@ -359,16 +359,21 @@ func (a *appraisal) registers(want *measure.TDX, origin string) bool {
 	}
 	compare("mrtd_mismatch", "claims.mrtd", "the firmware (MRTD)", a.claims.TDX.MRTD, want.MRTD)
 
-	var acpi []dstack.Measurement
-	if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
-		acpi = a.acpi()
-		ok = ok && !a.v.Has(Error, "acpi_mismatch")
-	}
-	if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
-		a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)
+	// Without a log nothing explains RTMR0; that it is missing says more.
+	if a.v.Has(Error, "event_log_missing") {
 		ok = false
 	} else {
-		compare("rtmr0_mismatch", "claims.rtmr0", "the firmware's configuration and the VM's shape (RTMR0)", a.claims.TDX.RTMR[0], rtmr0)
+		var acpi []dstack.Measurement
+		if slices.ContainsFunc(want.RTMR0, func(e measure.RTMR0Event) bool { return e.Digest == nil }) {
+			acpi = a.acpi()
+			ok = ok && !a.v.Has(Error, "acpi_mismatch")
+		}
+		if rtmr0, err := want.ReplayRTMR0(acpi); err != nil {
+			a.add(Error, "rtmr0_mismatch", "event_log", "", "the event log has not the ACPI events that RTMR0 needs: %v", err)
+			ok = false
+		} else {
+			compare("rtmr0_mismatch", "claims.rtmr0", "the firmware's configuration and the VM's shape (RTMR0)", a.claims.TDX.RTMR[0], rtmr0)
+		}
 	}
 	compare("rtmr1_mismatch", "claims.rtmr1", "the kernel (RTMR1)", a.claims.TDX.RTMR[1], want.RTMR1)
 	compare("rtmr2_mismatch", "claims.rtmr2", "the command line and initramfs (RTMR2)", a.claims.TDX.RTMR[2], want.RTMR2)

@@ -201,4 +201,8 @@ type Request struct {
 	Policy    Policy
 	Freshness Freshness
 	At        time.Time
+
+	// Memo, when not nil, remembers what verifying collateral gave, for callers that
+	// judge many. It changes no verdict.
+	Memo *attest.Memo
 }

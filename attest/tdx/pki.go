@@ -20,6 +20,15 @@ import (
 // maxChain bounds the certificates of one chain (threats.md B15).
 const maxChain = 8
 
+// chain is parseChain, remembered.
+func (v *verification) chain(role string, data []byte) ([]*x509.Certificate, error) {
+	c, err := v.memo.Do("tdx chain", [][]byte{[]byte(role), data}, func() (any, error) { return parseChain(role, data) })
+	if err != nil {
+		return nil, err
+	}
+	return c.([]*x509.Certificate), nil
+}
+
 // parseChain reads a PEM chain, leaf first. The role begins the codes of errors:
 // pck, pck_crl, tcb_info or qe_identity. Hosts end chains with NUL bytes.
 func parseChain(role string, data []byte) ([]*x509.Certificate, error) {
@@ -113,7 +122,8 @@ func (v *verification) checkChain(role string, chain []*x509.Certificate, names 
 			return fault.New(role+"_chain", "%q of the %s chain names the issuer %q, but %q follows", cert.Subject.CommonName, role, cert.Issuer, issuer.Subject)
 		}
 		// CheckSignatureFrom also demands that the issuer may sign certificates.
-		if err := cert.CheckSignatureFrom(issuer); err != nil {
+		_, err := v.memo.Do("tdx issued", [][]byte{cert.Raw, issuer.Raw}, func() (any, error) { return nil, cert.CheckSignatureFrom(issuer) })
+		if err != nil {
 			return fault.Wrap(err, role+"_chain", "signature of %q of the %s chain", cert.Subject.CommonName, role)
 		}
 		if !slices.Contains(names[i], cert.Subject.CommonName) {
@@ -136,6 +146,24 @@ func (v *verification) crl(what string, der []byte, issuer *x509.Certificate) (*
 	if len(der) == 0 {
 		return nil, fault.New("crl_missing", "collateral has no %s", what).WithFix("fetch complete collateral")
 	}
+	read, err := v.memo.Do("tdx crl", [][]byte{[]byte(what), der, issuer.Raw}, func() (any, error) { return readCRL(what, der, issuer) })
+	if err != nil {
+		return nil, err
+	}
+	crl := read.(*x509.RevocationList)
+	if v.at.Before(crl.ThisUpdate) {
+		return nil, fault.New("crl_not_yet_valid", "%s is of %s, after %s", what, day(crl.ThisUpdate), day(v.at))
+	}
+	if crl.NextUpdate.IsZero() || v.at.After(crl.NextUpdate) {
+		return nil, fault.New("crl_expired", "%s was good until %s, not at %s", what, day(crl.NextUpdate), day(v.at)).
+			WithFix("fetch fresh collateral, or state the time at which to verify")
+	}
+	v.until(crl.NextUpdate)
+	return crl, nil
+}
+
+// readCRL reads a list that the issuer signed.
+func readCRL(what string, der []byte, issuer *x509.Certificate) (*x509.RevocationList, error) {
 	crl, err := x509.ParseRevocationList(der)
 	if err != nil {
 		return nil, fault.Wrap(err, "crl_malformed", "%s", what)
@@ -151,14 +179,6 @@ func (v *verification) crl(what string, der []byte, issuer *x509.Certificate) (*
 	if err := crl.CheckSignatureFrom(issuer); err != nil {
 		return nil, fault.Wrap(err, "crl_signature", "%s", what)
 	}
-	if v.at.Before(crl.ThisUpdate) {
-		return nil, fault.New("crl_not_yet_valid", "%s is of %s, after %s", what, day(crl.ThisUpdate), day(v.at))
-	}
-	if crl.NextUpdate.IsZero() || v.at.After(crl.NextUpdate) {
-		return nil, fault.New("crl_expired", "%s was good until %s, not at %s", what, day(crl.NextUpdate), day(v.at)).
-			WithFix("fetch fresh collateral, or state the time at which to verify")
-	}
-	v.until(crl.NextUpdate)
 	return crl, nil
 }
 

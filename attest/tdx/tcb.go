@@ -100,26 +100,35 @@ type qeDoc struct {
 	Levels         []enclaveLevel `json:"tcbLevels"`
 }
 
-// signed verifies one of the vendor's JSON documents: issuer chain, signature
-// over the exact bytes, then syntax. The role is tcb_info or qe_identity.
-func (v *verification) signed(role, raw string, sig []byte, chainPEM string, doc any) error {
+// signed verifies one of the vendor's JSON documents: issuer chain, signature over
+// the exact bytes, syntax, and what check says of it; check fills in what it was
+// made over. The role is tcb_info or qe_identity. Times are the caller's to judge.
+func signed[T any](v *verification, role, raw string, sig []byte, chainPEM string, check func(*T) error) (*T, error) {
 	if raw == "" {
-		return fault.New(role+"_missing", "collateral has no %s", role).WithFix("fetch complete collateral")
+		return nil, fault.New(role+"_missing", "collateral has no %s", role).WithFix("fetch complete collateral")
 	}
-	chain, err := parseChain(role, []byte(chainPEM))
+	chain, err := v.chain(role, []byte(chainPEM))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := v.checkChain(role, chain, []string{CNTCBSigning}); err != nil {
-		return err
+		return nil, err
 	}
-	if !verifyRaw(chain[0].PublicKey.(*ecdsa.PublicKey), []byte(raw), sig) {
-		return fault.New(role+"_signature", "%s is not signed by %q", role, chain[0].Subject.CommonName)
+	signer := chain[0]
+	doc, err := v.memo.Do("tdx "+role, [][]byte{[]byte(raw), sig, signer.Raw}, func() (any, error) {
+		if !verifyRaw(signer.PublicKey.(*ecdsa.PublicKey), []byte(raw), sig) {
+			return nil, fault.New(role+"_signature", "%s is not signed by %q", role, signer.Subject.CommonName)
+		}
+		doc := new(T)
+		if err := strictjson.Decode([]byte(raw), doc, strictjson.Limits{Size: collateral.MaxDocument, Depth: 8, Unknown: true}); err != nil {
+			return nil, fault.Wrap(err, role+"_malformed", "%s", role)
+		}
+		return doc, check(doc)
+	})
+	if err != nil {
+		return nil, err
 	}
-	if err := strictjson.Decode([]byte(raw), doc, strictjson.Limits{Size: collateral.MaxDocument, Depth: 8, Unknown: true}); err != nil {
-		return fault.Wrap(err, role+"_malformed", "%s", role)
-	}
-	return nil
+	return doc.(*T), nil
 }
 
 // inTime checks issueDate ≤ at ≤ nextUpdate.
@@ -151,50 +160,52 @@ type info struct {
 }
 
 func (v *verification) tcbInfo(col collateral.TDX) (*info, error) {
-	const role = "tcb_info"
-	var t info
-	if err := v.signed(role, col.TCBInfo, col.TCBInfoSignature, col.TCBInfoIssuerChain, &t.tcbDoc); err != nil {
+	t, err := signed(v, "tcb_info", col.TCBInfo, col.TCBInfoSignature, col.TCBInfoIssuerChain, (*info).check)
+	if err != nil {
 		return nil, err
 	}
+	return t, v.inTime("tcb_info", t.IssueDate, t.NextUpdate)
+}
+
+// check demands everything of TCB info that appraise relies on.
+func (t *info) check() error {
+	const role = "tcb_info"
 	if t.ID != "TDX" {
-		return nil, fault.New("tcb_info_id", "TCB info is for %q, want TDX", t.ID)
+		return fault.New("tcb_info_id", "TCB info is for %q, want TDX", t.ID)
 	}
 	if t.Version != 3 {
-		return nil, fault.New("tcb_info_version", "TCB info has version %d, want 3", t.Version)
-	}
-	if err := v.inTime(role, t.IssueDate, t.NextUpdate); err != nil {
-		return nil, err
+		return fault.New("tcb_info_version", "TCB info has version %d, want 3", t.Version)
 	}
 	if err := hexInto(t.fmspc[:], t.FMSPC); err != nil {
-		return nil, fault.Wrap(err, role+"_malformed", "fmspc of TCB info")
+		return fault.Wrap(err, role+"_malformed", "fmspc of TCB info")
 	}
 	if err := hexInto(t.pceID[:], t.PCEID); err != nil {
-		return nil, fault.Wrap(err, role+"_malformed", "pceId of TCB info")
+		return fault.Wrap(err, role+"_malformed", "pceId of TCB info")
 	}
 	if n := len(t.Levels); n == 0 || n > maxLevels {
-		return nil, fault.New(role+"_malformed", "TCB info has %d levels", n)
+		return fault.New(role+"_malformed", "TCB info has %d levels", n)
 	}
 	for i, l := range t.Levels {
 		absent := func(c component) bool { return c.SVN == nil }
 		if len(l.TCB.SGX) != 16 || len(l.TCB.TDX) != 16 || l.TCB.PCESVN == nil ||
 			slices.ContainsFunc(l.TCB.SGX, absent) || slices.ContainsFunc(l.TCB.TDX, absent) {
-			return nil, fault.New(role+"_malformed", "level %d of TCB info lacks component SVNs", i)
+			return fault.New(role+"_malformed", "level %d of TCB info lacks component SVNs", i)
 		}
 		if err := checkLevel(l.Status, l.Date, platformStatuses); err != nil {
-			return nil, fmt.Errorf("level %d of TCB info: %w", i, err)
+			return fmt.Errorf("level %d of TCB info: %w", i, err)
 		}
 	}
 	for _, m := range append([]module{t.Module}, t.Identities...) {
 		if _, err := m.parse(); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	for _, m := range t.Identities {
 		if err := checkLevels("TDX module "+m.ID, m.Levels); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return &t, nil
+	return nil
 }
 
 func checkLevels(what string, levels []enclaveLevel) error {
@@ -231,19 +242,21 @@ type identity struct {
 }
 
 func (v *verification) qeIdentity(col collateral.TDX) (*identity, error) {
-	const role = "qe_identity"
-	var q identity
-	if err := v.signed(role, col.QEIdentity, col.QEIdentitySignature, col.QEIdentityIssuerChain, &q.qeDoc); err != nil {
+	q, err := signed(v, "qe_identity", col.QEIdentity, col.QEIdentitySignature, col.QEIdentityIssuerChain, (*identity).check)
+	if err != nil {
 		return nil, err
 	}
+	return q, v.inTime("qe_identity", q.IssueDate, q.NextUpdate)
+}
+
+// check demands everything of a QE identity that appraise relies on.
+func (q *identity) check() error {
+	const role = "qe_identity"
 	if q.ID != "TD_QE" {
-		return nil, fault.New("qe_identity_id", "QE identity is of %q, want TD_QE", q.ID)
+		return fault.New("qe_identity_id", "QE identity is of %q, want TD_QE", q.ID)
 	}
 	if q.Version != 2 && q.Version != 3 {
-		return nil, fault.New("qe_identity_version", "QE identity has version %d, want 2 or 3", q.Version)
-	}
-	if err := v.inTime(role, q.IssueDate, q.NextUpdate); err != nil {
-		return nil, err
+		return fault.New("qe_identity_version", "QE identity has version %d, want 2 or 3", q.Version)
 	}
 	for _, f := range []struct {
 		name, text string
@@ -254,16 +267,16 @@ func (v *verification) qeIdentity(col collateral.TDX) (*identity, error) {
 		{"mrsigner", q.MRSigner, q.mrSigner[:]},
 	} {
 		if err := hexInto(f.dst, f.text); err != nil {
-			return nil, fault.Wrap(err, role+"_malformed", "%s of QE identity", f.name)
+			return fault.Wrap(err, role+"_malformed", "%s of QE identity", f.name)
 		}
 	}
 	if q.ISVProdID == nil {
-		return nil, fault.New(role+"_malformed", "QE identity lacks isvprodid")
+		return fault.New(role+"_malformed", "QE identity lacks isvprodid")
 	}
 	if err := checkLevels("QE identity", q.Levels); err != nil {
-		return nil, err
+		return err
 	}
-	return &q, nil
+	return nil
 }
 
 // appraise compares a QE report, whose signature is verified, with the identity

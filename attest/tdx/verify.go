@@ -47,7 +47,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	// Who vouches: the PCK certificate chain selects the one root that all the
 	// collateral must chain to as well, so that development collateral can never
 	// grade a production quote.
-	v := verification{at: in.At}
+	v := verification{at: in.At, memo: in.Memo}
 	pckPEM := q.CertData
 	switch q.CertType {
 	case CertTypePCKChain:
@@ -57,7 +57,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		return nil, fault.New("quote_cert_type", "quote has PCK certification data of type %d, want %d, %d or %d",
 			q.CertType, CertTypePCKChain, CertTypeEncryptedPPID2048, CertTypeEncryptedPPID3072)
 	}
-	pckChain, err := parseChain("pck", pckPEM)
+	pckChain, err := v.chain("pck", pckPEM)
 	if err != nil {
 		return nil, err
 	}
@@ -191,6 +191,7 @@ func Request(quote []byte) (collateral.Request, error) {
 // list, and when the first thing relied upon ends.
 type verification struct {
 	at      time.Time
+	memo    *attest.Memo
 	anchor  *x509.Certificate
 	rootCRL *x509.RevocationList
 	expires time.Time
@@ -212,7 +213,7 @@ func (v *verification) loadRootCRL(der []byte) (err error) {
 // issuer chain, which must lead to the very intermediate that issued the PCK
 // certificate, and looks the certificate up in it.
 func (v *verification) checkPCKCRL(col collateral.TDX, pck, pckCA *x509.Certificate) error {
-	chain, err := parseChain("pck_crl", []byte(col.PCKCRLIssuerChain))
+	chain, err := v.chain("pck_crl", []byte(col.PCKCRLIssuerChain))
 	if err != nil {
 		return err
 	}

@@ -546,6 +546,16 @@ func (m mutation) run(t *testing.T) error {
 		at = m.at
 	}
 	claims, err := tdxtest.Verify(quote, col, roots, at)
+	// What a memo remembers changes no outcome, neither when it is filled nor when it
+	// is used, whatever it saw of the same platform before.
+	memo := new(attest.Memo)
+	for _, q := range [][]byte{p.Quote(p.Body()), quote, quote} {
+		in := attest.Input{Evidence: &attest.Evidence{TEE: dstack.TDX, Quote: q}, Collateral: &collateral.Bundle{TDX: col}, Roots: roots, At: at, Memo: memo}
+		again, err2 := tdx.Verify(in)
+		if bytes.Equal(q, quote) && (fault.Code(err2) != fault.Code(err) || (again == nil) != (claims == nil)) {
+			t.Errorf("with a memo: %v, without: %v", err2, err)
+		}
+	}
 	if claims != nil && !judgement[fault.Code(err)] {
 		t.Error("claims came with a signature, chain or collateral that does not hold")
 	}

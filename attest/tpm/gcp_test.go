@@ -158,14 +158,14 @@ func TestAnotherBootIsRefusedForItsOwnReason(t *testing.T) {
 		{name: "registers of another bank", code: "gcp_registers", claims: func(c *attest.Claims) { c.TPM.PCRs[0].Algorithm = "sha384" }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			m, q := gcpVM(t)
+			m, _ := gcpVM(t)
 			if c.boot != nil {
 				c.boot(m)
 			}
 			if c.quote == nil {
 				c.quote = []uint32{0, 2, 14}
 			}
-			q = m.Quote(nil, c.quote...)
+			q := m.Quote(nil, c.quote...)
 			claims, err := tpm.Verify(m.Input(q))
 			if err != nil {
 				t.Fatal(err)

@@ -33,6 +33,8 @@ type Appraiser struct {
 	// Collateral is where the vendors' statements come from; nil uses only what
 	// evidence carries.
 	Collateral collateral.Source
+
+	memo attest.Memo
 }
 
 // Appraise refuses with the code of the first error of the verdict, whose message
@@ -47,7 +49,7 @@ func (a *Appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel
 		src.RATLS, src.Issued, fresh = c.SPKI, c.Issued, verifier.Freshness{ConnectionSPKI: c.SPKI}
 	}
 	req := verifier.Request{
-		Source: src, Roots: a.Roots, Reference: a.Reference, Policy: pol, At: c.At, Freshness: fresh,
+		Source: src, Roots: a.Roots, Reference: a.Reference, Policy: pol, At: c.At, Freshness: fresh, Memo: &a.memo,
 	}
 	// Whom the connection means narrows what is accepted; it never widens it.
 	if len(c.Intended.ComposeHashes) > 0 {

@@ -5,16 +5,11 @@ package appraiser_test
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"net"
 	"testing"
 	"time"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest"
-	"github.com/dstack-go/dstack/attest/container"
-	"github.com/dstack-go/dstack/attest/eventlog"
-	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/channel/appraiser"
@@ -23,42 +18,10 @@ import (
 	"github.com/dstack-go/dstack/verifier"
 )
 
-// machine is a CVM with a simulated TEE.
+// machine is a CVM with a simulated TEE, and the channel key that it committed to.
 type machine struct {
-	platform *tdxtest.Platform
-	app      dstack.AppID
-	instance dstack.InstanceID
-	compose  dstack.ComposeHash
-	key      *channel.Key // committed before any app ran
-	noConfig bool         // MRCONFIGID is zero
-}
-
-func (m *machine) Attest(_ context.Context, data dstack.ReportData) ([]byte, error) {
-	var events []eventlog.Event
-	sum := sha256.Sum256(m.key.SPKI())
-	for _, e := range []struct {
-		name    string
-		payload []byte
-	}{
-		{eventlog.SystemPreparing, nil}, {eventlog.AppIDEvent, m.app[:]}, {eventlog.ComposeHashEvent, m.compose[:]},
-		{eventlog.InstanceIDEvent, m.instance[:]}, {eventlog.BootMRDone, nil}, {eventlog.SystemChannelKey, sum[:]}, {eventlog.SystemReady, nil},
-	} {
-		ev, err := eventlog.RuntimeV1(e.name, e.payload)
-		if err != nil {
-			return nil, err
-		}
-		events = append(events, ev)
-	}
-	rtmr, err := eventlog.Replay(events, eventlog.RuntimeIMR)
-	if err != nil {
-		return nil, err
-	}
-	body := m.platform.Body()
-	body.RTMR[3], body.ReportData = rtmr, data
-	if !m.noConfig {
-		body.MRConfigID = mrconfig.IDv1(m.compose)
-	}
-	return container.EncodeV1(&attest.Evidence{TEE: dstack.TDX, Quote: m.platform.Quote(body), EventLog: events, ReportData: data, Config: "{}"})
+	tdxtest.Guest
+	key *channel.Key
 }
 
 func newMachine(t *testing.T, p *tdxtest.Platform) *machine {
@@ -66,17 +29,19 @@ func newMachine(t *testing.T, p *tdxtest.Platform) *machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &machine{platform: p, app: dstack.AppID{1}, instance: dstack.InstanceID{2}, compose: dstack.ComposeHash{3}, key: key}
+	return &machine{tdxtest.Guest{
+		Platform: p, AppID: dstack.AppID{1}, InstanceID: dstack.InstanceID{2}, ComposeHash: dstack.ComposeHash{3}, ChannelSPKI: key.SPKI(),
+	}, key}
 }
 
 func (m *machine) appraiser() *appraiser.Appraiser {
 	a := &appraiser.Appraiser{
-		Roots:      append(verifier.VendorRoots(), m.platform.Roots()),
+		Roots:      append(verifier.VendorRoots(), m.Platform.Roots()),
 		Policy:     verifier.DefaultPolicy(),
-		Collateral: collateral.Static{Bundle: &collateral.Bundle{TDX: m.platform.Collateral()}},
+		Collateral: collateral.Static{Bundle: &collateral.Bundle{TDX: m.Platform.Collateral()}},
 	}
 	a.Policy.DevRoots, a.Policy.Image.AllowUnanchored = true, true
-	a.Reference.AddComposeHash(m.compose, "the test")
+	a.Reference.AddComposeHash(m.ComposeHash, "the test")
 	return a
 }
 
@@ -89,12 +54,12 @@ func connect(t *testing.T, answers *machine, client *channel.Config) (*channel.C
 func TestVerifierJudgesChannels(t *testing.T) {
 	p := tdxtest.New(t)
 	m := newMachine(t, p)
-	conn, err := connect(t, m, &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.app, InstanceID: &m.instance, ComposeHashes: []dstack.ComposeHash{m.compose}}})
+	conn, err := connect(t, m, &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.AppID, InstanceID: &m.InstanceID, ComposeHashes: []dstack.ComposeHash{m.ComposeHash}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	peer := conn.Peer()
-	if peer.Identity.AppID != m.app || *peer.Identity.InstanceID != m.instance || peer.Trust != dstack.TrustDevelopment || !bytes.Equal(peer.SPKI, m.key.SPKI()) {
+	if peer.Identity.AppID != m.AppID || *peer.Identity.InstanceID != m.InstanceID || peer.Trust != dstack.TrustDevelopment || !bytes.Equal(peer.SPKI, m.key.SPKI()) {
 		t.Errorf("peer %+v", peer)
 	}
 }
@@ -105,9 +70,9 @@ func TestRefusalsHaveTheVerdictsReason(t *testing.T) {
 		name, code string
 		edit       func(answers *machine, a *appraiser.Appraiser, in *channel.Intended)
 	}{
-		{"C02: another instance of the same workload", "channel_wrong_instance", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.instance[0] ^= 1 }},
-		{"another app", "channel_wrong_app", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.app[0] ^= 8 }},
-		{"another workload", "compose_hash_mismatch", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.compose[0] ^= 1 }},
+		{"C02: another instance of the same workload", "channel_wrong_instance", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.InstanceID[0] ^= 1 }},
+		{"another app", "channel_wrong_app", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.AppID[0] ^= 8 }},
+		{"another workload", "compose_hash_mismatch", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.ComposeHash[0] ^= 1 }},
 		{"a workload that the connection does not mean", "compose_hash_mismatch", func(_ *machine, _ *appraiser.Appraiser, in *channel.Intended) {
 			in.ComposeHashes = []dstack.ComposeHash{{9}}
 		}},
@@ -117,7 +82,7 @@ func TestRefusalsHaveTheVerdictsReason(t *testing.T) {
 		{"no workload expected", "workload_not_specified", func(_ *machine, a *appraiser.Appraiser, in *channel.Intended) {
 			a.Reference, in.ComposeHashes = verifier.Reference{}, nil
 		}},
-		{"no commitment at launch", "mr_config_missing", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.noConfig = true }},
+		{"no commitment at launch", "mr_config_missing", func(m *machine, _ *appraiser.Appraiser, _ *channel.Intended) { m.NoConfig = true }},
 		{"the vendor's roots alone", "unknown_root", func(_ *machine, a *appraiser.Appraiser, _ *channel.Intended) { a.Policy.DevRoots = false }},
 		{"the zero policy", "policy_zero", func(_ *machine, a *appraiser.Appraiser, _ *channel.Intended) {
 			a.Policy = verifier.Policy{DevRoots: true}
@@ -129,7 +94,7 @@ func TestRefusalsHaveTheVerdictsReason(t *testing.T) {
 			m := newMachine(t, p)
 			answers := *m
 			a := m.appraiser()
-			in := channel.Intended{AppID: m.app, InstanceID: &m.instance, ComposeHashes: []dstack.ComposeHash{m.compose}}
+			in := channel.Intended{AppID: m.AppID, InstanceID: &m.InstanceID, ComposeHashes: []dstack.ComposeHash{m.ComposeHash}}
 			c.edit(&answers, a, &in)
 			if _, err := connect(t, &answers, &channel.Config{Appraiser: a, Intended: in}); fault.Code(err) != c.code {
 				t.Errorf("%v (code %q), want %q", err, fault.Code(err), c.code)
@@ -174,7 +139,7 @@ func TestThreat_B20_AppsOwnKeyIsNoChannelKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.app}}
+	client := &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.AppID}}
 	if _, err := connectWith(t, m, rogue, client); fault.Code(err) != "channel_key_mismatch" {
 		t.Error(err)
 	}
@@ -186,9 +151,9 @@ func TestThreat_B20_AppsOwnKeyIsNoChannelKey(t *testing.T) {
 // C02: the same image and workload on another machine is not the instance meant.
 func TestThreat_C02_SameWorkloadAnotherInstance(t *testing.T) {
 	m := newMachine(t, tdxtest.New(t))
-	other := newMachine(t, m.platform)
-	other.instance[0] ^= 1
-	client := &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.app, InstanceID: &m.instance}}
+	other := newMachine(t, m.Platform)
+	other.InstanceID[0] ^= 1
+	client := &channel.Config{Appraiser: m.appraiser(), Intended: channel.Intended{AppID: m.AppID, InstanceID: &m.InstanceID}}
 	if _, err := connect(t, other, client); fault.Code(err) != "channel_wrong_instance" {
 		t.Error(err)
 	}
@@ -213,7 +178,7 @@ func TestThreat_B08_RATLSEvidenceIsNeverFresh(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			a := m.appraiser()
 			a.Policy.Evidence = c.evidence
-			in := channel.Intended{AppID: m.app}
+			in := channel.Intended{AppID: m.AppID}
 			if _, err := connect(t, m, &channel.Config{Appraiser: a, Intended: in}); fault.Code(err) != c.session {
 				t.Errorf("session: %v, want code %q", err, c.session)
 			}

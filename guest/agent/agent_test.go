@@ -896,7 +896,7 @@ func TestBadEvidenceRequests(t *testing.T) {
 		}
 	}
 	status, body, header := get(t, c, url)
-	if status != 405 || header.Get("Allow") != "POST" || !strings.Contains(body, "method_not_allowed") {
+	if status != 405 || header.Get("Allow") != "OPTIONS, POST" || !strings.Contains(body, "method_not_allowed") {
 		t.Errorf("GET: %d %s", status, body)
 	}
 	if n := g.init.quotes.Load(); n != quotes {
@@ -908,6 +908,76 @@ func TestBadEvidenceRequests(t *testing.T) {
 	status, body, _ = post(t, c, url, `{"nonce":"`+hexOf(32)+`"}`)
 	if status != 503 || !strings.Contains(body, "evidence_unavailable") || strings.Contains(body, "secret") {
 		t.Errorf("a failing init: %d %s", status, body)
+	}
+}
+
+// Threat C06: a verifier page of another origin can ask for evidence and read
+// the answer, refusals included; nothing else is opened to it, and no credentials.
+func TestThreat_C06_PagesOfAnyOriginMayAskForEvidence(t *testing.T) {
+	g := newGuest(t)
+	c := g.client(t, initrpc.ListenExternal)
+	do := func(method, path, body string) *http.Response {
+		req, err := http.NewRequest(method, "http://x"+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Origin", "https://verifier.example")
+		req.Header.Set("Content-Type", "application/json")
+		if method == http.MethodOptions {
+			req.Header.Set("Access-Control-Request-Method", "POST")
+			req.Header.Set("Access-Control-Request-Headers", "content-type")
+			req.Header.Set("Access-Control-Request-Private-Network", "true")
+		}
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { resp.Body.Close() })
+		return resp
+	}
+	opened := func(h http.Header) map[string]string {
+		out := map[string]string{}
+		for k := range h {
+			if strings.HasPrefix(k, "Access-Control-") {
+				out[k] = h.Get(k)
+			}
+		}
+		return out
+	}
+	quotes := g.init.quotes.Load()
+	preflight := do("OPTIONS", evidencePath, "")
+	if preflight.StatusCode != http.StatusNoContent {
+		t.Errorf("preflight: %s", preflight.Status)
+	}
+	want := map[string]string{
+		"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST",
+		"Access-Control-Allow-Headers": "Content-Type", "Access-Control-Max-Age": "7200",
+	}
+	if diff := cmp.Diff(want, opened(preflight.Header)); diff != "" {
+		t.Errorf("preflight (-want +got):\n%s", diff)
+	}
+	if n := g.init.quotes.Load(); n != quotes {
+		t.Errorf("a preflight took %d quotes", n-quotes)
+	}
+	for _, r := range []struct {
+		name, body string
+		status     int
+	}{
+		{"an answer", `{"nonce":"` + hex.EncodeToString(nonceOf(32)) + `"}`, 200},
+		{"a refusal", `{}`, 400},
+	} {
+		resp := do("POST", evidencePath, r.body)
+		if resp.StatusCode != r.status {
+			t.Errorf("%s: %s", r.name, resp.Status)
+		}
+		if diff := cmp.Diff(map[string]string{"Access-Control-Allow-Origin": "*"}, opened(resp.Header)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", r.name, diff)
+		}
+	}
+	for _, r := range [][2]string{{"GET", "/"}, {"GET", "/prpc/Worker.Info"}, {"POST", "/prpc/Worker.Version"}, {"OPTIONS", "/prpc/Worker.Info"}, {"OPTIONS", "/"}} {
+		if got := opened(do(r[0], r[1], "").Header); len(got) > 0 {
+			t.Errorf("%s %s is opened to other origins: %v", r[0], r[1], got)
+		}
 	}
 }
 

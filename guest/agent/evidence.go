@@ -28,6 +28,10 @@ const (
 	maxEvidenceRequest = 4 << 10
 	maxEvidenceFlights = 8 // quotes under way or waiting for strangers
 	evidenceTimeout    = 60 * time.Second
+
+	// preflightAge is how many seconds a browser may remember what it may ask; two
+	// hours is the most that Chromium remembers.
+	preflightAge = 7200
 )
 
 // evidencePath is frozen: verifiers know it (design.md §4).
@@ -142,10 +146,33 @@ func (a *Agent) makeEvidence(ctx context.Context, nonce, spki []byte) ([]byte, e
 	})
 }
 
+// allowBrowsers lets pages of every origin ask for evidence and read the answer
+// (Fetch standard, CORS protocol): a verifier page must not depend on the origin
+// that it verifies (threats.md C06). Evidence is for strangers, and the endpoint
+// knows no cookie or login that a page could borrow: credentials are not allowed.
+// It reports whether r was the browser's question beforehand, which is then
+// answered; it takes no quote.
+func allowBrowsers(w http.ResponseWriter, r *http.Request) bool {
+	h := w.Header()
+	h.Set("Access-Control-Allow-Origin", "*")
+	if r.Method != http.MethodOptions {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", http.MethodPost)
+	h.Set("Access-Control-Allow-Headers", "Content-Type")
+	h.Set("Access-Control-Max-Age", strconv.Itoa(preflightAge))
+	h.Set("Allow", "OPTIONS, POST")
+	w.WriteHeader(http.StatusNoContent)
+	return true
+}
+
 // serveEvidence is POST /.well-known/dstack/attest {"nonce": hex}.
 func (a *Agent) serveEvidence(w http.ResponseWriter, r *http.Request) {
+	if allowBrowsers(w, r) {
+		return
+	}
 	if r.Method != http.MethodPost {
-		w.Header().Set("Allow", http.MethodPost)
+		w.Header().Set("Allow", "OPTIONS, POST")
 		writeError(w, http.StatusMethodNotAllowed, fault.New("method_not_allowed", "evidence is asked for with POST"))
 		return
 	}
