@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -240,10 +241,17 @@ func TestThreat_B15_HostileBodiesEndSoon(t *testing.T) {
 		if err != nil {
 			continue
 		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
 		start := time.Now()
 		out := s.Verify(t.Context(), req)
 		if d := time.Since(start); d > 2*time.Second {
 			t.Errorf("%.80s: %v", body, d)
+		}
+		// All that was allocated, garbage included: more than twice what is ever live.
+		runtime.ReadMemStats(&after)
+		if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
+			t.Errorf("%.80s: %d bytes were allocated", body, n)
 		}
 		// A changed digit may be in what nothing vouches for, such as the padding of a
 		// quote; an accepted verdict there is none.
