@@ -218,15 +218,13 @@ func ParseRequest(data []byte) (r *Request, status int, err error) {
 	if !json.Valid(data) {
 		return nil, http.StatusBadRequest, fault.New("request_malformed", "the request is not JSON")
 	}
-	r = new(Request)
-	var object *Request
-	if err := strictjson.Decode(data, &object, strictjson.Limits{Size: MaxBody, Depth: maxDepth, Unknown: true}); err != nil {
+	if err := strictjson.Decode(data, &r, strictjson.Limits{Size: MaxBody, Depth: maxDepth, Unknown: true}); err != nil {
 		return nil, http.StatusUnprocessableEntity, fault.Wrap(err, "request_member", "the request has members of another type than it should, has one twice, or nests too deep")
 	}
-	if object == nil {
+	if r == nil {
 		return nil, http.StatusUnprocessableEntity, fault.New("request_member", "the request is not a JSON object")
 	}
-	return object, http.StatusOK, nil
+	return r, http.StatusOK, nil
 }
 
 // Serve listens on the configured address and serves until ctx ends; requests under

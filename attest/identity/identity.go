@@ -174,10 +174,10 @@ func (in Input) fromEnclave(out *ratls.AppInfo) error {
 }
 
 // DeviceID returns upstream's device id: SHA-256 of the PPID (16 bytes; TDX, also on
-// Google Cloud), of the chip id (64 bytes; SEV-SNP), of the module id of a NitroTPM,
-// and of the module id up to its first hyphen for an enclave; of the UEID (33 bytes) of
-// Arm CCA, which upstream has not got. That of an enclave is the same
-// ("i") for every enclave, as upstream has it: do not tell machines apart by it.
+// Google Cloud), of the chip id (64 bytes; SEV-SNP), of the module id of a NitroTPM, of
+// the module id up to its first hyphen for an enclave, and, by upstream's proposal, of
+// the UEID (33 bytes; Arm CCA). Every enclave has the same ("i"), as upstream has it: do
+// not tell machines apart by it. The code is identity_tee for evidence without one.
 func DeviceID(c *attest.Claims) (dstack.DeviceID, error) {
 	switch {
 	case c.TDX != nil:
