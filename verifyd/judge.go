@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -197,7 +198,7 @@ func (s *Service) compatible(tee dstack.TEE) verifier.Policy {
 // judge fills in the reply, in the order of verifier.md §3.
 func (s *Service) judge(ctx context.Context, q *inquiry, out *Response) {
 	fetchErr := s.complete(ctx, q)
-	base := verifier.Request{Source: q.src, Roots: s.roots, Collateral: q.col, At: q.at}
+	base := verifier.Request{Source: q.src, Roots: s.roots, Collateral: q.col, At: q.at, Memo: &s.memo}
 	base.Freshness.ReportData = q.expect
 
 	compat := base
@@ -216,7 +217,37 @@ func (s *Service) judge(ctx context.Context, q *inquiry, out *Response) {
 	strict.Policy, strict.Reference = q.policy, ref
 	strict.Policy.DevRoots = s.config.Attestation.InsecureAllowExternalTrustAnchors
 	strict.Freshness.Nonce = q.nonce
+	s.floor(q, &strict)
 	out.Verdict = verifier.Appraise(strict)
+	s.raise(ctx, q, out.Verdict)
+}
+
+// floor demands collateral no older than what the service has seen of the product
+// (threats.md B03), unless the request states a time, when others were current. A
+// store that cannot be read denies everything.
+func (s *Service) floor(q *inquiry, r *verifier.Request) {
+	if q.stated {
+		return
+	}
+	want, ok, err := verifier.CollateralFor(&q.src)
+	if err != nil || !ok || want.FMSPC+want.Product == "" {
+		return
+	}
+	least, err := s.floors.Floor(want.FMSPC + want.Product)
+	if err != nil {
+		s.log.Error("collateral floor", "error", err)
+		least = math.MaxUint32
+	}
+	r.Policy.Floor = uint32(min(least, math.MaxUint32))
+}
+
+func (s *Service) raise(ctx context.Context, q *inquiry, v *verifier.Verdict) {
+	if q.stated || v.Signature != verifier.SignatureValid || v.Trust != dstack.TrustProduction || v.Platform.TCBEvaluation == 0 || v.Has(verifier.Error, "collateral_rollback") {
+		return
+	}
+	if err := s.floors.Raise(ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
+		s.log.Error("collateral floor", "error", err)
+	}
 }
 
 // complete finds collateral where the request brings none. What leads to no root that
@@ -225,7 +256,7 @@ func (s *Service) complete(ctx context.Context, q *inquiry) error {
 	if q.col != nil || q.src.Collateral != nil {
 		return nil
 	}
-	probe := verifier.Request{Source: q.src, Roots: s.roots, Policy: verifier.SignaturePolicy(), At: q.at}
+	probe := verifier.Request{Source: q.src, Roots: s.roots, Policy: verifier.SignaturePolicy(), At: q.at, Memo: &s.memo}
 	probe.Policy.DevRoots = s.config.Attestation.InsecureAllowExternalTrustAnchors
 	v := verifier.Appraise(probe)
 	complete := q.evidence.TEE == dstack.SEVSNP && v.Signature == verifier.SignatureValid // but for revocation lists

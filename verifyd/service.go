@@ -35,12 +35,14 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/collateral/cache"
 	"github.com/dstack-go/dstack/collateral/fetch"
+	"github.com/dstack-go/dstack/collateral/floor"
 	"github.com/dstack-go/dstack/verifier"
 	"github.com/dstack-go/dstack/verifyd/imagecache"
 )
@@ -62,6 +64,8 @@ type Service struct {
 	extra  *collateral.Bundle // joins what is fetched; nil: none
 	source collateral.Source  // nil: nothing is fetched
 	images *imagecache.Cache
+	floors *floor.Store
+	memo   attest.Memo
 	known  measurements
 	log    *slog.Logger
 	now    func() time.Time
@@ -102,6 +106,10 @@ func New(c Config, o Options) (*Service, error) {
 		MaxDownload: int64(c.ImageMaxDownload), MaxUnpacked: int64(c.ImageMaxUnpacked), MaxCache: int64(c.ImageCacheSize),
 	})
 	if err != nil {
+		return nil, err
+	}
+	if s.floors, err = floor.Open(filepath.Join(c.ImageCacheDir, "floor")); err != nil {
+		s.images.Close()
 		return nil, err
 	}
 	if s.source == nil && c.Attestation.FetchCollateral {

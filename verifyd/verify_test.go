@@ -500,6 +500,33 @@ func TestThreat_B04_OutOfDateIsValidAndNotAccepted(t *testing.T) {
 	invalid(t, s.Verify(t.Context(), g.attestation()), prefixQuote, "")
 }
 
+// B03: of a product under production roots the service remembers the newest
+// statement, and its verdict refuses an older one that is signed and has not expired.
+func TestThreat_B03_TheServiceRemembersTheNewestCollateral(t *testing.T) {
+	g := newGuest(t, imagetest.New(t, "0.6.0", false), true)
+	s := setup(t, g.roots(), nil)
+	roots := g.platform.Roots()
+	roots.Trust = dstack.TrustProduction
+	s.roots, s.dev = []attest.Roots{roots}, nil
+	ask := func(number int, at *string) *Response {
+		g.platform.TCBInfo = tdxtest.Edit(g.platform.TCBInfo, "tcbEvaluationDataNumber", number)
+		r := g.attestation()
+		r.Collateral, r.At = &collateral.Bundle{TDX: g.platform.Collateral()}, at
+		return s.Verify(t.Context(), r)
+	}
+	g.platform.QEIdentity = tdxtest.Edit(g.platform.QEIdentity, "tcbEvaluationDataNumber", 99)
+	for _, c := range []struct {
+		number int
+		at     *string
+		old    bool
+	}{{18, nil, false}, {17, nil, true}, {18, nil, false}, {17, ptr(tdxtest.At.Format(time.RFC3339)), false}, {19, nil, false}, {18, nil, true}} {
+		out := ask(c.number, c.at)
+		if out.Verdict.Signature != verifier.SignatureValid || hasError(out.Verdict, "collateral_rollback") != c.old {
+			t.Errorf("number %d, time stated %v: %s", c.number, c.at != nil, show(out))
+		}
+	}
+}
+
 // awsGuest is an instance with a NitroTPM that booted what its document says.
 func awsGuest(t *testing.T) (*nitrotest.Module, *attest.Evidence) {
 	t.Helper()
