@@ -2,7 +2,7 @@
 GO ?= go
 export CGO_ENABLED ?= 0
 
-.PHONY: all build setup demo test lint soak bench clean
+.PHONY: all build setup demo test lint soak bench bench-verify web clean
 
 all: build
 
@@ -26,6 +26,12 @@ soak: setup build
 
 bench: setup build
 	scripts/bench.sh
+
+bench-verify: setup
+	scripts/bench-verify.sh
+
+web:
+	scripts/web.sh
 
 clean:
 	rm -rf bin
