@@ -50,7 +50,7 @@ type verifyCmd struct {
 	DevRoots    string   `help:"Accept the public roots of a development TEE for this run: trust is then development." placeholder:"FILE"`
 	TrustAnchor []string `name:"trust-anchor" help:"Public key of an Arm CCA platform (PEM or JWK) that you vouch for: trust is then caller." placeholder:"FILE"`
 
-	Collateral string `help:"Collateral: a directory of certificates and CRLs (DER or PEM, any names), or a JSON bundle; instead of fetching or of what the evidence carries." placeholder:"DIR|FILE"`
+	Collateral string `help:"Collateral: a directory of certificates and CRLs (DER or PEM, any names), or a JSON bundle; instead of fetching or of what the evidence carries. Public keys in a directory are taken as --trust-anchor takes them." placeholder:"DIR|FILE"`
 	Offline    bool   `help:"Fetch nothing."`
 	PCCS       string `name:"pccs" help:"Where to fetch TDX collateral: Intel's service, or a cache of it." placeholder:"URL"`
 	KDS        string `name:"kds" help:"Where to fetch SEV-SNP certificates: AMD's service, or a cache of it." placeholder:"URL"`
