@@ -77,7 +77,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	}
 
 	claims := &attest.Claims{
-		TEE: d.Kind, Trust: v.trust, Root: describeRoot(v.anchor, v.trust),
+		TEE: d.Kind, Trust: v.trust, Root: attest.DescribeRoot(v.anchor, v.trust),
 		Nitro: &attest.Nitro{
 			ModuleID: d.ModuleID, PCRs: d.PCRs,
 			PublicKey: d.PublicKey, UserData: d.UserData, Nonce: d.Nonce,

@@ -3,17 +3,12 @@
 package sevsnp
 
 import (
-	"crypto/sha256"
 	"crypto/x509"
-	"embed"
-	"encoding/hex"
-	"encoding/pem"
-	"fmt"
+	_ "embed"
 
 	dstack "github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/collateral"
-	"github.com/dstack-go/dstack/internal/fault"
 )
 
 // AMD root keys (ARK), the second certificate of
@@ -21,9 +16,14 @@ import (
 //	https://kdsintf.amd.com/vcek/v1/Milan/cert_chain
 //	https://kdsintf.amd.com/vcek/v1/Genoa/cert_chain
 //	https://kdsintf.amd.com/vcek/v1/Turin/cert_chain
-//
-//go:embed roots/*.pem
-var rootFiles embed.FS
+var (
+	//go:embed roots/ark-milan.pem
+	milanRoot []byte
+	//go:embed roots/ark-genoa.pem
+	genoaRoot []byte
+	//go:embed roots/ark-turin.pem
+	turinRoot []byte
+)
 
 // SHA-256 fingerprints of the DER form of AMD's roots.
 const (
@@ -34,52 +34,19 @@ const (
 
 // VendorRoots returns the roots of real hardware: AMD's for Milan, Genoa and Turin.
 func VendorRoots() attest.Roots {
-	roots := attest.Roots{TEE: dstack.SEVSNP, Trust: dstack.TrustProduction}
-	for _, name := range []string{"milan", "genoa", "turin"} {
-		text, err := rootFiles.ReadFile("roots/ark-" + name + ".pem")
-		if err != nil {
-			panic("attest/sevsnp: no embedded root for " + name)
-		}
-		block, _ := pem.Decode(text)
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			panic("attest/sevsnp: the embedded root for " + name + " does not parse: " + err.Error())
-		}
-		roots.CA = append(roots.CA, cert)
-	}
-	return roots
+	return attest.Roots{TEE: dstack.SEVSNP, Trust: dstack.TrustProduction, CA: []*x509.Certificate{
+		attest.EmbeddedRoot(milanRoot, MilanRootSHA256),
+		attest.EmbeddedRoot(genoaRoot, GenoaRootSHA256),
+		attest.EmbeddedRoot(turinRoot, TurinRootSHA256),
+	}}
 }
 
 // DevelopmentRoots returns the root of a development trust anchor. Evidence
 // accepted under it says nothing about hardware.
 func DevelopmentRoots(d *collateral.DevRoots) (attest.Roots, error) {
-	block, _ := pem.Decode([]byte(d.SNPRootPEM))
-	if block == nil {
-		return attest.Roots{}, fault.New("dev_roots_malformed", "sev_snp_root_pem of %q is not PEM", d.Name)
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	cert, err := attest.DevelopmentRoot(d.Name, "sev_snp_root_pem", d.SNPRootPEM, MilanRootSHA256, GenoaRootSHA256, TurinRootSHA256)
 	if err != nil {
-		return attest.Roots{}, fault.Wrap(err, "dev_roots_malformed", "sev_snp_root_pem of %q", d.Name)
-	}
-	for _, vendor := range VendorRoots().CA {
-		if cert.Equal(vendor) {
-			return attest.Roots{}, fault.New("dev_roots_malformed", "development roots %q contain the vendor's root", d.Name)
-		}
+		return attest.Roots{}, err
 	}
 	return attest.Roots{TEE: dstack.SEVSNP, CA: []*x509.Certificate{cert}, Trust: dstack.TrustDevelopment}, nil
-}
-
-// Fingerprint returns the SHA-256 of a certificate's DER form, in hex.
-func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
-	return hex.EncodeToString(sum[:])
-}
-
-func describeRoot(cert *x509.Certificate, trust dstack.Trust) string {
-	if trust != dstack.TrustProduction {
-		// A development root bears AMD's name, since the name tells the product line; to
-		// print it would make it look like AMD's.
-		return fmt.Sprintf("a development root (sha256 %s)", Fingerprint(cert))
-	}
-	return fmt.Sprintf("%s (sha256 %s)", cert.Subject.CommonName, Fingerprint(cert))
 }

@@ -192,7 +192,7 @@ func TestVendorRootsAreThoseOfTheList(t *testing.T) {
 	}
 	for _, ca := range roots.CA {
 		cn := ca.Subject.CommonName
-		if got := sevsnp.Fingerprint(ca); got != want[cn] {
+		if got := attest.Fingerprint(ca); got != want[cn] {
 			t.Errorf("%s has fingerprint %s, want %s", cn, got, want[cn])
 		}
 		if err := ca.CheckSignatureFrom(ca); err != nil {

@@ -75,7 +75,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	}
 
 	claims := &attest.Claims{
-		TEE: dstack.SEVSNP, Trust: v.trust, Root: describeRoot(v.root, v.trust),
+		TEE: dstack.SEVSNP, Trust: v.trust, Root: attest.DescribeRoot(v.root, v.trust),
 		SNP: &attest.SNP{
 			Version: r.Version, GuestSVN: r.GuestSVN, Policy: r.Policy, FamilyID: r.FamilyID, ImageID: r.ImageID,
 			VMPL: r.VMPL, PlatformInfo: r.PlatformInfo, KeyInfo: r.KeyInfo,
@@ -180,7 +180,7 @@ func (v *verification) tryChain(leaf, intermediate *x509.Certificate) error {
 	root, trust := v.findRoot(intermediate)
 	if root == nil {
 		return fault.New("unknown_root", "%q (sha256 %s) is not certified by any of the given roots",
-			intermediate.Subject.CommonName, Fingerprint(intermediate))
+			intermediate.Subject.CommonName, attest.Fingerprint(intermediate))
 	}
 	product, ok := strings.CutPrefix(root.Subject.CommonName, cnARK)
 	if !ok || productOfName(product) != product {

@@ -53,7 +53,7 @@ func TestAGoodReportVerifies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if c.TEE != dstack.SEVSNP || c.Trust != dstack.TrustDevelopment || !strings.Contains(c.Root, sevsnp.Fingerprint(p.Root.Cert)) || strings.Contains(c.Root, "ARK") {
+				if c.TEE != dstack.SEVSNP || c.Trust != dstack.TrustDevelopment || !strings.Contains(c.Root, attest.Fingerprint(p.Root.Cert)) || strings.Contains(c.Root, "ARK") {
 					t.Errorf("%s, trust %s under %q", c.TEE, c.Trust, c.Root)
 				}
 				if c.TCBStatus != sevsnp.UpToDate || len(c.Advisories) != 0 || c.Debug || len(c.Unchecked) != 0 || c.Product != product {

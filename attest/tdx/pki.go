@@ -100,7 +100,7 @@ func (v *verification) chooseRoot(chain []*x509.Certificate, roots []attest.Root
 		return "", fault.New("no_roots", "no root certificate was given")
 	}
 	return "", fault.New("unknown_root", "the PCK certificate chain ends in %q (sha256 %s), which is none of the %d given roots",
-		top.Subject.CommonName, Fingerprint(top), known)
+		top.Subject.CommonName, attest.Fingerprint(top), known)
 }
 
 // checkChain verifies a chain of fixed shape: one certificate for each list of

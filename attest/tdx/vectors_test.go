@@ -80,7 +80,7 @@ func TestRealQuoteV5IsBelowEveryTCBLevel(t *testing.T) {
 
 func TestVendorRootIsTheOneIntelPublishes(t *testing.T) {
 	roots := tdx.VendorRoots()
-	if len(roots.CA) != 1 || tdx.Fingerprint(roots.CA[0]) != tdx.IntelRootSHA256 || roots.Trust != dstack.TrustProduction {
+	if len(roots.CA) != 1 || attest.Fingerprint(roots.CA[0]) != tdx.IntelRootSHA256 || roots.Trust != dstack.TrustProduction {
 		t.Errorf("vendor roots are %+v", roots)
 	}
 }

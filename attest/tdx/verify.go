@@ -119,7 +119,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 
 	body := q.Body()
 	claims := &attest.Claims{
-		TEE: dstack.TDX, Trust: trust, Root: describeRoot(v.anchor, trust),
+		TEE: dstack.TDX, Trust: trust, Root: attest.DescribeRoot(v.anchor, trust),
 		TDX: &attest.TDX{
 			MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
 			MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig,

@@ -46,7 +46,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if c.Trust != dstack.TrustDevelopment || !strings.Contains(c.Root, tdx.Fingerprint(p.Root.Cert)) {
+				if c.Trust != dstack.TrustDevelopment || !strings.Contains(c.Root, attest.Fingerprint(p.Root.Cert)) {
 					t.Errorf("trust %s under %s", c.Trust, c.Root)
 				}
 				if c.TCBStatus != tdx.UpToDate || len(c.Advisories) != 0 || c.TCBEvaluation != 18 || c.Debug {
@@ -639,7 +639,7 @@ func TestThreat_F03_CollateralIsJudgedAtTheStatedTime(t *testing.T) {
 // with its address.
 func TestThreat_M04_RootHasItsFingerprint(t *testing.T) {
 	roots := tdx.VendorRoots()
-	if len(roots.CA) != 1 || tdx.Fingerprint(roots.CA[0]) != tdx.IntelRootSHA256 {
+	if len(roots.CA) != 1 || attest.Fingerprint(roots.CA[0]) != tdx.IntelRootSHA256 {
 		t.Errorf("roots %v", roots)
 	}
 }

@@ -53,7 +53,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 		return nil, err
 	}
 	return &attest.Claims{
-		TEE: dstack.TPM, Trust: c.trust, Root: describeRoot(c.root(), c.trust),
+		TEE: dstack.TPM, Trust: c.trust, Root: attest.DescribeRoot(c.root(), c.trust),
 		TPM: &attest.TPM{
 			PCRs: clonePCRs(q.PCRs), PCRDigest: bytes.Clone(a.PCRDigest),
 			Clock: a.Clock, ResetCount: a.ResetCount, RestartCount: a.RestartCount, Safe: a.Safe,

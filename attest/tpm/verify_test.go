@@ -77,7 +77,7 @@ func TestAGoodQuoteVerifies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if claims.TEE != dstack.TPM || claims.Trust != dstack.TrustDevelopment || !strings.Contains(claims.Root, tpm.Fingerprint(m.Root.Cert)) || strings.Contains(claims.Root, "Test TPM Root") {
+			if claims.TEE != dstack.TPM || claims.Trust != dstack.TrustDevelopment || !strings.Contains(claims.Root, attest.Fingerprint(m.Root.Cert)) || strings.Contains(claims.Root, "Test TPM Root") {
 				t.Errorf("%s, trust %s under %s", claims.TEE, claims.Trust, claims.Root)
 			}
 			if !bytes.Equal(claims.ReportData, challenge) || claims.Debug {
@@ -668,7 +668,7 @@ func TestClaimsDoNotShareMemoryWithEvidence(t *testing.T) {
 
 func TestRootsAreWhatTheySay(t *testing.T) {
 	r := tpm.VendorRoots()
-	if len(r.CA) != 1 || tpm.Fingerprint(r.CA[0]) != tpm.GoogleRootSHA256 || r.Trust != dstack.TrustProduction || r.TEE != dstack.TPM {
+	if len(r.CA) != 1 || attest.Fingerprint(r.CA[0]) != tpm.GoogleRootSHA256 || r.Trust != dstack.TrustProduction || r.TEE != dstack.TPM {
 		t.Errorf("vendor roots = %+v", r)
 	}
 	if err := r.CA[0].CheckSignatureFrom(r.CA[0]); err != nil {
