@@ -64,6 +64,15 @@ func (b *build) buildKernel(ctx context.Context, pkg, dir string) (err error) {
 	}
 	tree := trees[0]
 
+	// The kernel's scripts split paths at spaces; a checkout may lie at one with some.
+	fragment, err := os.ReadFile(b.recipe("kernel.config"))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(tree, "dstack.config"), fragment, 0o644); err != nil {
+		return err
+	}
+
 	env := map[string]string{
 		"KBUILD_BUILD_TIMESTAMP": fmt.Sprintf("@%d", epoch), "KBUILD_BUILD_USER": "dstack", "KBUILD_BUILD_HOST": "dstack", "KBUILD_BUILD_VERSION": "1",
 	}
@@ -72,7 +81,7 @@ func (b *build) buildKernel(ctx context.Context, pkg, dir string) (err error) {
 	}
 	for _, argv := range [][]string{
 		{"make", "tinyconfig"},
-		{"scripts/kconfig/merge_config.sh", "-m", ".config", b.recipe("kernel.config")},
+		{"scripts/kconfig/merge_config.sh", "-m", ".config", "dstack.config"},
 		{"make", "olddefconfig"},
 		nil, // compare
 		{"make", fmt.Sprintf("-j%d", runtime.NumCPU()), "bzImage"},
