@@ -101,7 +101,7 @@ func (s *Service) Handler() (http.Handler, error) {
 }
 
 // headers are those of every reply. The page may run its own scripts and
-// WebAssembly, talk to this service alone, and be framed by nobody.
+// WebAssembly, ask the instances whose addresses it is given, and be framed by nobody.
 var headers = map[string]string{
 	"X-Content-Type-Options":       "nosniff",
 	"Referrer-Policy":              "no-referrer",
@@ -109,7 +109,7 @@ var headers = map[string]string{
 	"Cross-Origin-Opener-Policy":   "same-origin",
 	"Cross-Origin-Resource-Policy": "same-origin",
 	"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' data:; " +
-		"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+		"worker-src 'self'; connect-src 'self' https: http:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
 // servePages serves the files of a directory, and nothing outside of it, hidden in
