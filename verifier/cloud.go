@@ -62,7 +62,7 @@ func (a *appraisal) split(s *measure.Split, name string) (h dstack.ImageHash, ok
 // measured records that the launch is that of the image, on the word of whoever
 // expects it, or on the evidence's own.
 func (a *appraisal) measured(what, value string, h dstack.ImageHash, matched map[dstack.ImageHash]string) {
-	if origin, ok := matched[h]; ok {
+	if origin, ok := matched[h]; ok && !a.v.Has(Error, "image_hash_mismatch") {
 		a.anchorImage(h, origin)
 		a.anchor(what, value, "the measurement document named by the OS image hash")
 		return
