@@ -208,6 +208,9 @@ func TestNitroTPMGuest(t *testing.T) {
 		}},
 		{"an event taken out of the log", "log_replay_mismatch", func(g *nitroTPM, _ *request) { g.log = g.log[1:] }},
 		{"no log", "event_log_missing", func(g *nitroTPM, _ *request) { g.log = nil }},
+		{"a register that is not quoted", "nitro_pcr_missing", func(g *nitroTPM, _ *request) {
+			delete(g.module.Doc["nitrotpm_pcrs"].(map[any]any), 7)
+		}},
 		{"another kernel", "measurement_mismatch", func(g *nitroTPM, _ *request) {
 			g.module.Doc["nitrotpm_pcrs"].(map[any]any)[4] = make([]byte, 48)
 		}},

@@ -121,6 +121,16 @@ func TestSEVSNPMutationsAreRefused(t *testing.T) {
 			g.report = func(x *sevsnp.Report) { x.ChipID = [64]byte{} }
 			r.pol.Devices = []dstack.DeviceID{{}}
 		}},
+		{"a measurement document that is none", "measurement_malformed", func(g *snpGuest, _ *request) {
+			g.edit = func(e *attest.Evidence) {
+				e.Config = `{"os_image_hash":"` + strings.Repeat("11", 32) + `","sev_snp_measurement":"x"}`
+			}
+		}},
+		{"a measurement document that the image hash does not name", "image_hash_mismatch", func(g *snpGuest, _ *request) {
+			g.edit = func(e *attest.Evidence) {
+				e.Config = `{"os_image_hash":"` + strings.Repeat("11", 32) + `","sev_snp_measurement":"{\"checksum_file\":\"AA==\",\"measurement\":\"AA==\",\"vcpus\":1,\"vcpu_type\":\"EPYC-v4\",\"guest_features\":1}"}`
+			}
+		}},
 		{"the vendor's roots alone", "unknown_root", func(g *snpGuest, r *request) { r.pol.DevRoots = false }},
 	} {
 		t.Run(m.name, func(t *testing.T) {
