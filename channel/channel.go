@@ -15,7 +15,7 @@
 //
 //   - An attested channel ([Dial], [Listen]) is for dstack's own parts. Inside a
 //     TLS 1.3 session with its own ALPN token, before the first application byte,
-//     each end that is asked gives evidence made for this session: over keying
+//     each end that is asked gives evidence made for this connection: over keying
 //     material that TLS exports, the leaf keys of both ends, its role, the
 //     verifier's nonce and whom the verifier means. Relay, even by a thief of the
 //     TLS key, reflection and replay fail (C01, B08); the same app on another

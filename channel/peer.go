@@ -48,7 +48,7 @@ type Candidate struct {
 	At         time.Time
 
 	// Issued is when the RA-TLS certificate that carried the evidence began to be
-	// valid, by its own word; zero for evidence that was made for this session.
+	// valid, by its own word; zero for evidence that was made for this connection.
 	Issued time.Time
 }
 

@@ -443,13 +443,13 @@ func TestClaimsEndWithTheFirstThingTheyRestOn(t *testing.T) {
 func TestListsOfOtherIssuersAreNotRead(t *testing.T) {
 	// A name, and nothing that a list has.
 	name, _ := asn1.Marshal(pkix.Name{CommonName: "somebody else"}.ToRDNSequence())
-	stub, err := asn1.Marshal(struct {
+	truncated, err := asn1.Marshal(struct {
 		TBS struct{ Algorithm, Issuer asn1.RawValue }
 	}{struct{ Algorithm, Issuer asn1.RawValue }{asn1.NullRawValue, asn1.RawValue{FullBytes: name}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = verify(t, mutation{input: func(_ *machine, in *attest.Input) { in.Collateral.CRLs = append(in.Collateral.CRLs, stub) }})
+	_, err = verify(t, mutation{input: func(_ *machine, in *attest.Input) { in.Collateral.CRLs = append(in.Collateral.CRLs, truncated) }})
 	if err != nil {
 		t.Error(err)
 	}

@@ -43,7 +43,7 @@ func (a *Appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel
 	src := verifier.Source{Version: 1, Container: c.Container}
 	fresh, pol := verifier.Freshness{ReportData: c.ReportData[:]}, a.Policy
 	if c.Binding == channel.BindingSession {
-		pol.Evidence.MaxAgeSeconds = 0 // it was made for this session
+		pol.Evidence.MaxAgeSeconds = 0 // it was made for this connection
 	} else {
 		// It was made when the certificate was, and answers nobody's nonce (B08).
 		src.RATLS, src.Issued, fresh = c.SPKI, c.Issued, verifier.Freshness{ConnectionSPKI: c.SPKI}
