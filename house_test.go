@@ -64,7 +64,7 @@ var importTable = []importRule{
 	{
 		Why: "the ground floor knows no component",
 		From: []string{"api", "prpc", "hostlink", "hostshare", "attest", "collateral", "measure", "manifest",
-			"verifier", "channel", "osimage", "internal"},
+			"verifier", "channel", "keys", "osimage", "internal"},
 		Never: append([]string{"stack", "cli", "cmd", "simtee"}, components...),
 	},
 	{
@@ -74,7 +74,7 @@ var importTable = []importRule{
 	},
 	{
 		Why:   "the verifier is pure: it opens no socket and runs no program",
-		From:  []string{"verifier", "measure", "attest", "collateral", "manifest"},
+		From:  []string{"verifier", "measure", "attest", "collateral", "manifest", "keys"},
 		Never: []string{"net/http", "os/exec"},
 		Except: []string{
 			"manifest/lint", "manifest/lock", "collateral/fetch", "attest/collect", "attest/collect/tdx", "attest/collect/sim",
