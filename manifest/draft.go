@@ -43,6 +43,9 @@ type Draft struct {
 
 	ImagePolicy string
 	ImageLock   map[string]string
+	KeyScopes   map[string][]string
+	TimeServers []TimeServer
+	EnvSigners  [][]byte // Ed25519 public keys
 }
 
 // Build writes the normalised manifest: keys sorted, compact, UTF-8 unescaped,
@@ -144,6 +147,31 @@ func Build(d Draft) ([]byte, error) {
 			lock[ref] = digest
 		}
 		o["image_lock"] = lock
+	}
+	if len(d.KeyScopes) > 0 {
+		scopes := object{}
+		for name, paths := range d.KeyScopes {
+			scopes[name] = anys(paths)
+		}
+		o["key_scopes"] = scopes
+	}
+	if len(d.TimeServers) > 0 {
+		servers := []any{}
+		for _, t := range d.TimeServers {
+			e := object{"host": t.Host}
+			if t.CACert != "" {
+				e["ca_cert"] = t.CACert
+			}
+			servers = append(servers, e)
+		}
+		o["time_servers"] = servers
+	}
+	if len(d.EnvSigners) > 0 {
+		var signers []string
+		for _, key := range d.EnvSigners {
+			signers = append(signers, hex.EncodeToString(key))
+		}
+		o["env_signers"] = anys(signers)
 	}
 	b, err := appendJCS(nil, o)
 	if err != nil {

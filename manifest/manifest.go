@@ -24,6 +24,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"net"
 	"path"
 	"strconv"
 	"strings"
@@ -96,8 +97,11 @@ type Manifest struct {
 	Requirements    *Requirements  // requirements; nil when absent
 	VerityVolumes   []VerityVolume // verity_volumes
 
-	ImagePolicy string            // image_policy (ours): "" or "digest"
-	ImageLock   map[string]string // image_lock (ours): image reference -> "sha256:<64 hex>"
+	ImagePolicy string              // image_policy (ours): "" or "digest"
+	ImageLock   map[string]string   // image_lock (ours): image reference -> "sha256:<64 hex>"
+	KeyScopes   map[string][]string // key_scopes (ours): compose service -> key paths; see InScope
+	TimeServers []TimeServer        // time_servers (ours): empty, or at least MinTimeServers
+	EnvSigners  [][]byte            // env_signers (ours): Ed25519 public keys, 32 bytes each
 
 	Raw []byte // the exact bytes that were parsed
 }
@@ -152,6 +156,31 @@ type VerityVolume struct {
 	Source string   // source
 	Root   [32]byte // verity_root
 	Target string   // target: absolute path, unique
+}
+
+// TimeServer is one server of authenticated time (NTS, RFC 8915).
+type TimeServer struct {
+	Host   string // host: name:port of its key exchange
+	CACert string // ca_cert: PEM of the authority that certifies it; "" = the image's
+}
+
+// Limits of our fields.
+const (
+	MinTimeServers = 3 // one that lies must not decide
+	MaxTimeServers = 16
+	MaxEnvSigners  = 16
+	MaxKeyScopes   = 256 // services, and paths of one service
+)
+
+// InScope reports whether a key path lies in a service's scope: an entry that ends
+// in "/" stands for all paths below it, any other for itself.
+func InScope(scope []string, keyPath string) bool {
+	for _, s := range scope {
+		if s == keyPath || strings.HasSuffix(s, "/") && strings.HasPrefix(keyPath, s) {
+			return true
+		}
+	}
+	return false
 }
 
 // Platforms that requirements.platforms may name.
@@ -211,6 +240,9 @@ func Parse(raw []byte) (*Manifest, error) {
 	m.VerityVolumes = d.verityVolumes()
 	m.ImagePolicy = d.optionalString("image_policy")
 	m.ImageLock = d.imageLock()
+	m.KeyScopes = d.keyScopes()
+	m.TimeServers = d.timeServers()
+	m.EnvSigners = d.envSigners()
 	if d.err != nil {
 		return nil, d.err
 	}
@@ -239,7 +271,7 @@ func (m *Manifest) check(top object) error {
 		}
 	}
 	if m.StorageFS != "" || isString(top["storage_fs"]) {
-		if err := oneOf("storage_fs", m.StorageFS, "zfs", "ext4"); err != nil {
+		if err := oneOf("storage_fs", m.StorageFS, "zfs", "ext4", "xfs"); err != nil {
 			return err
 		}
 	}
@@ -746,6 +778,95 @@ func (d *decoder) imageLock() map[string]string {
 			return nil
 		}
 		out[ref] = digest
+	}
+	return out
+}
+
+// isService reports whether a compose file may call a service so (compose
+// specification, §services): letters, digits, '.', '_' and '-', not first.
+func isService(name string) bool {
+	for i, c := range []byte(name) {
+		alnum := c >= '0' && c <= '9' || c|0x20 >= 'a' && c|0x20 <= 'z'
+		if !alnum && (i == 0 || c != '.' && c != '_' && c != '-') {
+			return false
+		}
+	}
+	return name != "" && len(name) <= 128
+}
+
+// keyScopes is ours: which of the app's keys a service may ask for.
+func (d *decoder) keyScopes() map[string][]string {
+	v, ok := d.obj["key_scopes"]
+	if !ok || v == nil {
+		return nil
+	}
+	obj, ok := v.(object)
+	if !ok {
+		d.fail("key_scopes", "must be an object, not %s", kind(v))
+		return nil
+	}
+	if len(obj) > MaxKeyScopes {
+		d.fail("key_scopes", "has %d services, more than %d", len(obj), MaxKeyScopes)
+		return nil
+	}
+	in := &decoder{obj: obj, prefix: "key_scopes."}
+	out := make(map[string][]string, len(obj))
+	for name := range obj {
+		if !isService(name) {
+			d.fail("key_scopes", "%q is not the name of a service", clip(name))
+			return nil
+		}
+		out[name] = in.strings(name)
+		if len(out[name]) > MaxKeyScopes {
+			in.fail(name, "has %d paths, more than %d", len(out[name]), MaxKeyScopes)
+		}
+	}
+	d.merge(in)
+	return out
+}
+
+// timeServers is ours: whom the guest asks for the time instead of the image's list.
+func (d *decoder) timeServers() []TimeServer {
+	var out []TimeServer
+	seen := map[string]bool{}
+	for i, obj := range d.objects("time_servers") {
+		in := &decoder{obj: obj, prefix: fmt.Sprintf("time_servers[%d].", i)}
+		in.only("host", "ca_cert")
+		s := TimeServer{Host: in.requiredString("host"), CACert: in.optionalString("ca_cert")}
+		host, port, err := net.SplitHostPort(s.Host)
+		switch n, perr := strconv.ParseUint(port, 10, 16); {
+		case in.err != nil:
+		case err != nil || perr != nil || n == 0 || host == "":
+			in.fail("host", "%q is not name:port", clip(s.Host))
+		case seen[s.Host]:
+			in.fail("host", "%q is listed twice: it would count twice", clip(s.Host))
+		}
+		seen[s.Host] = true
+		d.merge(in)
+		out = append(out, s)
+	}
+	if _, ok := d.obj["time_servers"]; ok && (len(out) < MinTimeServers || len(out) > MaxTimeServers) {
+		d.fail("time_servers", "has %d servers; %d to %d are needed, so that one which lies is outvoted", len(out), MinTimeServers, MaxTimeServers)
+	}
+	return out
+}
+
+// envSigners is ours: who may write the app's environment.
+func (d *decoder) envSigners() [][]byte {
+	texts := d.strings("env_signers")
+	if _, ok := d.obj["env_signers"]; ok && len(texts) == 0 || len(texts) > MaxEnvSigners {
+		// An empty list would read as "nobody may" and work as "anybody may".
+		d.fail("env_signers", "has %d keys, not 1 to %d", len(texts), MaxEnvSigners)
+		return nil
+	}
+	var out [][]byte
+	for i, text := range texts {
+		b, err := hex.DecodeString(text)
+		if err != nil || len(b) != 32 {
+			d.fail("env_signers", "element %d is not an Ed25519 public key of 64 hexadecimal digits", i)
+			return nil
+		}
+		out = append(out, b)
 	}
 	return out
 }

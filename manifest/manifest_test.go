@@ -203,6 +203,13 @@ func TestAccepted(t *testing.T) {
 		{"roots of volumes may repeat", `"verity_volumes":[{"source":"a","verity_root":"` + strings.Repeat("5a", 32) + `","target":"/a"},{"source":"a","verity_root":"` + strings.Repeat("5a", 32) + `","target":"/b"}]`,
 			func(m *Manifest) bool { return len(m.VerityVolumes) == 2 }},
 		{"an image lock", `"image_policy":"digest","image_lock":{"nginx":"sha256:` + strings.Repeat("0a", 32) + `"}`, func(m *Manifest) bool { return len(m.ImageLock) == 1 && m.ImagePolicy == "digest" }},
+		{"the file system xfs", `"storage_fs":"xfs"`, func(m *Manifest) bool { return m.StorageFS == "xfs" }},
+		{"key scopes", `"key_scopes":{"web":["web/","shared"],"none":[]}`, func(m *Manifest) bool {
+			return InScope(m.KeyScopes["web"], "web/a") && InScope(m.KeyScopes["web"], "shared") && !InScope(m.KeyScopes["web"], "shared/a") &&
+				!InScope(m.KeyScopes["web"], "web") && !InScope(m.KeyScopes["web"], "webx") && !InScope(m.KeyScopes["none"], "") && len(m.KeyScopes) == 2
+		}},
+		{"time servers", `"time_servers":[{"host":"a:4460"},{"host":"b:4460","ca_cert":"x"},{"host":"[::1]:4460"}]`, func(m *Manifest) bool { return len(m.TimeServers) == 3 && m.TimeServers[1].CACert == "x" }},
+		{"signers of the environment", `"env_signers":["` + strings.Repeat("0a", 32) + `"]`, func(m *Manifest) bool { return len(m.EnvSigners) == 1 && m.EnvSigners[0][31] == 10 }},
 		{"a surrogate pair", `"bash_script":"\ud83d\ude00"`, func(m *Manifest) bool { return m.BashScript == "😀" }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -297,6 +304,19 @@ func TestRefused(t *testing.T) {
 		{"an image lock of 31 bytes", string(doc(`"image_lock":{"a":"sha256:` + root[2:] + `"}`)), "manifest_field"},
 		{"an image lock in upper case", string(doc(`"image_lock":{"a":"sha256:` + strings.ToUpper(root) + `"}`)), "manifest_field"},
 		{"an image lock without a name", string(doc(`"image_lock":{"":"sha256:` + root + `"}`)), "manifest_field"},
+		{"key scopes that are a list", string(doc(`"key_scopes":[]`)), "manifest_field"},
+		{"a key scope that is text", string(doc(`"key_scopes":{"web":"a"}`)), "manifest_field"},
+		{"a key scope of a service that climbs", string(doc(`"key_scopes":{"../web":[]}`)), "manifest_field"},
+		{"a key scope of a service without a name", string(doc(`"key_scopes":{"":[]}`)), "manifest_field"},
+		{"too many paths in a key scope", string(doc(`"key_scopes":{"web":[` + strings.Repeat(`"",`, MaxKeyScopes) + `""]}`)), "manifest_field"},
+		{"two time servers", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"}]`)), "manifest_field"},
+		{"no time server", string(doc(`"time_servers":[]`)), "manifest_field"},
+		{"a time server that counts twice", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"},{"host":"a:1"}]`)), "manifest_field"},
+		{"a time server without a port", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"},{"host":"c"}]`)), "manifest_field"},
+		{"a time server with port 0", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"},{"host":"c:0"}]`)), "manifest_field"},
+		{"an unknown field of a time server", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"},{"host":"c:1","ca":"x"}]`)), "manifest_unknown_field"},
+		{"no signer of the environment", string(doc(`"env_signers":[]`)), "manifest_field"},
+		{"a signer of 31 bytes", string(doc(`"env_signers":["` + root[2:] + `"]`)), "manifest_field"},
 		{"an image lock that is a list", string(doc(`"image_lock":[]`)), "manifest_field"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -339,6 +359,21 @@ func TestBuild(t *testing.T) {
 		`"port_policy":{"ports":[{"port":80}],"restrict_mode":true},"runner":"docker-compose","secure_time":false}`
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	ours := Draft{
+		Name: "n", KeyScopes: map[string][]string{"b": {"y/"}, "a": {}}, EnvSigners: [][]byte{make([]byte, 32)},
+		TimeServers: []TimeServer{{Host: "a:1"}, {Host: "b:1", CACert: "pem"}, {Host: "c:1"}},
+	}
+	text, err := Build(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]any{ours.KeyScopes, ours.EnvSigners, ours.TimeServers}, []any{m.KeyScopes, m.EnvSigners, m.TimeServers}); d != "" {
+		t.Error(d)
 	}
 	n, err := Normalise(got, false)
 	if err != nil || !bytes.Equal(n, got) {

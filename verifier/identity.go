@@ -132,6 +132,12 @@ func (a *appraisal) manifest() {
 	if m.RunsScripts() {
 		a.add(Warning, "runs_scripts", "manifest", "", "the manifest runs shell scripts in the guest; read them as you read the images' source")
 	}
+	if a.id.StorageNew {
+		a.add(Info, "storage_new", "event_log.storage-new", "", "the data disk was made new in this boot: if this instance had data before, the host took it away")
+	}
+	if len(m.EnvSigners) > 0 && a.id.EnvVersion > 0 {
+		a.add(Info, "env_version", "event_log.env-version", "", "the guest runs with version %d of the environment that the manifest's signers signed", a.id.EnvVersion)
+	}
 	if m.PublicLogs {
 		a.add(Warning, "public_logs", "manifest.public_logs", "", "anyone can read the containers' logs")
 	}

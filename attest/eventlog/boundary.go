@@ -4,6 +4,7 @@ package eventlog
 
 import (
 	"bytes"
+	"encoding/binary"
 	"slices"
 	"strings"
 
@@ -12,7 +13,7 @@ import (
 )
 
 // Names of the events that the guest's init commits, in boot order
-// (attestation.md §3.5; SystemChannelKey is ours).
+// (attestation.md §3.5; StorageNew, EnvVersion and SystemChannelKey are ours).
 const (
 	SystemPreparing  = "system-preparing"   // empty
 	AppIDEvent       = "app-id"             // 20 bytes
@@ -25,6 +26,8 @@ const (
 	OSImageHash      = "os-image-hash"      // 32 bytes
 	KeyProvider      = "key-provider"       // compact JSON {"name":…,"id":…}
 	StorageFS        = "storage-fs"         // ASCII
+	StorageNew       = "storage-new"        // empty; ours: a lasting data disk was made in this boot
+	EnvVersion       = "env-version"        // uint64, big-endian; ours: of the signed environment in use
 	SystemChannelKey = "system-channel-key" // 32 bytes, SHA-256 of the SPKI in DER
 	SystemReady      = "system-ready"       // empty; what follows is the application's
 )
@@ -49,8 +52,10 @@ var reserved = map[string]struct {
 	OSImageHash:      {8, dstack.ImageHashSize, 1},
 	KeyProvider:      {9, -1, 1},
 	StorageFS:        {10, -1, 1},
-	SystemChannelKey: {11, 32, 1},
-	SystemReady:      {12, 0, 1},
+	StorageNew:       {11, 0, 1},
+	EnvVersion:       {12, 8, 1},
+	SystemChannelKey: {13, 32, 1},
+	SystemReady:      {14, 0, 1},
 }
 
 // reservedPrefixes are kept for the system: a name that begins with one and is
@@ -75,6 +80,8 @@ type Identity struct {
 	InstanceID       []byte   // 20 bytes, or empty when the app has none
 	KeyProvider      string   // raw JSON of the key-provider event, or empty
 	StorageFS        string   // such as ext4, or empty
+	StorageNew       bool     // whether the lasting data disk was made in this boot
+	EnvVersion       uint64   // of the signed environment, or 0
 	OSImageHash      []byte   // 32 bytes, or nil when the event is absent
 	ChannelKey       []byte   // SHA-256 of the system channel key's SPKI, or nil
 	InitScriptHashes [][]byte // 32 bytes each
@@ -172,6 +179,10 @@ func (id *Identity) take(e Event) {
 		id.KeyProvider = string(e.Payload)
 	case StorageFS:
 		id.StorageFS = string(e.Payload)
+	case StorageNew:
+		id.StorageNew = true
+	case EnvVersion:
+		id.EnvVersion = binary.BigEndian.Uint64(e.Payload)
 	case SystemChannelKey:
 		id.ChannelKey = bytes.Clone(e.Payload)
 	case SystemReady:

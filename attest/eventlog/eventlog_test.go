@@ -266,7 +266,7 @@ func bootLog(t testing.TB) []Event {
 	}{
 		{SystemPreparing, 0}, {AppIDEvent, 20}, {ComposeHashEvent, 32}, {InitScriptHash, 32}, {InitScriptHash, 32},
 		{GPUPolicyHash, 32}, {InstanceIDEvent, 20}, {BootMRDone, 0}, {OSImageHash, 32}, {KeyProvider, 23}, {StorageFS, 4},
-		{SystemChannelKey, 32}, {SystemReady, 0}, {"my-app", 3},
+		{StorageNew, 0}, {EnvVersion, 8}, {SystemChannelKey, 32}, {SystemReady, 0}, {"my-app", 3},
 	} {
 		log = append(log, ev(t, e.name, bytes.Repeat([]byte{7}, e.payload)))
 	}
@@ -292,7 +292,7 @@ func TestBoundaryReadsACompleteBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	if id.AppID != (dstack.AppID(bytes.Repeat([]byte{7}, 20))) || len(id.InstanceID) != 20 || len(id.OSImageHash) != 32 || len(id.ChannelKey) != 32 ||
-		len(id.InitScriptHashes) != 2 || len(id.GPUPolicyHash) != 32 || len(id.KeyProvider) != 23 || len(id.StorageFS) != 4 || !id.SystemReady {
+		len(id.InitScriptHashes) != 2 || len(id.GPUPolicyHash) != 32 || len(id.KeyProvider) != 23 || len(id.StorageFS) != 4 || !id.StorageNew || id.EnvVersion == 0 || !id.SystemReady {
 		t.Errorf("identity %+v", id)
 	}
 	// An app without instance ids, on a guest older than the optional events.
