@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"testing"
 
 	"github.com/dstack-go/dstack"
@@ -174,19 +175,16 @@ func TestInstanceInfoIsWhatTheHostStores(t *testing.T) {
 }
 
 func TestUnsupportedManifests(t *testing.T) {
-	req := json.RawMessage(`{"launch_token_hash":"` + testHash + `"}`)
 	for name, c := range map[string]struct {
 		draft manifest.Draft
 		code  string
 	}{
 		"a plain one":                  {manifest.Draft{}, ""},
-		"bash":                         {manifest.Draft{Runner: "bash", BashScript: "true"}, "manifest_unsupported"},
+		"bash":                         {manifest.Draft{Runner: "bash", BashScript: "true"}, ""},
+		"bash without a script":        {manifest.Draft{Runner: "bash"}, "manifest_field"},
+		"scopes without services":      {manifest.Draft{Runner: "bash", BashScript: "true", KeyScopes: map[string][]string{"a": {"a/"}}}, "manifest_unsupported"},
 		"nerdctl":                      {manifest.Draft{Runner: "nerdctl-compose"}, "manifest_unsupported"},
-		"zfs by name":                  {manifest.Draft{StorageFS: "zfs"}, "manifest_unsupported"},
-		"ext4 by name":                 {manifest.Draft{StorageFS: "ext4"}, ""},
-		"swap":                         {manifest.Draft{SwapSize: 1 << 30}, "manifest_unsupported"},
-		"volumes":                      {manifest.Draft{VerityVolumes: []manifest.VerityVolume{{Source: "a", Target: "/a"}}}, "manifest_unsupported"},
-		"a launch token":               {manifest.Draft{Requirements: req}, "manifest_unsupported"},
+		"a policy for GPUs":            {manifest.Draft{Requirements: json.RawMessage(`{"gpu_policy":{"rego":"package policy"}}`)}, "manifest_unsupported"},
 		"a platform list without ours": {manifest.Draft{Requirements: json.RawMessage(`{"platforms":["dstack-amd-sev-snp"]}`)}, "requirement_platform"},
 		"a platform list with ours":    {manifest.Draft{Requirements: json.RawMessage(`{"platforms":["dstack-tdx"]}`)}, ""},
 		"an empty platform list":       {manifest.Draft{Requirements: json.RawMessage(`{"platforms":[]}`)}, "requirement_platform"},
@@ -199,6 +197,31 @@ func TestUnsupportedManifests(t *testing.T) {
 				t.Fatalf("error %v, want code %q", err, c.code)
 			}
 		})
+	}
+}
+
+func TestTheLaunchToken(t *testing.T) {
+	const token = "unit-test-launch-token-0000000001"
+	hash, err := manifest.LaunchTokenHash(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := parsed(t, manifest.Draft{Requirements: json.RawMessage(fmt.Sprintf(`{"launch_token_hash":"%x"}`, hash))})
+	for name, c := range map[string]struct{ config, code string }{
+		"the token":               {`{"dstack":{"launch_token":"` + token + `"},"app":1}`, ""},
+		"another":                 {`{"dstack":{"launch_token":"` + token + `x"}}`, "launch_token"},
+		"a short one":             {`{"dstack":{"launch_token":"test"}}`, "launch_token"},
+		"none":                    {`{"dstack":{}}`, "launch_token"},
+		"in another place":        {`{"launch_token":"` + token + `"}`, "launch_token"},
+		"no user configuration":   {``, "launch_token"},
+		"a configuration of text": {token, "launch_token"},
+	} {
+		if err := launchToken(m, []byte(c.config)); fault.Code(err) != c.code {
+			t.Errorf("%s: %v, want %q", name, err, c.code)
+		}
+	}
+	if err := launchToken(parsed(t, manifest.Draft{}), nil); err != nil {
+		t.Errorf("without the demand: %v", err)
 	}
 }
 

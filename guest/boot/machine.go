@@ -15,7 +15,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -277,6 +276,9 @@ func (m *Machine) parse(context.Context) error {
 	if m.sysConfig, err = hostshare.ParseSysConfig(m.files[hostshare.SysConfigName]); err != nil {
 		return err
 	}
+	if err := launchToken(m.manifest, m.files[hostshare.UserConfigName]); err != nil {
+		return err
+	}
 	m.instance = &hostshare.InstanceInfo{}
 	if text, ok := m.files[hostshare.InstanceInfoName]; ok {
 		if m.instance, err = hostshare.ParseInstanceInfo(text); err != nil {
@@ -288,52 +290,6 @@ func (m *Machine) parse(context.Context) error {
 		// that is no document pins nothing here and fails there.
 		if doc, err := mrconfig.Parse([]byte(text)); err == nil {
 			m.document = &doc
-		}
-	}
-	return nil
-}
-
-// platformNames is how requirements.platforms calls the TEEs.
-var platformNames = map[dstack.TEE]string{dstack.TDX: "dstack-tdx", dstack.SEVSNP: "dstack-amd-sev-snp"}
-
-// supported refuses what a manifest demands and this system cannot give, before
-// anything is measured. Codes: manifest_unsupported, requirement_platform,
-// requirement_os_version.
-func supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
-	unsupported := func(format string, args ...any) error {
-		return fault.New("manifest_unsupported", format, args...).WithFix("remove it from the manifest, or use an image that has it")
-	}
-	switch {
-	case m.Runner != manifest.RunnerDockerCompose:
-		return unsupported("the runner %s is not available in this image", m.Runner)
-	case m.DockerComposeFile == "":
-		return fault.New("manifest_field", "manifest field docker_compose_file is empty")
-	case m.StorageFS == "zfs":
-		return unsupported("storage_fs zfs is not available in this image")
-	case len(m.VerityVolumes) > 0:
-		return unsupported("verity_volumes are not available in this image")
-	case m.SwapSize > 0:
-		return unsupported("swap_size is not available in this image")
-	}
-	r := m.Requirements
-	if r == nil {
-		return nil
-	}
-	if len(r.LaunchTokenHash) > 0 {
-		return unsupported("requirements.launch_token_hash is not available in this image")
-	}
-	if r.TDXMeasureACPITables != nil && tee != dstack.TDX {
-		return fault.New("requirement_platform", "requirements.tdx_measure_acpi_tables is for TDX, but this is %s", tee)
-	}
-	if r.HasPlatforms && !slices.Contains(r.Platforms, platformNames[tee]) {
-		return fault.New("requirement_platform", "the manifest runs on %s only, but this is %s", strings.Join(r.Platforms, ", "), platformNames[tee]).
-			WithFix("run it on one of these platforms")
-	}
-	if r.OSVersion != "" {
-		ok, err := manifest.MatchOSVersion(r.OSVersion, version)
-		if err != nil || !ok {
-			return fault.New("requirement_os_version", "the manifest demands the OS version %q, but this is %q", r.OSVersion, version).
-				WithFix("use an image with such a version")
 		}
 	}
 	return nil

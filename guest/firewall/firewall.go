@@ -8,10 +8,12 @@
 // accept only passes the packet on to later chains. So whatever rules the engine
 // adds, a packet that this table drops stays dropped.
 //
-// Two states. [Closed], loaded before the network interface comes up: loopback
-// and nothing else; not one packet from outside is accepted. [Open], after the
-// boot has measured system-ready: in addition exactly the ports of the measured
-// policy, and what the app's containers send out.
+// Three states. [Closed], loaded before the network interface comes up: loopback
+// and nothing else; not one packet from outside is accepted. [Outbound], while the
+// boot asks for the time or for keys: connections that PID 1 itself opens, and the
+// replies to them; whoever knocks is dropped still. [Open], after the boot has
+// measured system-ready: in addition exactly the ports of the measured policy, and
+// what the app's containers send out.
 //
 // Guarantees: each change is one netlink transaction, so there is no moment with
 // half a rule set or none. Trusts: the kernel, and the manifest, which is measured.
@@ -74,13 +76,25 @@ func ifname(s string) []byte {
 }
 
 // Closed loads the table in its closed state, replacing what it held.
-func Closed(opts ...nftables.ConnOption) error { return load(nil, opts...) }
+func Closed(opts ...nftables.ConnOption) error { return load(closed, nil, opts...) }
+
+// Outbound loads the table in the state in which the machine may ask and not be asked.
+func Outbound(opts ...nftables.ConnOption) error { return load(outbound, nil, opts...) }
 
 // Open loads the table in its open state under the policy.
-func Open(p Policy, opts ...nftables.ConnOption) error { return load(&p, opts...) }
+func Open(p Policy, opts ...nftables.ConnOption) error { return load(open, &p, opts...) }
 
-// load replaces the whole table in one transaction.
-func load(p *Policy, opts ...nftables.ConnOption) error {
+// state is how far the table is open.
+type state int
+
+const (
+	closed state = iota
+	outbound
+	open
+)
+
+// load replaces the whole table in one transaction. p is for the state open.
+func load(s state, p *Policy, opts ...nftables.ConnOption) error {
 	conn, err := nftables.New(opts...)
 	if err != nil {
 		return fmt.Errorf("open netlink for nftables: %w", err)
@@ -102,9 +116,9 @@ func load(p *Policy, opts ...nftables.ConnOption) error {
 		hook  *nftables.ChainHook
 		rules [][]expr.Any
 	}{
-		{"input", nftables.ChainHookInput, inputRules(p, ports)},
-		{"output", nftables.ChainHookOutput, outputRules(p)},
-		{"forward", nftables.ChainHookForward, forwardRules(p, ports)},
+		{"input", nftables.ChainHookInput, inputRules(s, p, ports)},
+		{"output", nftables.ChainHookOutput, outputRules(s)},
+		{"forward", nftables.ChainHookForward, forwardRules(s, p, ports)},
 	} {
 		drop := nftables.ChainPolicyDrop
 		chain := conn.AddChain(&nftables.Chain{
@@ -139,11 +153,11 @@ func portSet(conn *nftables.Conn, table *nftables.Table, ports []uint16) (*nftab
 	return set, nil
 }
 
-func inputRules(p *Policy, ports *nftables.Set) [][]expr.Any {
+func inputRules(s state, p *Policy, ports *nftables.Set) [][]expr.Any {
 	rules := [][]expr.Any{
 		rule(meta(expr.MetaKeyIIFNAME, ifname("lo")), accept()),
 	}
-	if p == nil {
+	if s == closed {
 		// No established traffic either: nothing was allowed to start any.
 		return rules
 	}
@@ -154,6 +168,9 @@ func inputRules(p *Policy, ports *nftables.Set) [][]expr.Any {
 	// advertisement 136, from the link only. No router advertisements.
 	for _, typ := range []byte{135, 136} {
 		rules = append(rules, rule(icmp6(typ), hopLimit255(), accept()))
+	}
+	if s == outbound {
+		return rules
 	}
 	if p.AnyPort {
 		for _, proto := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
@@ -173,19 +190,19 @@ func inputRules(p *Policy, ports *nftables.Set) [][]expr.Any {
 	return rules
 }
 
-func outputRules(p *Policy) [][]expr.Any {
-	if p == nil {
+func outputRules(s state) [][]expr.Any {
+	if s == closed {
 		// DHCP needs no rule: its client sends and receives on a packet socket,
 		// which netfilter does not see.
 		return [][]expr.Any{rule(meta(expr.MetaKeyOIFNAME, ifname("lo")), accept())}
 	}
-	// Once the app runs it may talk to anyone, also from the guest's own network
-	// namespace (network_mode: host). Nothing of ours opens connections on its own.
+	// Before the app there is nobody but PID 1 to send anything. Once it runs it may
+	// talk to anyone, also from the guest's own network namespace (network_mode: host).
 	return [][]expr.Any{rule(accept())}
 }
 
-func forwardRules(p *Policy, ports *nftables.Set) [][]expr.Any {
-	if p == nil {
+func forwardRules(s state, p *Policy, ports *nftables.Set) [][]expr.Any {
+	if s != open {
 		return nil
 	}
 	rules := [][]expr.Any{

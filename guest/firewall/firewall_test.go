@@ -372,3 +372,26 @@ func TestClosedAgainShutsWhatWasOpen(t *testing.T) {
 		check(t, []attempt{{"closed", l.outside, guestV4, AgentPort, false}})
 	}
 }
+
+// While the boot asks for time and keys, it may ask and cannot be asked (threats.md
+// K05).
+func TestThreat_K05_OutboundAsksAndIsNotAsked(t *testing.T) {
+	l := newLab(t)
+	serve(t, l.guest, AgentPort)
+	serve(t, l.guest, 22)
+	serve(t, l.container, insidePort)
+	serve(t, l.outside, 443)
+	l.engineRules(t)
+	if err := Outbound(guestConn(l)); err != nil {
+		t.Fatal(err)
+	}
+	check(t, []attempt{
+		{"the guest reaches out", l.guest, outsideV4, 443, true},
+		{"the guest reaches out over IPv6", l.guest, outsideV6, 443, true},
+		{"outside reaches the agent", l.outside, guestV4, AgentPort, false},
+		{"outside reaches the agent over IPv6", l.outside, guestV6, AgentPort, false},
+		{"outside reaches another port", l.outside, guestV4, 22, false},
+		{"outside reaches a published port", l.outside, guestV4, publishedPort, false},
+		{"a container reaches out", l.container, outsideV4, 443, false},
+	})
+}
