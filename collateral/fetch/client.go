@@ -10,10 +10,10 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/flight"
 )
 
 // HTTP says how to ask. The zero value is for production.
@@ -40,17 +40,7 @@ type client struct {
 	HTTP
 	http *http.Client
 
-	mu      sync.Mutex
-	flights map[string]*flight // by URL
-}
-
-// flight is one item under way, and those who wait for it.
-type flight struct {
-	waiters int // guarded by client.mu
-	cancel  context.CancelFunc
-	done    chan struct{} // closed when the rest is set
-	answer  *answer
-	err     error
+	flights flight.Group[string, *answer] // by URL
 }
 
 // answer is a response of status 200.
@@ -76,9 +66,8 @@ func newClient(h HTTP) *client {
 	h.Backoff = cmp.Or(h.Backoff, 500*time.Millisecond)
 	h.UserAgent = cmp.Or(h.UserAgent, "dstack")
 	return &client{
-		HTTP:    h,
-		http:    &http.Client{Transport: h.RoundTripper, CheckRedirect: sameHost},
-		flights: map[string]*flight{},
+		HTTP: h,
+		http: &http.Client{Transport: h.RoundTripper, CheckRedirect: sameHost},
 	}
 }
 
@@ -96,43 +85,15 @@ func sameHost(r *http.Request, via []*http.Request) error {
 // get returns one item of at most limit bytes. Callers that want the same URL at
 // the same time share one request, which ends when the last of them has left.
 func (c *client) get(ctx context.Context, what, url string, limit int) (*answer, error) {
-	c.mu.Lock()
-	f := c.flights[url]
-	if f == nil {
-		work, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.Total)
-		f = &flight{cancel: cancel, done: make(chan struct{})}
-		c.flights[url] = f
-		go func() {
-			defer cancel()
-			f.answer, f.err = c.try(work, what, url, limit)
-			c.mu.Lock()
-			c.forget(url, f)
-			c.mu.Unlock()
-			close(f.done)
-		}()
+	a, _, err := c.flights.Do(ctx, context.WithoutCancel(ctx), url, func(ctx context.Context) (*answer, error) {
+		ctx, cancel := context.WithTimeout(ctx, c.Total)
+		defer cancel()
+		return c.try(ctx, what, url, limit)
+	})
+	if err != nil && err == ctx.Err() {
+		return nil, fault.Wrap(err, "collateral_cancelled", "get the %s", what)
 	}
-	f.waiters++
-	c.mu.Unlock()
-
-	select {
-	case <-f.done:
-		return f.answer, f.err
-	case <-ctx.Done():
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if f.waiters--; f.waiters == 0 {
-			c.forget(url, f)
-			f.cancel()
-		}
-		return nil, fault.Wrap(ctx.Err(), "collateral_cancelled", "get the %s", what)
-	}
-}
-
-// forget removes a flight, unless another has taken its place.
-func (c *client) forget(url string, f *flight) {
-	if c.flights[url] == f {
-		delete(c.flights, url)
-	}
+	return a, err
 }
 
 // try asks until there is an answer, a refusal, or no attempt left.

@@ -43,6 +43,7 @@ import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/flight"
 	"github.com/dstack-go/dstack/measure"
 )
 
@@ -79,21 +80,13 @@ type Cache struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	work   chan struct{} // a token for each image under way
-	group  sync.WaitGroup
 
-	mu      sync.Mutex
-	flights map[dstack.ImageHash]*flight
-	failed  map[dstack.ImageHash]failure
+	flights flight.Group[dstack.ImageHash, *Image]
+
+	mu     sync.Mutex
+	failed map[dstack.ImageHash]failure
 
 	hits, downloads, failures atomic.Uint64
-}
-
-type flight struct {
-	waiters int // guarded by Cache.mu
-	cancel  context.CancelFunc
-	done    chan struct{} // closed when the rest is set
-	image   *Image
-	err     error
 }
 
 type failure struct {
@@ -195,8 +188,8 @@ func Open(dir string, o Options) (*Cache, error) {
 	sweep(tmp, o.Now().Add(-leftoverAge))
 	c := &Cache{
 		Options: o, dir: images, work: make(chan struct{}, maxWork),
-		flights: map[dstack.ImageHash]*flight{}, failed: map[dstack.ImageHash]failure{},
-		http: &http.Client{Transport: o.RoundTripper, CheckRedirect: sameHost},
+		failed: map[dstack.ImageHash]failure{},
+		http:   &http.Client{Transport: o.RoundTripper, CheckRedirect: sameHost},
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if own != nil {
@@ -266,7 +259,7 @@ func owner(st fs.FileInfo) int {
 // Close ends downloads under way and waits for them.
 func (c *Cache) Close() {
 	c.cancel()
-	c.group.Wait()
+	c.flights.Wait()
 }
 
 // Get returns an image. Codes: image_missing (not in the cache, and nothing may be
@@ -279,51 +272,30 @@ func (c *Cache) Get(ctx context.Context, h dstack.ImageHash) (*Image, error) {
 		c.mu.Unlock()
 		return nil, f.err
 	}
-	f := c.flights[h]
-	if f != nil {
-		c.hits.Add(1)
-	} else {
-		work, cancel := context.WithTimeout(c.ctx, c.Timeout)
-		f = &flight{cancel: cancel, done: make(chan struct{})}
-		c.flights[h] = f
-		c.group.Go(func() {
-			defer cancel()
-			f.image, f.err = c.get(work, h)
-			c.mu.Lock()
-			c.forget(h, f)
-			if f.err != nil && work.Err() != context.Canceled {
-				c.remember(h, f.err)
-			}
-			c.mu.Unlock()
-			close(f.done)
-		})
-	}
-	f.waiters++
 	c.mu.Unlock()
-	select {
-	case <-f.done:
-		return f.image, f.err
-	case <-ctx.Done():
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if f.waiters--; f.waiters == 0 {
-			c.forget(h, f)
-			f.cancel()
+	img, shared, err := c.flights.Do(ctx, c.ctx, h, func(ctx context.Context) (*Image, error) {
+		work, cancel := context.WithTimeout(ctx, c.Timeout)
+		defer cancel()
+		img, err := c.get(work, h)
+		if err != nil && work.Err() != context.Canceled {
+			c.remember(h, err)
 		}
-		return nil, fault.Wrap(ctx.Err(), "image_cancelled", "get the image %s", h)
+		return img, err
+	})
+	if shared {
+		c.hits.Add(1)
 	}
-}
-
-// forget removes a flight, unless another has taken its place.
-func (c *Cache) forget(h dstack.ImageHash, f *flight) {
-	if c.flights[h] == f {
-		delete(c.flights, h)
+	if err != nil && err == ctx.Err() {
+		return nil, fault.Wrap(err, "image_cancelled", "get the image %s", h)
 	}
+	return img, err
 }
 
 // remember keeps a failure, so that evidence of an image that nobody has does not
 // make us ask for it each time.
 func (c *Cache) remember(h dstack.ImageHash, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	now := c.Now()
 	if len(c.failed) >= maxRemembered {
 		for k, f := range c.failed {

@@ -189,9 +189,7 @@ func TestFailuresAreRememberedForAWhile(t *testing.T) {
 	ask("image_download", 3)
 	// What is remembered is bounded.
 	for i := range 2 * maxRemembered {
-		c.mu.Lock()
 		c.remember(dstack.ImageHash{1, byte(i), byte(i >> 8)}, fault.New("image_download", "x"))
-		c.mu.Unlock()
 	}
 	if n := len(c.failed); n > maxRemembered {
 		t.Errorf("%d failures are remembered", n)
