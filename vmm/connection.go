@@ -403,6 +403,9 @@ func (c *connection) hostAPI() http.Handler {
 				return nil, fault.New("vm_not_running", "this run is over")
 			}
 			v.guestEvent(n.Event, n.Payload)
+			if n.Event == "instance.info" {
+				return nil, v.takeInstanceInfo(c.run, n.Payload)
+			}
 			return nil, nil
 		}),
 		prpc.Unary("GetSealingKey", func(context.Context, *hostapi.GetSealingKeyRequest) (*hostapi.GetSealingKeyResponse, error) {
@@ -411,9 +414,7 @@ func (c *connection) hostAPI() http.Handler {
 	)
 }
 
-// guestEvent records a notification and follows it (vmm.md §9.1). instance.info
-// does not replace .instance_info: this host fixed the instance's identity before
-// the launch, and the guest's word cannot change it.
+// guestEvent records a notification and follows it (vmm.md §9.1).
 func (v *vm) guestEvent(name, payload string) {
 	if strings.HasPrefix(name, "vm.") { // names of the VMM's own events
 		name = "guest." + name

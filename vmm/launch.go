@@ -91,6 +91,8 @@ func (v *vm) prepare(ctx context.Context) error {
 		return fault.New("image_altered", "image %s is now %s; the VM was created for %s", v.spec.Image, img.Hash, v.spec.ImageHash).
 			WithFix("put the old image back, or create the VM again")
 	}
+	v.filesMu.Lock()
+	defer v.filesMu.Unlock()
 	files, err := loadShared(v.dir)
 	if err != nil {
 		return err
@@ -126,31 +128,6 @@ func (v *vm) prepare(ctx context.Context) error {
 		return diskFull(v.resetTEE(ctx, img, bin.Version, doc), "prepare VM "+v.spec.ID)
 	}
 	return nil
-}
-
-// instance returns the instance's identity. The host fixes it before the launch,
-// since the configuration document commits to it. Where nothing outlives a boot
-// (key provider none) each boot is a new instance (vmm.md §6.3).
-func (v *vm) instance(old []byte) (*hostshare.InstanceInfo, error) {
-	app := v.spec.AppID
-	out := &hostshare.InstanceInfo{AppID: &app}
-	if v.manifest.NoInstanceID {
-		return out, nil
-	}
-	if v.manifest.KeyProviderKind() != manifest.KeyProviderNone && old != nil {
-		info, err := hostshare.ParseInstanceInfo(old)
-		if err != nil {
-			return nil, err
-		}
-		out.InstanceIDSeed = info.InstanceIDSeed
-	}
-	if len(out.InstanceIDSeed) == 0 {
-		out.InstanceIDSeed = make([]byte, dstack.InstanceIDSize)
-		rand.Read(out.InstanceIDSeed)
-	}
-	id := instanceID(out.InstanceIDSeed, app)
-	out.InstanceID = &id
-	return out, nil
 }
 
 // configDocument is the launch commitment, always in its third form.

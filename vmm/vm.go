@@ -40,6 +40,8 @@ type vm struct {
 	wake     chan struct{}   // there may be effects to perform
 	ready    chan struct{}   // closed when it was taken over
 
+	filesMu sync.Mutex // held while files for the guest are read and written
+
 	mu        sync.Mutex
 	changed   chan struct{} // closed and replaced when anything below or the state changes
 	report    report
