@@ -431,7 +431,7 @@ func TestHostAPI(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	got := w.info(g.v.spec.ID)
+	got := w.info(g.v.spec().ID)
 	if got.BootProgress != "setting up docker" || got.ShutdownProgress != "stopping" {
 		t.Errorf("%+v", got)
 	}
@@ -441,18 +441,18 @@ func TestHostAPI(t *testing.T) {
 	if got.ExitedAt != nil {
 		t.Error("the guest forged an event of the VMM")
 	}
-	before, _ := os.ReadFile(filepath.Join(g.v.dir, sharedDir, ".instance_info"))
+	before, _ := os.ReadFile(filepath.Join(g.v.shared(), ".instance_info"))
 	if err := g.notify("instance.info", `{"instance_id":"`+strings.Repeat("ab", 20)+`"}`); err != nil {
 		t.Fatal(err)
 	}
-	if after, _ := os.ReadFile(filepath.Join(g.v.dir, sharedDir, ".instance_info")); !bytes.Equal(before, after) {
+	if after, _ := os.ReadFile(filepath.Join(g.v.shared(), ".instance_info")); !bytes.Equal(before, after) {
 		t.Error("the guest changed its instance's identity")
 	}
 	// Reports outlive the VMM.
 	g.c.close()
 	w.close()
 	w.open()
-	if again := w.info(g.v.spec.ID); again.BootError != got.BootError || again.BootProgress != got.BootProgress {
+	if again := w.info(g.v.spec().ID); again.BootError != got.BootError || again.BootProgress != got.BootProgress {
 		t.Error("the report is lost")
 	}
 }
@@ -470,7 +470,7 @@ func TestNotificationsAreLimited(t *testing.T) {
 	if refused == 0 {
 		t.Error("no limit")
 	}
-	if n := len(w.info(g.v.spec.ID).Events); n > w.config.EventBufferSize {
+	if n := len(w.info(g.v.spec().ID).Events); n > w.config.EventBufferSize {
 		t.Errorf("%d events", n)
 	}
 	t.Logf("%d of %d refused", refused, 2*notifyBurst)
@@ -574,13 +574,13 @@ func TestGuestAPIProxyAndShutdown(t *testing.T) {
 	g.v.conn = g.c
 	g.v.mu.Unlock()
 	defer func() { g.v.mu.Lock(); g.v.conn = nil; g.v.mu.Unlock() }()
-	if status, body := w.post("/guest/Info?json", `{"id":"`+g.v.spec.ID+`"}`); status != 200 || !strings.Contains(body, `"version":"0.6.0"`) {
+	if status, body := w.post("/guest/Info?json", `{"id":"`+g.v.spec().ID+`"}`); status != 200 || !strings.Contains(body, `"version":"0.6.0"`) {
 		t.Fatalf("%d %s", status, body)
 	}
-	if status, body := w.post("/guest/ListContainers?json", `{"id":"`+g.v.spec.ID+`"}`); status != 400 {
+	if status, body := w.post("/guest/ListContainers?json", `{"id":"`+g.v.spec().ID+`"}`); status != 400 {
 		t.Fatalf("%d %s", status, body)
 	}
-	if status, body := w.post("/guest/Shutdown?json", `{"id":"`+g.v.spec.ID+`"}`); status != 200 || !<-asked {
+	if status, body := w.post("/guest/Shutdown?json", `{"id":"`+g.v.spec().ID+`"}`); status != 200 || !<-asked {
 		t.Fatalf("%d %s", status, body)
 	}
 	if status, body := w.post("/guest/Info?json", `{"id":"none"}`); status != 400 || !strings.Contains(body, "vm_not_found") {

@@ -75,7 +75,7 @@ func (v *vm) connect(run uint64) error {
 	v.mu.Lock()
 	v.conn = c
 	v.mu.Unlock()
-	if v.spec.TEE == TEESim {
+	if v.spec().TEE == TEESim {
 		if id, err := teeSlot(v.dir).Holder(); err == nil && id != nil {
 			v.watchTEE(*id, run)
 		}
@@ -131,7 +131,7 @@ func newConnection(v *vm, run uint64) (*connection, error) {
 		c.stops = append(c.stops, srv.Close)
 		c.group.Go(func() { srv.Serve(l) })
 	}
-	if v.spec.TEE == TEESim {
+	if v.spec().TEE == TEESim {
 		l, err := c.link.Listen(hostlink.StreamTEE)
 		if err != nil {
 			c.close()
@@ -345,7 +345,7 @@ func (v *vm) guestClient() (*prpc.Client, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.conn == nil {
-		return nil, fault.New("vm_not_running", "VM %s is not running", v.spec.ID).WithFix("start it")
+		return nil, fault.New("vm_not_running", "VM %s is not running", v.spec().ID).WithFix("start it")
 	}
 	return v.conn.guest, nil
 }
@@ -449,7 +449,7 @@ func (v *vm) closure() func() registry.Closure {
 		defer mu.Unlock()
 		if known == nil && time.Since(tried) > 2*time.Second {
 			tried = time.Now()
-			locked, err := registry.Locked(v.manifest.ImageLock)
+			locked, err := registry.Locked(v.manifest().ImageLock)
 			if err == nil {
 				known, err = registry.Resolve(v.server.blobs, locked)
 			}

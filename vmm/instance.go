@@ -25,12 +25,12 @@ func persistent(m *manifest.Manifest) bool {
 // whose record of it is gone is not started: with another identity it would get
 // other keys, and find a disk that it cannot open. Code: instance_lost.
 func (v *vm) instance(old []byte) (*hostshare.InstanceInfo, error) {
-	app := v.spec.AppID
+	app := v.spec().AppID
 	out := &hostshare.InstanceInfo{AppID: &app}
-	if persistent(v.manifest) {
+	if persistent(v.manifest()) {
 		if old == nil {
-			return nil, fault.New("instance_lost", "VM %s has no %s any more, which says whose its data disk is", v.spec.ID, hostshare.InstanceInfoName).
-				WithFix("restore %s from a backup, or create the VM again", filepath.Join(v.dir, sharedDir, hostshare.InstanceInfoName))
+			return nil, fault.New("instance_lost", "VM %s has no %s any more, which says whose its data disk is", v.spec().ID, hostshare.InstanceInfoName).
+				WithFix("restore %s from a backup, or create the VM again", filepath.Join(v.shared(), hostshare.InstanceInfoName))
 		}
 		info, err := hostshare.ParseInstanceInfo(old)
 		if err != nil {
@@ -38,14 +38,14 @@ func (v *vm) instance(old []byte) (*hostshare.InstanceInfo, error) {
 		}
 		out.InstanceIDSeed, out.DataDisk = info.InstanceIDSeed, info.DataDisk
 	}
-	if v.manifest.NoInstanceID {
+	if v.manifest().NoInstanceID {
 		out.InstanceIDSeed = nil
 		return out, nil
 	}
 	if len(out.InstanceIDSeed) == 0 {
 		if out.DataDisk != hostshare.DataDiskNew {
-			return nil, fault.New("instance_lost", "VM %s has a data disk in use, and no seed of the instance that uses it", v.spec.ID).
-				WithFix("restore %s from a backup, or create the VM again", filepath.Join(v.dir, sharedDir, hostshare.InstanceInfoName))
+			return nil, fault.New("instance_lost", "VM %s has a data disk in use, and no seed of the instance that uses it", v.spec().ID).
+				WithFix("restore %s from a backup, or create the VM again", filepath.Join(v.shared(), hostshare.InstanceInfoName))
 		}
 		out.InstanceIDSeed = make([]byte, dstack.InstanceIDSize)
 		rand.Read(out.InstanceIDSeed)
@@ -71,10 +71,10 @@ func (v *vm) takeInstanceInfo(run uint64, payload string) error {
 	}
 	v.filesMu.Lock()
 	defer v.filesMu.Unlock()
-	if v.state().Run != run || !persistent(v.manifest) {
+	if v.state().Run != run || !persistent(v.manifest()) {
 		return nil
 	}
-	path := filepath.Join(v.dir, sharedDir, hostshare.InstanceInfoName)
+	path := filepath.Join(v.shared(), hostshare.InstanceInfoName)
 	limit, _ := hostshare.Limit(hostshare.InstanceInfoName)
 	data, err := readFile(path, limit)
 	if err != nil {
@@ -88,5 +88,5 @@ func (v *vm) takeInstanceInfo(run uint64, payload string) error {
 	if data, err = info.Encode(); err != nil {
 		return err
 	}
-	return diskFull(durable.WriteFile(path, data, 0o600), "keep the instance of VM "+v.spec.ID)
+	return diskFull(durable.WriteFile(path, data, 0o600), "keep the instance of VM "+v.spec().ID)
 }

@@ -38,8 +38,8 @@ func (w *world) given(id string) *hostshare.InstanceInfo {
 func TestInstanceAndDiskOutliveRunsAndTheVMM(t *testing.T) {
 	w := newWorld(t, bootDisk(t, "", codeHalt)).open()
 	g := w.guestEnd(t, keyed)
-	id := g.v.spec.ID
-	app := g.v.spec.AppID
+	id := g.v.spec().ID
+	app := g.v.spec().AppID
 	foreign := strings.Repeat("ab", 20)
 	// All that is kept of the guest's word is that its disk is in use.
 	if err := g.notify("instance.info", `{"app_id":"`+foreign+`","instance_id":"`+foreign+`","instance_id_seed":"`+foreign+`","data_disk":"ready","x":1}`); err != nil {
@@ -122,8 +122,8 @@ func TestDiskWithoutLastingKeysIsNeverInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.c.close()
-	w.must("StartVm", g.v.spec.ID)
-	if info := w.given(g.v.spec.ID); info.DataDisk != hostshare.DataDiskNew {
+	w.must("StartVm", g.v.spec().ID)
+	if info := w.given(g.v.spec().ID); info.DataDisk != hostshare.DataDiskNew {
 		t.Errorf("%+v: the guest could not format the disk, whose key is gone", info)
 	}
 }
@@ -138,7 +138,7 @@ func TestReportOfARunThatIsOverIsNotKept(t *testing.T) {
 	if err := g.v.takeInstanceInfo(g.c.run, `{"data_disk":"ready"}`); err != nil {
 		t.Error(err)
 	}
-	if kept, _ := os.ReadFile(filepath.Join(g.v.dir, sharedDir, hostshare.InstanceInfoName)); strings.Contains(string(kept), "ready") {
+	if kept, _ := os.ReadFile(filepath.Join(g.v.shared(), hostshare.InstanceInfoName)); strings.Contains(string(kept), "ready") {
 		t.Errorf("kept %s", kept)
 	}
 }

@@ -10,6 +10,8 @@
 //   - VMs outlive this process. Whoever takes over the state directory adopts
 //     those that run, finishes what was begun, and never starts a second QEMU or
 //     TEE beside a first (packages lifecycle and proc).
+//   - An update of a VM takes effect whole or not at all, and never on a run under
+//     way. App id, instance and data disk stay; the disk never shrinks.
 //   - A VM whose directory cannot be read is shown as broken; it is neither
 //     deleted nor killed.
 //   - Nothing listens on TCP without a token; the unix socket is mode 0600.
@@ -23,8 +25,7 @@
 // or callers beyond what their token or file permissions say.
 //
 // Implements spec/vmm.md §2–§5, §6.3, §7 (user network), §9. Not in this version:
-// automatic restarts (off, and no option), GPUs, bridged networks, upgrades in
-// place, volumes.
+// automatic restarts (off, and no option), GPUs, bridged networks.
 package vmm
 
 import (
@@ -225,8 +226,8 @@ func (s *Server) run(v *vm, takeOver bool) {
 func (s *Server) forget(v *vm) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.vms[v.spec.ID] == v {
-		delete(s.vms, v.spec.ID)
+	if s.vms[v.spec().ID] == v {
+		delete(s.vms, v.spec().ID)
 	}
 }
 
@@ -260,7 +261,7 @@ func (s *Server) list() []*vm {
 	}
 	s.mu.Unlock()
 	sort.Slice(out, func(i, j int) bool {
-		a, b := &out[i].spec, &out[j].spec
+		a, b := out[i].spec(), out[j].spec()
 		if a.CreatedAtMS != b.CreatedAtMS {
 			return a.CreatedAtMS < b.CreatedAtMS
 		}
