@@ -93,13 +93,14 @@ func (v *vm) apply() error {
 }
 
 // update replaces parts of what a VM is. It validates all before it changes any.
-// A running VM goes on as it is until it is started again, and keeps its size.
+// A running VM goes on as it is until it is started again; so more than upstream
+// allows can be asked of it (vmm.md §3.5 wants it stopped for another size or image).
 //
 // The reply is upstream's: the beginning of the compose hash when the manifest was
 // replaced, else nothing.
 //
-// Codes: those of create, vm_not_found, vm_removing, vm_running, disk_shrink,
-// disk_truncated, disk_key_change.
+// Codes: those of create, vm_not_found, vm_removing, disk_shrink, disk_truncated,
+// disk_incompatible.
 func (s *Server) update(ctx context.Context, in *vmmpb.UpdateVmRequest) (*vmmpb.Id, error) {
 	v, err := s.get(ctx, in.Id)
 	if err != nil {
@@ -140,11 +141,6 @@ func (s *Server) update(ctx context.Context, in *vmmpb.UpdateVmRequest) (*vmmpb.
 	if in.NoTee != nil && *in.NoTee != was.NoTEE {
 		return nil, fault.New("not_supported", "another kind of TEE: this version of the VMM cannot change that").WithFix("create the VM again")
 	}
-	if in.Vcpu != nil || in.Memory != nil || in.DiskSize != nil || in.Image != nil {
-		if v.state().Active() {
-			return nil, fault.New("vm_running", "VM %s should be stopped before it is resized or gets another image", v.spec().ID).WithFix("stop it first")
-		}
-	}
 	for _, f := range []struct{ from, to *uint32 }{{in.Vcpu, &req.Vcpu}, {in.Memory, &req.Memory}, {in.DiskSize, &req.DiskSize}} {
 		if f.from != nil {
 			*f.to = *f.from
@@ -182,8 +178,8 @@ func (s *Server) update(ctx context.Context, in *vmmpb.UpdateVmRequest) (*vmmpb.
 	return out, nil
 }
 
-// keepsDisk refuses a manifest under which a data disk in use would get another
-// key, so that it could not be opened. Code: disk_key_change.
+// keepsDisk refuses a manifest under which a data disk in use could not be opened:
+// it would get another key or be taken for another file system. Code: disk_incompatible.
 func (v *vm) keepsDisk(m *manifest.Manifest) error {
 	v.filesMu.Lock()
 	defer v.filesMu.Unlock()
@@ -201,7 +197,7 @@ func (v *vm) keepsDisk(m *manifest.Manifest) error {
 	}
 	now := v.manifest()
 	refuse := func(what, was, is string) error {
-		return fault.New("disk_key_change", "the data disk of VM %s was made with %s %s and cannot be opened with %s", v.spec().ID, what, was, is).
+		return fault.New("disk_incompatible", "the data disk of VM %s was made with %s %s and cannot be opened with %s", v.spec().ID, what, was, is).
 			WithFix("keep %s %s, or create another VM", what, was)
 	}
 	switch {
@@ -209,8 +205,19 @@ func (v *vm) keepsDisk(m *manifest.Manifest) error {
 		return refuse("key_provider", now.KeyProviderKind(), m.KeyProviderKind())
 	case m.NoInstanceID != now.NoInstanceID:
 		return refuse("no_instance_id", fmt.Sprint(now.NoInstanceID), fmt.Sprint(m.NoInstanceID))
+	case fileSystem(m) != fileSystem(now):
+		return refuse("storage_fs", fileSystem(now), fileSystem(m))
 	}
 	return nil
+}
+
+// fileSystem is what a guest makes of storage_fs: ext4 unless xfs is asked for; zfs
+// stands in old manifests and means ext4.
+func fileSystem(m *manifest.Manifest) string {
+	if m.StorageFS == "xfs" {
+		return "xfs"
+	}
+	return "ext4"
 }
 
 // commit writes the next revision of a VM and applies it unless a run is under way.

@@ -78,11 +78,17 @@ func TestDiskGrowsAndNeverShrinks(t *testing.T) {
 		in.Id = id
 		return w.call("ResizeVm", in, &vmmpb.Id{})
 	}
-	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](3)}); fault.Code(err) != "vm_running" || fault.Fix(err) == "" {
-		t.Fatalf("a running VM was resized: %v", err)
+	disk := filepath.Join(w.dir(id), qemu.DataDisk)
+	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](3)}); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(disk); err != nil || fi.Size() != 2<<30 || w.info(id).Configuration.DiskSize != 2 {
+		t.Fatal("the disk of a running VM changed")
+	}
+	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](2)}); fault.Code(err) != "disk_shrink" {
+		t.Fatalf("shrunk before it had grown: %v", err)
 	}
 	w.must("StopVm", id)
-	disk := filepath.Join(w.dir(id), qemu.DataDisk)
 	f, err := os.OpenFile(disk, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -110,11 +116,11 @@ func TestDiskGrowsAndNeverShrinks(t *testing.T) {
 	if after := w.tree(id); after != before {
 		t.Errorf("a refused resize changed\n%s\nto\n%s", before, after)
 	}
-	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](3), Memory: ptr[uint32](160)}); err != nil {
+	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](4), Memory: ptr[uint32](160)}); err != nil {
 		t.Fatal(err)
 	}
 	fi, err := os.Stat(disk)
-	if err != nil || fi.Size() != 3<<30 {
+	if err != nil || fi.Size() != 4<<30 {
 		t.Fatal(fi, err)
 	}
 	content := make([]byte, 8)
@@ -127,14 +133,14 @@ func TestDiskGrowsAndNeverShrinks(t *testing.T) {
 	}
 	w.close()
 	w.open()
-	if c := w.info(id).Configuration; c.DiskSize != 3 || c.Memory != 160 {
+	if c := w.info(id).Configuration; c.DiskSize != 4 || c.Memory != 160 {
 		t.Errorf("%+v", c)
 	}
 	w.must("StartVm", id)
 	w.must("StopVm", id)
 	// A disk that somebody cut is not filled up with zeros.
 	os.Truncate(disk, 1<<30)
-	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](4)}); fault.Code(err) != "disk_truncated" {
+	if err := resize(&vmmpb.ResizeVmRequest{DiskSize: ptr[uint32](5)}); fault.Code(err) != "disk_truncated" {
 		t.Error(err)
 	}
 	if fi, _ := os.Stat(disk); fi.Size() != 1<<30 {
@@ -272,9 +278,10 @@ func TestRefusedUpdateChangesNothing(t *testing.T) {
 	}{
 		{"not a manifest", "manifest_malformed", &vmmpb.UpdateVmRequest{ComposeFile: "{"}},
 		{"an image that is not stored", "blob_missing", &vmmpb.UpdateVmRequest{ComposeFile: manifestOf("two", `,"image_policy":"digest","image_lock":{"a:1":"sha256:`+strings.Repeat("ab", 32)+`"}`)}},
-		{"a manifest whose disk has no key", "disk_key_change", &vmmpb.UpdateVmRequest{ComposeFile: compose}},
-		{"a manifest whose disk has another provider's key", "disk_key_change", &vmmpb.UpdateVmRequest{ComposeFile: strings.Replace(manifestOf("two"), "local", "tpm", 1)}},
-		{"a manifest whose disk has another instance's key", "disk_key_change", &vmmpb.UpdateVmRequest{ComposeFile: manifestOf("two", `,"no_instance_id":true`)}},
+		{"a manifest whose disk has no key", "disk_incompatible", &vmmpb.UpdateVmRequest{ComposeFile: compose}},
+		{"a manifest whose disk has another provider's key", "disk_incompatible", &vmmpb.UpdateVmRequest{ComposeFile: strings.Replace(manifestOf("two"), "local", "tpm", 1)}},
+		{"a manifest whose disk has another instance's key", "disk_incompatible", &vmmpb.UpdateVmRequest{ComposeFile: manifestOf("two", `,"no_instance_id":true`)}},
+		{"another file system", "disk_incompatible", &vmmpb.UpdateVmRequest{ComposeFile: manifestOf("two", `,"storage_fs":"xfs"`)}},
 		{"another's port", "port_busy", &vmmpb.UpdateVmRequest{UpdatePorts: true, Ports: []*vmmpb.PortMapping{tcp(port, 80)}}},
 		{"a port outside the range", "port_not_allowed", &vmmpb.UpdateVmRequest{UpdatePorts: true, Ports: []*vmmpb.PortMapping{tcp(80, 80)}}},
 		{"a good manifest with a bad port", "port_invalid", &vmmpb.UpdateVmRequest{ComposeFile: manifestOf("two"), UpdatePorts: true, Ports: []*vmmpb.PortMapping{tcp(0, 80)}}},
