@@ -226,6 +226,15 @@ func (c *stopCmd) Run(a *app) error {
 	if c.Force {
 		method = "StopVm"
 	}
+	if err := stopVM(a, vm, method); err != nil {
+		return err
+	}
+	a.step("%s is stopped", vm.Name)
+	return a.result(map[string]any{"id": vm.Id, "status": "stopped"})
+}
+
+// stopVM stops a VM by ShutdownVm or StopVm and waits until it has.
+func stopVM(a *app, vm *vmmpb.VmInfo, method string) error {
 	if err := a.stack.VMM().Call(a.ctx, method, &vmmpb.Id{Id: vm.Id}, nil); err != nil {
 		return err
 	}
@@ -235,11 +244,10 @@ func (c *stopCmd) Run(a *app) error {
 			return err
 		}
 		if info.Info == nil || info.Info.Status == "stopped" || info.Info.Status == "exited" {
-			a.step("%s is stopped", vm.Name)
-			return a.result(map[string]any{"id": vm.Id, "status": "stopped"})
+			return nil
 		}
 	}
-	return fault.New("stop_slow", "%s did not shut down within 90 s", vm.Name).WithFix("dstack stop --force %s", c.Name)
+	return fault.New("stop_slow", "%s did not shut down within 90 s", vm.Name).WithFix("dstack stop --force %s", vm.Name)
 }
 
 type startCmd struct {
