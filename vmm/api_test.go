@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -422,9 +423,6 @@ func TestHostAPI(t *testing.T) {
 	if err := host.Call(t.Context(), "Info", &emptypb.Empty{}, &info); err != nil || info.Name != "dstack VMM" || info.Version != "0.0.0" {
 		t.Fatal(&info, err)
 	}
-	if err := host.Call(t.Context(), "GetSealingKey", &hostapi.GetSealingKeyRequest{}, &hostapi.GetSealingKeyResponse{}); fault.Code(err) != "not_supported" {
-		t.Error(err)
-	}
 	long := strings.Repeat("é", 4000) // 8000 bytes
 	for _, n := range [][2]string{{"boot.progress", "setting up docker"}, {"boot.error", long}, {"shutdown.progress", "stopping"}, {"vm.exit", "forged: no"}, {strings.Repeat("n", 300), "x"}} {
 		if err := g.notify(n[0], n[1]); err != nil {
@@ -454,6 +452,74 @@ func TestHostAPI(t *testing.T) {
 	w.open()
 	if again := w.info(g.v.spec().ID); again.BootError != got.BootError || again.BootProgress != got.BootProgress {
 		t.Error("the report is lost")
+	}
+}
+
+func TestSealingKeyIsAskedOfTheLocalProvider(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, release := make(chan struct{}, 1), make(chan struct{})
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			var head [4]byte
+			io.ReadFull(conn, head[:])
+			body := make([]byte, binary.BigEndian.Uint32(head[:]))
+			io.ReadFull(conn, body)
+			if string(body) != `{"quote":[1,2,3]}` {
+				t.Errorf("asked %s", body)
+			}
+			asked <- struct{}{}
+			<-release
+			answer := `{"encrypted_key":[4,5],"provider_quote":[6]}`
+			conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(answer))), answer...))
+			conn.Close()
+		}
+	}()
+	defer func() { l.Close(); <-served }()
+	w := newWorld(t, "")
+	w.config.KeyProvider.Port = uint16(l.Addr().(*net.TCPAddr).Port)
+	w.open()
+	g := w.guestEnd(t, keyed)
+	host := prpc.Client{BaseURL: "http://host/api", HTTP: g.http(hostlink.StreamHostAPI)}
+	call := func(quote []byte) (*hostapi.GetSealingKeyResponse, error) {
+		var out hostapi.GetSealingKeyResponse
+		return &out, host.Call(t.Context(), "GetSealingKey", &hostapi.GetSealingKeyRequest{Quote: quote}, &out)
+	}
+	if _, err := call(nil); fault.Code(err) != "sealing_quote_invalid" {
+		t.Error(err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		key, err := call([]byte{1, 2, 3})
+		if err == nil && (!bytes.Equal(key.EncryptedKey, []byte{4, 5}) || !bytes.Equal(key.ProviderQuote, []byte{6})) {
+			err = fmt.Errorf("%v", key)
+		}
+		got <- err
+	}()
+	<-asked
+	if _, err := call([]byte{1, 2, 3}); fault.Code(err) != "rate_limited" {
+		t.Errorf("one guest waits twice: %v", err)
+	}
+	close(release)
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	g.c.close()
+	w.close()
+	w.config.KeyProvider.Enabled = false
+	w.open()
+	g = w.guestEnd(t, keyed)
+	host.HTTP = g.http(hostlink.StreamHostAPI)
+	if _, err := call([]byte{1}); fault.Code(err) != "not_supported" {
+		t.Error(err)
 	}
 }
 
@@ -627,6 +693,7 @@ func TestConfigIsChecked(t *testing.T) {
 		{"tap without interface", "cvm.networking.mode = 'tap'\n", "config_value", "networking"},
 		{"URL that is none", "cvm.kms_urls = ['kms']\n", "config_value", "cvm.kms_urls"},
 		{"state directory too deep", "state_dir = '/" + strings.Repeat("d", 90) + "'\n", "config_value", "too long"},
+		{"key provider by name", "key_provider.address = 'localhost'\n", "config_value", "key_provider"},
 		{"no events", "event_buffer_size = 0\n", "config_value", "event_buffer_size"},
 	} {
 		path := filepath.Join(dir, "vmm.toml")

@@ -49,6 +49,8 @@ type connection struct {
 	monitor  *qmp.Client
 	shutdown string        // reason in QEMU's SHUTDOWN event
 	ended    chan struct{} // closed when the monitor's connection has ended for good
+
+	sealing sync.Mutex // held while the guest waits for the local key provider
 }
 
 func teeExited(run uint64) lifecycle.Input {
@@ -408,8 +410,21 @@ func (c *connection) hostAPI() http.Handler {
 			}
 			return nil, nil
 		}),
-		prpc.Unary("GetSealingKey", func(context.Context, *hostapi.GetSealingKeyRequest) (*hostapi.GetSealingKeyResponse, error) {
-			return nil, fault.New("not_supported", "this host has no local key provider")
+		prpc.Unary("GetSealingKey", func(ctx context.Context, in *hostapi.GetSealingKeyRequest) (*hostapi.GetSealingKeyResponse, error) {
+			if v.server.sealer == nil {
+				return nil, fault.New("not_supported", "this host has no local key provider").WithFix("set key_provider in the VMM's configuration")
+			}
+			// A guest that asks without end must not take the place of others.
+			if !c.sealing.TryLock() {
+				return nil, fault.New("rate_limited", "this guest waits for the local key provider already")
+			}
+			defer c.sealing.Unlock()
+			key, err := v.server.sealer.SealingKey(ctx, in.Quote)
+			if err != nil {
+				v.log.Warn("sealing key", "error", err)
+				return nil, err
+			}
+			return &hostapi.GetSealingKeyResponse{EncryptedKey: key.Encrypted, ProviderQuote: key.Quote}, nil
 		}),
 	)
 }

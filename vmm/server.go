@@ -39,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -48,6 +49,7 @@ import (
 	"github.com/dstack-go/dstack/osimage"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/vmm/blob"
+	"github.com/dstack-go/dstack/vmm/keyprovider"
 	"github.com/dstack-go/dstack/vmm/qemu"
 )
 
@@ -79,6 +81,7 @@ type Server struct {
 	group  sync.WaitGroup
 	lock   *os.File
 	blobs  *blob.Store
+	sealer *keyprovider.Client // nil: there is no local key provider
 	pkiMu  sync.Mutex
 
 	createMu sync.Mutex // held while a VM is made, for names and ports
@@ -114,6 +117,9 @@ func Open(config Config, opt Options) (*Server, error) {
 	}
 	s := &Server{config: config, log: opt.Log, version: opt.Version, revision: opt.Revision, args: opt.args, childEnv: opt.childEnv, crash: opt.crash,
 		vms: map[string]*vm{}, broken: map[string]error{}, images: map[string]cachedImage{}}
+	if k := config.KeyProvider; k.Enabled {
+		s.sealer = keyprovider.New(net.JoinHostPort(k.Address, strconv.Itoa(int(k.Port))))
+	}
 	if err := durable.MkdirAll(config.StateDir, 0o700); err != nil {
 		return nil, diskFull(err, "make the state directory")
 	}
