@@ -450,3 +450,25 @@ func TestResize(t *testing.T) {
 		t.Error(o)
 	}
 }
+
+func TestHealthIsShown(t *testing.T) {
+	d := newDesk(t)
+	d.must("deploy", "-c", d.file("c.yaml", composeFile("")), "-n", "app")
+	d.vms["vm-app"].Health = `{"state":"degraded","reason":"web: \u001b[31mexit 1","x":{}}`
+	if o := d.must("ps"); !strings.Contains(o.out, "degraded") || strings.Contains(o.out, "\x1b") {
+		t.Error(o.out)
+	}
+	if o := d.must("--json", "ps"); !strings.Contains(o.out, `"health": "degraded"`) || !strings.Contains(o.out, `"health_reason": "web: ?[31mexit 1"`) {
+		t.Error(o.out)
+	}
+	if o := d.must("info", "app"); !strings.Contains(o.out, "web: ?[31mexit 1") || strings.Contains(o.out, "\x1b") {
+		t.Error(o.out)
+	}
+	if o := d.must("logs", "app"); !strings.Contains(o.err, "the app is degraded: web:") || o.out != "console\n" {
+		t.Errorf("%q %q", o.out, o.err)
+	}
+	d.vms["vm-app"].Health, d.vms["vm-app"].UpdatePending = "{", true
+	if o := d.must("info", "app"); !strings.Contains(o.out, "at the next start") || strings.Contains(o.out, "health") {
+		t.Error(o.out)
+	}
+}

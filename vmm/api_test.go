@@ -523,6 +523,53 @@ func TestSealingKeyIsAskedOfTheLocalProvider(t *testing.T) {
 	}
 }
 
+func TestHealthOfTheApp(t *testing.T) {
+	w, g := newGuestEnd(t, compose)
+	id := g.v.spec().ID
+	good := `{"state":"degraded","reason":"web: exit 1","services":{"web":{"restarts":3}}}`
+	for _, bad := range []string{"", "degraded", "[]", "null", "{}", `{"state":1}`, `{"state":""}`, `{"state":"ok","state":"bad"}`,
+		`{"state":"ok","pad":"` + strings.Repeat("x", maxHealth) + `"}`, `{"state":"ok","a":[[[[[[[[[1]]]]]]]]]}`} {
+		if err := g.notify("app.health", bad); fault.Code(err) != "health_malformed" {
+			t.Errorf("%.40s: %v", bad, err)
+		}
+	}
+	if h := w.info(id).Health; h != "" {
+		t.Errorf("kept %q", h)
+	}
+	for range 3 { // again and again is one event
+		if err := g.notify("app.health", good); err != nil {
+			t.Fatal(err)
+		}
+	}
+	info := w.info(id)
+	said := 0
+	for _, e := range info.Events {
+		if e.Event == "app.health" {
+			said++
+		}
+	}
+	if info.Health != good || said != 1 {
+		t.Errorf("%d events, %q", said, info.Health)
+	}
+	if err := g.notify("app.health", `{"state":"ok"}`); err != nil || w.info(id).Health != `{"state":"ok"}` {
+		t.Error(err)
+	}
+	// A failure on the way that the boot got over is none.
+	g.notify("boot.error", "no route yet")
+	if got := w.info(id); got.BootError != "no route yet" {
+		t.Errorf("%q", got.BootError)
+	}
+	g.notify("boot.progress", "done")
+	if got := w.info(id); got.BootError != "" || got.BootProgress != "done" {
+		t.Errorf("%q", got.BootError)
+	}
+	// It is of one run.
+	g.v.report.absorb(Event{Event: eventExit, Body: codeStopped})
+	if h := w.info(id).Health; h != "" {
+		t.Errorf("a stopped app is %q", h)
+	}
+}
+
 func TestNotificationsAreLimited(t *testing.T) {
 	w, g := newGuestEnd(t, compose)
 	refused := 0

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dstack-go/dstack/api/guestapi"
 	"github.com/dstack-go/dstack/api/hostapi"
+	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/hostlink"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/process"
@@ -404,6 +405,9 @@ func (c *connection) hostAPI() http.Handler {
 			if v.state().Run != c.run {
 				return nil, fault.New("vm_not_running", "this run is over")
 			}
+			if n.Event == eventHealth {
+				return nil, v.takeHealth(n.Payload)
+			}
 			v.guestEvent(n.Event, n.Payload)
 			if n.Event == "instance.info" {
 				return nil, v.takeInstanceInfo(c.run, n.Payload)
@@ -438,6 +442,25 @@ func (v *vm) guestEvent(name, payload string) {
 	if name == "shutdown.progress" && payload == "powering off" {
 		v.post(lifecycle.Input{Kind: lifecycle.GuestOff})
 	}
+}
+
+// maxHealth is the largest app.health; half of one would be no JSON.
+const maxHealth = 4096
+
+// takeHealth keeps how the app does. What is as before is no event: a guest may say
+// it again and again. Code: health_malformed.
+func (v *vm) takeHealth(payload string) error {
+	var h map[string]any
+	if err := strictjson.Decode([]byte(payload), &h, strictjson.Limits{Size: maxHealth, Depth: 8}); err != nil {
+		return fault.Wrap(err, "health_malformed", "%s", eventHealth)
+	}
+	if state, ok := h["state"].(string); !ok || state == "" {
+		return fault.New("health_malformed", "%s has no state", eventHealth)
+	}
+	if v.getReport().Health != payload {
+		v.event(eventHealth, payload)
+	}
+	return nil
 }
 
 // flood notes, at most once a minute, that the guest sends too much.

@@ -192,6 +192,7 @@ func (v *vm) info(full bool) *vmmpb.VmInfo {
 	out := &vmmpb.VmInfo{
 		Id: sp.ID, Name: sp.Name, Status: statusOf(st), Uptime: "never", AppId: sp.AppID.String(),
 		BootProgress: r.Progress, BootError: r.Error, ShutdownProgress: r.ShutdownText, ImageVersion: sp.ImageVer,
+		Health: r.Health, UpdatePending: v.next.Load() != nil,
 		Interfaces: []*vmmpb.NetworkInterfaceStatus{{Mode: "user", Backend: "slirp", Mac: macOf(sp.ID), NetdevId: proto.String("net0")}},
 	}
 	if name := v.server.config.CVM.Networking.Ifname; name != "" {

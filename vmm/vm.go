@@ -60,6 +60,7 @@ type vm struct {
 type report struct {
 	StartedMS, ExitedMS           int64
 	Progress, Error, ShutdownText string
+	Health                        string // the guest's latest app.health
 	Instance                      *dstack.InstanceID
 }
 
@@ -69,12 +70,17 @@ func (r *report) absorb(e Event) {
 	case eventStart:
 		*r = report{StartedMS: e.TimeMS, Progress: "booting", Instance: r.Instance}
 	case eventExit:
-		r.ExitedMS = e.TimeMS
+		r.ExitedMS, r.Health = e.TimeMS, ""
 		if r.Error == "" && !strings.HasPrefix(e.Body, codePoweroff) && !strings.HasPrefix(e.Body, codeStopped) {
 			r.Error = e.Body
 		}
 	case "boot.progress":
 		r.Progress = e.Body
+		if e.Body == "done" { // whatever was wrong on the way did not matter
+			r.Error = ""
+		}
+	case eventHealth:
+		r.Health = e.Body
 	case "boot.error":
 		r.Error = e.Body
 	case "shutdown.progress":
@@ -92,6 +98,10 @@ const (
 	eventTEE     = "vm.tee_restarted"
 	eventFlood   = "vm.flood"
 )
+
+// eventHealth is the guest's word on how its app does: a JSON object with at least
+// "state", a word, and "reason" when it is not well.
+const eventHealth = "app.health"
 
 // Codes of ends that are no error.
 const (
