@@ -48,13 +48,15 @@ type grammar struct {
 	Down   downCmd   `cmd:"" help:"Stop the local stack and its VMs and remove its state."`
 	Status statusCmd `cmd:"" help:"Show the local stack."`
 
-	Deploy deployCmd `cmd:"" help:"Run a docker-compose.yaml in a confidential VM."`
-	Ps     psCmd     `cmd:"" help:"List the apps."`
-	Logs   logsCmd   `cmd:"" help:"Show an app's console."`
-	Info   infoCmd   `cmd:"" help:"Show one app in full."`
-	Stop   stopCmd   `cmd:"" help:"Stop an app."`
-	Start  startCmd  `cmd:"" help:"Start a stopped app."`
-	Rm     rmCmd     `cmd:"" help:"Remove an app and its disk."`
+	Deploy  deployCmd  `cmd:"" help:"Run a docker-compose.yaml in a confidential VM."`
+	Upgrade upgradeCmd `cmd:"" help:"Replace what an app runs; its id, keys and data disk stay."`
+	Resize  resizeCmd  `cmd:"" help:"Make an app's data disk larger."`
+	Ps      psCmd      `cmd:"" help:"List the apps."`
+	Logs    logsCmd    `cmd:"" help:"Show an app's console."`
+	Info    infoCmd    `cmd:"" help:"Show one app in full."`
+	Stop    stopCmd    `cmd:"" help:"Stop an app."`
+	Start   startCmd   `cmd:"" help:"Start a stopped app."`
+	Rm      rmCmd      `cmd:"" help:"Remove an app and its disk."`
 
 	Image imageCmd `cmd:"" help:"Build, list and check OS images."`
 

@@ -20,10 +20,8 @@ import (
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/cli/appimage"
 	"github.com/dstack-go/dstack/internal/fault"
-	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lint"
 	"github.com/dstack-go/dstack/manifest/lock"
-	"github.com/dstack-go/dstack/measure"
 	"github.com/dstack-go/dstack/osimage"
 )
 
@@ -31,19 +29,13 @@ import (
 const agentPort = 8090
 
 type deployCmd struct {
-	Compose    string            `short:"c" help:"The docker-compose.yaml, run unchanged." default:"docker-compose.yaml" placeholder:"FILE"`
-	Name       string            `short:"n" help:"Name of the app; by default the directory of the compose file." placeholder:"NAME"`
-	Port       []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
-	AppImage   map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
-	Image      string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
-	VCPU       int               `name:"vcpu" help:"Virtual CPUs." default:"1"`
-	Memory     int               `help:"Memory in MiB." default:"1024"`
-	Disk       int               `help:"Data disk in GiB." default:"10"`
-	PublicLogs bool              `help:"Let anyone read the containers' logs at the agent."`
-	Lock       string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
-	Timeout    time.Duration     `help:"How long to wait for the app." default:"5m"`
-	DryRun     bool              `help:"Show what would be measured and stop."`
-	KeepFailed bool              `help:"Keep a VM whose boot failed, to look at."`
+	workload
+	Compose    string        `short:"c" help:"The docker-compose.yaml, run unchanged." default:"docker-compose.yaml" placeholder:"FILE"`
+	Name       string        `short:"n" help:"Name of the app; by default the directory of the compose file." placeholder:"NAME"`
+	Disk       int           `help:"Data disk in GiB." default:"10"`
+	Timeout    time.Duration `help:"How long to wait for the app." default:"5m"`
+	DryRun     bool          `help:"Show what would be measured and stop."`
+	KeepFailed bool          `help:"Keep a VM whose boot failed, to look at."`
 }
 
 // deployment is what deploy reports.
@@ -85,98 +77,35 @@ func (c *deployCmd) Run(a *app) error {
 		return fault.New("name_malformed", "%q cannot be an app's name", c.Name).WithFix("use letters, digits, '-', '_' and '.', at most 63 characters: -n NAME")
 	}
 	if _, err := findVM(a, c.Name); err == nil {
-		return fault.New("name_taken", "there is an app %q already", c.Name).WithFix("choose another name with -n, or `dstack rm %s`", c.Name)
+		return fault.New("name_taken", "there is an app %q already", c.Name).WithFix("`dstack upgrade %s` to replace what it runs, `dstack rm %s`, or another name with -n", c.Name, c.Name)
 	} else if fault.Code(err) != "app_unknown" && fault.Code(err) != "app_ambiguous" {
 		return err
 	}
-	compose, err := lint.Load(raw, c.Name)
+	p, err := c.plan(a, c.Name, c.Compose, raw, nil)
 	if err != nil {
 		return err
 	}
-	for _, f := range compose.Findings {
-		a.step("%s %s (%s)", a.paint(amber, f.Level+":"), f.Message, f.Code)
-	}
-	if err := compose.Err(); err != nil {
-		return err
-	}
-
-	img, err := c.osImage(a)
-	if err != nil {
-		return err
-	}
-	ports, err := c.ports(compose)
-	if err != nil {
-		return err
-	}
-	images, blobs, err := c.resolve(a, compose)
-	if err != nil {
-		return err
-	}
-	draft := manifest.Draft{
-		Name:              c.Name,
-		DockerComposeFile: string(raw),
-		KeyProvider:       manifest.KeyProviderNone,
-		SecureTime:        new(bool), // the host's clock: NTS is not in this version
-		PublicLogs:        c.PublicLogs,
-		PortPolicy:        &manifest.PortPolicy{RestrictMode: true},
-		ImagePolicy:       "digest",
-		ImageLock:         images,
-	}
-	for _, p := range ports {
-		draft.PortPolicy.Ports = append(draft.PortPolicy.Ports, manifest.Port{Port: uint16(p.vm)})
-	}
-	text, err := manifest.Build(draft)
-	if err != nil {
-		return err
-	}
-	m, err := manifest.Parse(text)
-	if err != nil {
-		return fmt.Errorf("the manifest that deploy built does not parse: %w", err)
-	}
-	out := deployment{Name: c.Name, ComposeHash: m.Hash(), OSImageHash: img.Hash}
-	copy(out.AppID[:], out.ComposeHash[:dstack.AppIDSize])
-
-	vm := measure.VMConfig{CPUCount: uint32(c.VCPU), MemorySize: uint64(c.Memory) << 20}
-	registers, err := measureImage(img, vm)
-	if err != nil {
-		return err
-	}
-	a.step("measured: compose %s…, image %s…, app id %s", out.ComposeHash.String()[:16], out.OSImageHash.String()[:16], out.AppID)
-	vmJSON, err := json.Marshal(vm)
-	if err != nil {
-		return err
-	}
-	l := &lock.Lock{
-		Version: 1, Name: c.Name, ComposeHash: out.ComposeHash, AppID: out.AppID, OSImageHash: img.Hash,
-		Image: filepath.Base(img.Dir), VMConfig: vmJSON, TEE: dstack.TDX, Measurements: registers, Images: images,
-		Created: time.Now().UTC().Format(time.RFC3339),
-	}
-	out.Lock = c.Lock
-	if out.Lock == "" {
-		out.Lock = filepath.Join(filepath.Dir(c.Compose), "dstack.lock.json")
-	}
+	out := deployment{Name: c.Name, AppID: p.lock.AppID, ComposeHash: p.lock.ComposeHash, OSImageHash: p.lock.OSImageHash, Lock: c.lockFile(c.Compose)}
 	if c.DryRun {
 		out.DryRun = true
 		out.Seconds = time.Since(began).Seconds()
-		a.printf("%s\n", text)
+		a.printf("%s\n", p.text)
 		return a.result(out)
 	}
-	for _, b := range blobs {
-		if err := c.push(a, b); err != nil {
-			return err
-		}
+	sealed, err := p.seal(a)
+	if err != nil {
+		return err
+	}
+	if err := p.store(a); err != nil {
+		return err
 	}
 	attest, err := freePort()
 	if err != nil {
 		return err
 	}
 	config := &vmmpb.VmConfiguration{
-		Name: c.Name, Image: filepath.Base(img.Dir), ComposeFile: string(text),
-		Vcpu: uint32(c.VCPU), Memory: uint32(c.Memory), DiskSize: uint32(c.Disk),
-		Ports: []*vmmpb.PortMapping{{Protocol: "tcp", HostAddress: "127.0.0.1", HostPort: uint32(attest), VmPort: agentPort}},
-	}
-	for _, p := range ports {
-		config.Ports = append(config.Ports, &vmmpb.PortMapping{Protocol: p.proto, HostAddress: p.addr, HostPort: uint32(p.host), VmPort: uint32(p.vm)})
+		Name: c.Name, Image: p.lock.Image, ComposeFile: string(p.text), Vcpu: p.vm.CPUCount, Memory: uint32(p.vm.MemorySize >> 20), DiskSize: uint32(c.Disk),
+		Ports: p.portMappings(attest), EncryptedEnv: sealed, KmsUrls: c.KMS,
 	}
 	var id vmmpb.Id
 	created := time.Now()
@@ -186,20 +115,25 @@ func (c *deployCmd) Run(a *app) error {
 	out.ID = id.Id
 	if err := watchBoot(a, id.Id, created, c.Timeout); err != nil {
 		if !c.KeepFailed {
-			c.explain(a, id.Id)
+			explain(a, id.Id)
 			_ = removeVM(a, &vmmpb.VmInfo{Id: id.Id, Name: c.Name})
 		}
 		return err
 	}
-	if err := lock.Write(out.Lock, l); err != nil {
+	return p.report(a, out, attest, began)
+}
+
+// report writes the lock of what runs now, and says where it is and how to check it.
+func (p *plan) report(a *app, out deployment, attest int, began time.Time) error {
+	if err := lock.Write(out.Lock, p.lock); err != nil {
 		return err
 	}
 	out.AttestURL = fmt.Sprintf("https://127.0.0.1:%d", attest)
 	out.Seconds = time.Since(began).Seconds()
-	a.step("%s runs after %s", c.Name, seconds(time.Since(began)))
-	for _, p := range ports {
-		out.Ports = append(out.Ports, p.String())
-		a.printf("App      %s\n", p.url())
+	a.step("%s runs after %s", out.Name, seconds(time.Since(began)))
+	for _, m := range p.ports {
+		out.Ports = append(out.Ports, m.String())
+		a.printf("App      %s\n", m.url())
 	}
 	a.printf("Lock     %s\n", out.Lock)
 	verify := "dstack verify " + out.AttestURL + " --lock " + out.Lock
@@ -211,7 +145,7 @@ func (c *deployCmd) Run(a *app) error {
 }
 
 // explain prints the end of the console of a VM that is about to be removed.
-func (c *deployCmd) explain(a *app, id string) {
+func explain(a *app, id string) {
 	resp, err := a.stack.HTTP().Get("http://vmm/logs?follow=false&ansi=false&lines=15&ch=serial&id=" + id)
 	if err != nil {
 		return
@@ -227,8 +161,7 @@ func (c *deployCmd) explain(a *app, id string) {
 }
 
 // osImage loads the OS image to run on.
-func (c *deployCmd) osImage(a *app) (*osimage.Image, error) {
-	name := c.Image
+func (w *workload) osImage(a *app, name string) (*osimage.Image, error) {
 	if name == "" {
 		entries, err := os.ReadDir(a.stack.ImagesDir())
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -273,30 +206,40 @@ func (m mapping) url() string {
 	return "http://" + net.JoinHostPort(m.addr, strconv.Itoa(m.host))
 }
 
-func (c *deployCmd) ports(compose *lint.Compose) ([]mapping, error) {
+// mappings returns the ports to publish: as told, or as they were, and each other
+// port that the compose file publishes, on loopback.
+func (w *workload) mappings(compose *lint.Compose, file string, was []mapping) ([]mapping, error) {
+	published := map[string]bool{}
+	for _, p := range compose.Ports {
+		published[fmt.Sprint(p.Published, "/", p.Protocol)] = true
+	}
 	var out []mapping
-	for _, text := range c.Port {
+	for _, text := range w.Port {
 		m, err := parseMapping(text)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, m)
 	}
-	if len(c.Port) == 0 {
-		for _, p := range compose.Ports {
-			out = append(out, mapping{addr: "127.0.0.1", host: int(p.Published), vm: int(p.Published), proto: p.Protocol})
+	if len(w.Port) == 0 {
+		has := map[string]bool{}
+		for _, m := range was {
+			if key := fmt.Sprint(m.vm, "/", m.proto); published[key] {
+				out, has[key] = append(out, m), true
+			}
 		}
-	}
-	published := map[string]bool{}
-	for _, p := range compose.Ports {
-		published[fmt.Sprint(p.Published, "/", p.Protocol)] = true
+		for _, p := range compose.Ports {
+			if !has[fmt.Sprint(p.Published, "/", p.Protocol)] {
+				out = append(out, mapping{addr: "127.0.0.1", host: int(p.Published), vm: int(p.Published), proto: p.Protocol})
+			}
+		}
 	}
 	for _, m := range out {
 		if m.vm == agentPort {
 			return nil, fault.New("port_reserved", "port %d of the VM is the agent's", agentPort).WithFix("publish the service on another port")
 		}
 		if !published[fmt.Sprint(m.vm, "/", m.proto)] {
-			return nil, fault.New("port_not_published", "no service of the compose file publishes port %d/%s", m.vm, m.proto).WithFix("add it under ports: in %s", c.Compose)
+			return nil, fault.New("port_not_published", "no service of the compose file publishes port %d/%s", m.vm, m.proto).WithFix("add it under ports: in %s", file)
 		}
 	}
 	return out, nil
@@ -332,8 +275,9 @@ func parseMapping(text string) (mapping, error) {
 }
 
 // resolve finds every image of the compose file and returns the lock from
-// reference to digest and the blobs to give to the VMM.
-func (c *deployCmd) resolve(a *app, compose *lint.Compose) (map[string]string, []appimage.Blob, error) {
+// reference to digest and the blobs to give to the VMM. An image that the app had
+// already stays the one it was.
+func (c *workload) resolve(a *app, compose *lint.Compose, was map[string]string) (map[string]string, []appimage.Blob, error) {
 	images := map[string]string{}
 	var blobs []appimage.Blob
 	used := map[string]bool{}
@@ -341,7 +285,11 @@ func (c *deployCmd) resolve(a *app, compose *lint.Compose) (map[string]string, [
 		path, ok := c.AppImage[ref]
 		used[ref] = ok
 		if !ok {
-			if digest := pinned(ref); digest != "" && c.stored(a, digest) {
+			digest := pinned(ref)
+			if digest == "" {
+				digest = was[ref]
+			}
+			if digest != "" && stored(a, digest) {
 				images[ref] = digest
 				continue
 			}
@@ -374,7 +322,7 @@ func pinned(ref string) string {
 	return ""
 }
 
-func (c *deployCmd) blobRequest(a *app, method, digest string, body io.Reader, size int64) (int, string, error) {
+func blobRequest(a *app, method, digest string, body io.Reader, size int64) (int, string, error) {
 	req, err := http.NewRequestWithContext(a.ctx, method, "http://vmm/blobs/"+strings.Replace(digest, ":", "/", 1), body)
 	if err != nil {
 		return 0, "", err
@@ -389,13 +337,13 @@ func (c *deployCmd) blobRequest(a *app, method, digest string, body io.Reader, s
 	return resp.StatusCode, strings.TrimSpace(string(text)), nil
 }
 
-func (c *deployCmd) stored(a *app, digest string) bool {
-	status, _, err := c.blobRequest(a, http.MethodHead, digest, nil, 0)
+func stored(a *app, digest string) bool {
+	status, _, err := blobRequest(a, http.MethodHead, digest, nil, 0)
 	return err == nil && status == http.StatusOK
 }
 
-func (c *deployCmd) push(a *app, b appimage.Blob) error {
-	if c.stored(a, b.Digest) {
+func push(a *app, b appimage.Blob) error {
+	if stored(a, b.Digest) {
 		return nil
 	}
 	r, err := b.Open()
@@ -403,7 +351,7 @@ func (c *deployCmd) push(a *app, b appimage.Blob) error {
 		return err
 	}
 	defer r.Close()
-	status, text, err := c.blobRequest(a, http.MethodPut, b.Digest, r, b.Size)
+	status, text, err := blobRequest(a, http.MethodPut, b.Digest, r, b.Size)
 	if err != nil {
 		return fault.Wrap(err, "blob_push", "store blob %s", b.Digest)
 	}

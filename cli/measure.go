@@ -53,7 +53,7 @@ type measuredTDX struct {
 }
 
 func (c *measureCmd) Run(a *app) error {
-	memory, err := parseMemory(c.Memory)
+	memory, err := parseSize("--memory", c.Memory)
 	if err != nil {
 		return err
 	}
@@ -122,8 +122,8 @@ func (c *measureCmd) snp(a *app, img *osimage.Image) error {
 	return a.result(map[string]any{"tee": dstack.SEVSNP, "os_image_hash": img.Hash, "measurement": m})
 }
 
-// parseMemory reads a size in bytes with K, M, G or T for powers of 1024.
-func parseMemory(text string) (uint64, error) {
+// parseSize reads a size in bytes with K, M, G or T for powers of 1024.
+func parseSize(flag, text string) (uint64, error) {
 	digits, shift := text, 0
 	if n := len(text); n > 1 {
 		if i := strings.IndexByte("KMGT", strings.ToUpper(text)[n-1]); i >= 0 {
@@ -132,7 +132,7 @@ func parseMemory(text string) (uint64, error) {
 	}
 	v, err := strconv.ParseUint(digits, 10, 64)
 	if err != nil || v == 0 || v > 1<<(46-shift) {
-		return 0, usage("--memory must be a size up to 64T such as 2G or 2048M, not %q", text)
+		return 0, usage("%s must be a size up to 64T such as 2G or 2048M, not %q", flag, text)
 	}
 	return v << shift, nil
 }

@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -83,27 +84,53 @@ func (c *psCmd) Run(a *app) error {
 		Status   string   `json:"status"`
 		Progress string   `json:"boot_progress"`
 		Error    string   `json:"boot_error,omitempty"`
+		Health   string   `json:"health,omitempty"`
+		Reason   string   `json:"health_reason,omitempty"`
 		Uptime   string   `json:"uptime"`
 		AppID    string   `json:"app_id"`
 		Ports    []string `json:"ports"`
 	}
 	rows := []row{}
 	for _, vm := range vms {
-		rows = append(rows, row{vm.Id, vm.Name, vm.Status, vm.BootProgress, vm.BootError, vm.Uptime, vm.AppId, portStrings(vm)})
+		state, reason := health(vm)
+		rows = append(rows, row{vm.Id, vm.Name, vm.Status, vm.BootProgress, vm.BootError, state, reason, vm.Uptime, vm.AppId, portStrings(vm)})
 	}
 	if !a.json {
 		w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "NAME\tSTATUS\tBOOT\tUPTIME\tPORTS\tID")
+		fmt.Fprintln(w, "NAME\tSTATUS\tBOOT\tHEALTH\tUPTIME\tPORTS\tID")
 		for _, r := range rows {
 			boot := r.Progress
 			if r.Error != "" {
 				boot = "failed: " + clip(r.Error, 50)
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", printable(r.Name), r.Status, printable(boot), r.Uptime, strings.Join(r.Ports, ","), clip(r.ID, 8))
+			state := r.Health
+			if state == "" {
+				state = "-"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", printable(r.Name), r.Status, printable(boot), state, r.Uptime, strings.Join(r.Ports, ","), clip(r.ID, 8))
 		}
 		return w.Flush()
 	}
 	return a.result(rows)
+}
+
+// health reads the guest's own word on its app: a word, and why it is not well.
+func health(vm *vmmpb.VmInfo) (state, reason string) {
+	var h struct{ State, Reason string }
+	if vm.Health == "" || json.Unmarshal([]byte(vm.Health), &h) != nil {
+		return "", ""
+	}
+	return printable(clip(h.State, 20)), printable(clip(h.Reason, 1000))
+}
+
+// unwell says on standard error what is wrong with an app, if anything is.
+func unwell(a *app, vm *vmmpb.VmInfo) {
+	if vm.BootError != "" {
+		a.step("%s %s", a.paint(red, "boot failed:"), printable(clip(vm.BootError, 1000)))
+	}
+	if state, reason := health(vm); reason != "" {
+		a.step("%s %s", a.paint(amber, "the app is "+state+":"), reason)
+	}
 }
 
 func portStrings(vm *vmmpb.VmInfo) []string {
@@ -167,6 +194,7 @@ func (c *logsCmd) Run(a *app) error {
 	if _, err := io.Copy(a.out, resp.Body); err != nil && a.ctx.Err() == nil {
 		return err
 	}
+	unwell(a, vm)
 	return nil
 }
 
@@ -188,20 +216,24 @@ func (c *infoCmd) Run(a *app) error {
 		"instance_id": instance, "boot_progress": vm.BootProgress, "boot_error": vm.BootError,
 		"image_version": vm.ImageVersion, "ports": portStrings(vm),
 	}
+	out["health"], out["health_reason"] = health(vm)
+	if vm.UpdatePending {
+		out["update"] = "at the next start"
+	}
 	events := []map[string]any{}
 	for _, e := range vm.Events {
 		events = append(events, map[string]any{"event": e.Event, "body": e.Body, "timestamp_ms": e.Timestamp})
 	}
 	out["events"] = events
 	if vm.Configuration != nil {
-		out["image"], out["vcpu"], out["memory_mb"] = vm.Configuration.Image, vm.Configuration.Vcpu, vm.Configuration.Memory
+		out["image"], out["vcpu"], out["memory_mb"], out["disk_gb"] = vm.Configuration.Image, vm.Configuration.Vcpu, vm.Configuration.Memory, vm.Configuration.DiskSize
 	}
 	if a.json {
 		return a.result(out)
 	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
-	for _, k := range []string{"name", "status", "uptime", "boot_progress", "boot_error", "id", "app_id", "instance_id", "image", "image_version", "vcpu", "memory_mb"} {
-		if v := fmt.Sprint(out[k]); v != "" {
+	for _, k := range []string{"name", "status", "uptime", "boot_progress", "boot_error", "health", "health_reason", "update", "id", "app_id", "instance_id", "image", "image_version", "vcpu", "memory_mb", "disk_gb"} {
+		if v := fmt.Sprint(out[k]); v != "" && out[k] != nil {
 			fmt.Fprintf(w, "%s\t%s\n", k, printable(v))
 		}
 	}
@@ -226,6 +258,15 @@ func (c *stopCmd) Run(a *app) error {
 	if c.Force {
 		method = "StopVm"
 	}
+	if err := stopVM(a, vm, method); err != nil {
+		return err
+	}
+	a.step("%s is stopped", vm.Name)
+	return a.result(map[string]any{"id": vm.Id, "status": "stopped"})
+}
+
+// stopVM stops a VM by ShutdownVm or StopVm and waits until it has.
+func stopVM(a *app, vm *vmmpb.VmInfo, method string) error {
 	if err := a.stack.VMM().Call(a.ctx, method, &vmmpb.Id{Id: vm.Id}, nil); err != nil {
 		return err
 	}
@@ -235,11 +276,10 @@ func (c *stopCmd) Run(a *app) error {
 			return err
 		}
 		if info.Info == nil || info.Info.Status == "stopped" || info.Info.Status == "exited" {
-			a.step("%s is stopped", vm.Name)
-			return a.result(map[string]any{"id": vm.Id, "status": "stopped"})
+			return nil
 		}
 	}
-	return fault.New("stop_slow", "%s did not shut down within 90 s", vm.Name).WithFix("dstack stop --force %s", c.Name)
+	return fault.New("stop_slow", "%s did not shut down within 90 s", vm.Name).WithFix("dstack stop --force %s", vm.Name)
 }
 
 type startCmd struct {

@@ -51,6 +51,7 @@ var classes = []FieldClass{
 	{InstanceInfoName, "instance_id_seed", Measured, "through instance_id, the SHA-256 of seed and app id"},
 	{InstanceInfoName, "instance_id", Measured, "event instance-id"},
 	{InstanceInfoName, "app_id", Measured, "event app-id"},
+	{InstanceInfoName, "data_disk", Transport, "a host that lies costs availability, or data that it could destroy anyway; the guest measures that it formats a disk"},
 
 	{EncryptedEnvName, "", Crypto, "sealed to the app's key by AEAD; who sealed it is for the manifest to pin (threats.md J03)"},
 	{UserConfigName, "", Transport, "handed to the app as a file that is documented as untrusted"},

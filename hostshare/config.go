@@ -66,7 +66,21 @@ type InstanceInfo struct {
 	InstanceIDSeed HexBytes           `json:"instance_id_seed,omitempty"`
 	InstanceID     *dstack.InstanceID `json:"instance_id,omitempty"`
 	AppID          *dstack.AppID      `json:"app_id,omitempty"`
+	// DataDisk is what the host knows of the data disk; ours, unknown upstream.
+	DataDisk DataDisk `json:"data_disk,omitempty"`
 }
+
+// DataDisk says whether a data disk holds an instance's data already.
+type DataDisk string
+
+// States of a data disk.
+const (
+	// DataDiskNew is a disk that no guest has reported to be in use.
+	DataDiskNew DataDisk = ""
+	// DataDiskReady is a disk that a guest made or opened: it must open again, and
+	// is never formatted.
+	DataDiskReady DataDisk = "ready"
+)
 
 // HexBytes are bytes that JSON spells as lowercase hexadecimal text.
 type HexBytes []byte
@@ -215,6 +229,7 @@ func ParseInstanceInfo(data []byte) (*InstanceInfo, error) {
 		Seed       string `json:"instance_id_seed"`
 		InstanceID string `json:"instance_id"`
 		AppID      string `json:"app_id"`
+		DataDisk   string `json:"data_disk"`
 	}
 	var info InstanceInfo
 	err := parse(InstanceInfoName, data, &raw)
@@ -233,6 +248,9 @@ func ParseInstanceInfo(data []byte) (*InstanceInfo, error) {
 	if err == nil && raw.AppID != "" {
 		info.AppID = new(dstack.AppID)
 		err = info.AppID.UnmarshalText([]byte(raw.AppID))
+	}
+	if info.DataDisk = DataDisk(raw.DataDisk); err == nil && info.DataDisk != DataDiskNew && info.DataDisk != DataDiskReady {
+		err = fmt.Errorf("data_disk: %.40q is neither empty nor %q", raw.DataDisk, DataDiskReady)
 	}
 	if err != nil {
 		return nil, fault.Wrap(err, "instance_info_malformed", "%s", InstanceInfoName)

@@ -168,10 +168,10 @@ func TestInstanceInfo(t *testing.T) {
 	for in, want := range map[string]InstanceInfo{
 		`{}`: {},
 		`{"instance_id_seed":"","instance_id":"","app_id":"","x":1}`:                           {},
-		fmt.Sprintf(`{"instance_id_seed":"00FF","instance_id":"%s","app_id":"%s"}`, inst, app): {HexBytes{0, 255}, &inst, &app},
+		fmt.Sprintf(`{"instance_id_seed":"00FF","instance_id":"%s","app_id":"%s"}`, inst, app): {HexBytes{0, 255}, &inst, &app, DataDiskNew},
 	} {
 		got, err := ParseInstanceInfo([]byte(in))
-		if err != nil || len(got.InstanceIDSeed) != len(want.InstanceIDSeed) || !reflect.DeepEqual(got.AppID, want.AppID) || !reflect.DeepEqual(got.InstanceID, want.InstanceID) {
+		if err != nil || len(got.InstanceIDSeed) != len(want.InstanceIDSeed) || !reflect.DeepEqual(got.AppID, want.AppID) || !reflect.DeepEqual(got.InstanceID, want.InstanceID) || got.DataDisk != want.DataDisk {
 			t.Errorf("%s: %+v, %v", in, got, err)
 			continue
 		}
@@ -191,6 +191,7 @@ func TestInstanceInfo(t *testing.T) {
 		"a seed over the limit": {`{"instance_id_seed":"` + strings.Repeat("ab", 65) + `"}`, "more than the allowed 128"},
 		"a number":              {`{"app_id":1}`, "cannot unmarshal"},
 		"a key twice":           {`{"app_id":"","app_id":""}`, "occurs twice"},
+		"a disk in other words": {`{"data_disk":"Ready"}`, "neither empty nor"},
 		"a file over the limit": {`{"x":"` + strings.Repeat("x", 10<<10) + `"}`, "more than the allowed 10240"},
 	} {
 		_, err := ParseInstanceInfo([]byte(c.in))
@@ -218,6 +219,28 @@ func FuzzParseSysConfig(f *testing.F) {
 		}
 		if again, err := ParseSysConfig(out); err != nil || !reflect.DeepEqual(again.PCCS(), c.PCCS()) {
 			t.Fatalf("accepted, but not after Encode: %v", err)
+		}
+	})
+}
+
+// The guest's instance.info is of this form too, and then comes from a stranger.
+func FuzzParseInstanceInfo(f *testing.F) {
+	f.Add([]byte(`{"instance_id_seed":"00ff","app_id":"` + strings.Repeat("ab", 20) + `","data_disk":"ready"}`))
+	f.Add([]byte(`{"instance_id":"","data_disk":""}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		info, err := ParseInstanceInfo(data)
+		if err != nil {
+			if fault.Code(err) != "instance_info_malformed" {
+				t.Fatal(err)
+			}
+			return
+		}
+		out, err := info.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := ParseInstanceInfo(out); err != nil || !reflect.DeepEqual(again.AppID, info.AppID) || again.DataDisk != info.DataDisk {
+			t.Fatalf("%s became %s, %v", data, out, err)
 		}
 	})
 }

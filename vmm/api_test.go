@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -422,16 +423,13 @@ func TestHostAPI(t *testing.T) {
 	if err := host.Call(t.Context(), "Info", &emptypb.Empty{}, &info); err != nil || info.Name != "dstack VMM" || info.Version != "0.0.0" {
 		t.Fatal(&info, err)
 	}
-	if err := host.Call(t.Context(), "GetSealingKey", &hostapi.GetSealingKeyRequest{}, &hostapi.GetSealingKeyResponse{}); fault.Code(err) != "not_supported" {
-		t.Error(err)
-	}
 	long := strings.Repeat("é", 4000) // 8000 bytes
 	for _, n := range [][2]string{{"boot.progress", "setting up docker"}, {"boot.error", long}, {"shutdown.progress", "stopping"}, {"vm.exit", "forged: no"}, {strings.Repeat("n", 300), "x"}} {
 		if err := g.notify(n[0], n[1]); err != nil {
 			t.Fatal(err)
 		}
 	}
-	got := w.info(g.v.spec.ID)
+	got := w.info(g.v.spec().ID)
 	if got.BootProgress != "setting up docker" || got.ShutdownProgress != "stopping" {
 		t.Errorf("%+v", got)
 	}
@@ -441,19 +439,134 @@ func TestHostAPI(t *testing.T) {
 	if got.ExitedAt != nil {
 		t.Error("the guest forged an event of the VMM")
 	}
-	before, _ := os.ReadFile(filepath.Join(g.v.dir, sharedDir, ".instance_info"))
+	before, _ := os.ReadFile(filepath.Join(g.v.shared(), ".instance_info"))
 	if err := g.notify("instance.info", `{"instance_id":"`+strings.Repeat("ab", 20)+`"}`); err != nil {
 		t.Fatal(err)
 	}
-	if after, _ := os.ReadFile(filepath.Join(g.v.dir, sharedDir, ".instance_info")); !bytes.Equal(before, after) {
+	if after, _ := os.ReadFile(filepath.Join(g.v.shared(), ".instance_info")); !bytes.Equal(before, after) {
 		t.Error("the guest changed its instance's identity")
 	}
 	// Reports outlive the VMM.
 	g.c.close()
 	w.close()
 	w.open()
-	if again := w.info(g.v.spec.ID); again.BootError != got.BootError || again.BootProgress != got.BootProgress {
+	if again := w.info(g.v.spec().ID); again.BootError != got.BootError || again.BootProgress != got.BootProgress {
 		t.Error("the report is lost")
+	}
+}
+
+func TestSealingKeyIsAskedOfTheLocalProvider(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, release := make(chan struct{}, 1), make(chan struct{})
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			var head [4]byte
+			io.ReadFull(conn, head[:])
+			body := make([]byte, binary.BigEndian.Uint32(head[:]))
+			io.ReadFull(conn, body)
+			if string(body) != `{"quote":[1,2,3]}` {
+				t.Errorf("asked %s", body)
+			}
+			asked <- struct{}{}
+			<-release
+			answer := `{"encrypted_key":[4,5],"provider_quote":[6]}`
+			conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(answer))), answer...))
+			conn.Close()
+		}
+	}()
+	defer func() { l.Close(); <-served }()
+	w := newWorld(t, "")
+	w.config.KeyProvider.Port = uint16(l.Addr().(*net.TCPAddr).Port)
+	w.open()
+	g := w.guestEnd(t, keyed)
+	host := prpc.Client{BaseURL: "http://host/api", HTTP: g.http(hostlink.StreamHostAPI)}
+	call := func(quote []byte) (*hostapi.GetSealingKeyResponse, error) {
+		var out hostapi.GetSealingKeyResponse
+		return &out, host.Call(t.Context(), "GetSealingKey", &hostapi.GetSealingKeyRequest{Quote: quote}, &out)
+	}
+	if _, err := call(nil); fault.Code(err) != "sealing_quote_invalid" {
+		t.Error(err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		key, err := call([]byte{1, 2, 3})
+		if err == nil && (!bytes.Equal(key.EncryptedKey, []byte{4, 5}) || !bytes.Equal(key.ProviderQuote, []byte{6})) {
+			err = fmt.Errorf("%v", key)
+		}
+		got <- err
+	}()
+	<-asked
+	if _, err := call([]byte{1, 2, 3}); fault.Code(err) != "rate_limited" {
+		t.Errorf("one guest waits twice: %v", err)
+	}
+	close(release)
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	g.c.close()
+	w.close()
+	w.config.KeyProvider.Enabled = false
+	w.open()
+	g = w.guestEnd(t, keyed)
+	host.HTTP = g.http(hostlink.StreamHostAPI)
+	if _, err := call([]byte{1}); fault.Code(err) != "not_supported" {
+		t.Error(err)
+	}
+}
+
+func TestHealthOfTheApp(t *testing.T) {
+	w, g := newGuestEnd(t, compose)
+	id := g.v.spec().ID
+	good := `{"state":"degraded","reason":"web: exit 1","services":{"web":{"restarts":3}}}`
+	for _, bad := range []string{"", "degraded", "[]", "null", "{}", `{"state":1}`, `{"state":""}`, `{"state":"ok","state":"bad"}`,
+		`{"state":"ok","pad":"` + strings.Repeat("x", maxHealth) + `"}`, `{"state":"ok","a":[[[[[[[[[1]]]]]]]]]}`} {
+		if err := g.notify("app.health", bad); fault.Code(err) != "health_malformed" {
+			t.Errorf("%.40s: %v", bad, err)
+		}
+	}
+	if h := w.info(id).Health; h != "" {
+		t.Errorf("kept %q", h)
+	}
+	for range 3 { // again and again is one event
+		if err := g.notify("app.health", good); err != nil {
+			t.Fatal(err)
+		}
+	}
+	info := w.info(id)
+	said := 0
+	for _, e := range info.Events {
+		if e.Event == "app.health" {
+			said++
+		}
+	}
+	if info.Health != good || said != 1 {
+		t.Errorf("%d events, %q", said, info.Health)
+	}
+	if err := g.notify("app.health", `{"state":"ok"}`); err != nil || w.info(id).Health != `{"state":"ok"}` {
+		t.Error(err)
+	}
+	// A failure on the way that the boot got over is none.
+	g.notify("boot.error", "no route yet")
+	if got := w.info(id); got.BootError != "no route yet" {
+		t.Errorf("%q", got.BootError)
+	}
+	g.notify("boot.progress", "done")
+	if got := w.info(id); got.BootError != "" || got.BootProgress != "done" {
+		t.Errorf("%q", got.BootError)
+	}
+	// It is of one run.
+	g.v.report.absorb(Event{Event: eventExit, Body: codeStopped})
+	if h := w.info(id).Health; h != "" {
+		t.Errorf("a stopped app is %q", h)
 	}
 }
 
@@ -470,7 +583,7 @@ func TestNotificationsAreLimited(t *testing.T) {
 	if refused == 0 {
 		t.Error("no limit")
 	}
-	if n := len(w.info(g.v.spec.ID).Events); n > w.config.EventBufferSize {
+	if n := len(w.info(g.v.spec().ID).Events); n > w.config.EventBufferSize {
 		t.Errorf("%d events", n)
 	}
 	t.Logf("%d of %d refused", refused, 2*notifyBurst)
@@ -574,13 +687,13 @@ func TestGuestAPIProxyAndShutdown(t *testing.T) {
 	g.v.conn = g.c
 	g.v.mu.Unlock()
 	defer func() { g.v.mu.Lock(); g.v.conn = nil; g.v.mu.Unlock() }()
-	if status, body := w.post("/guest/Info?json", `{"id":"`+g.v.spec.ID+`"}`); status != 200 || !strings.Contains(body, `"version":"0.6.0"`) {
+	if status, body := w.post("/guest/Info?json", `{"id":"`+g.v.spec().ID+`"}`); status != 200 || !strings.Contains(body, `"version":"0.6.0"`) {
 		t.Fatalf("%d %s", status, body)
 	}
-	if status, body := w.post("/guest/ListContainers?json", `{"id":"`+g.v.spec.ID+`"}`); status != 400 {
+	if status, body := w.post("/guest/ListContainers?json", `{"id":"`+g.v.spec().ID+`"}`); status != 400 {
 		t.Fatalf("%d %s", status, body)
 	}
-	if status, body := w.post("/guest/Shutdown?json", `{"id":"`+g.v.spec.ID+`"}`); status != 200 || !<-asked {
+	if status, body := w.post("/guest/Shutdown?json", `{"id":"`+g.v.spec().ID+`"}`); status != 200 || !<-asked {
 		t.Fatalf("%d %s", status, body)
 	}
 	if status, body := w.post("/guest/Info?json", `{"id":"none"}`); status != 400 || !strings.Contains(body, "vm_not_found") {
@@ -627,6 +740,7 @@ func TestConfigIsChecked(t *testing.T) {
 		{"tap without interface", "cvm.networking.mode = 'tap'\n", "config_value", "networking"},
 		{"URL that is none", "cvm.kms_urls = ['kms']\n", "config_value", "cvm.kms_urls"},
 		{"state directory too deep", "state_dir = '/" + strings.Repeat("d", 90) + "'\n", "config_value", "too long"},
+		{"key provider by name", "key_provider.address = 'localhost'\n", "config_value", "key_provider"},
 		{"no events", "event_buffer_size = 0\n", "config_value", "event_buffer_size"},
 	} {
 		path := filepath.Join(dir, "vmm.toml")

@@ -37,6 +37,16 @@ type Config struct {
 	Auth    AuthConfig    `toml:"auth"`
 	CVM     CVMConfig     `toml:"cvm"`
 	Gateway GatewayConfig `toml:"gateway"`
+
+	KeyProvider KeyProviderConfig `toml:"key_provider"`
+}
+
+// KeyProviderConfig says where the local key provider, an SGX enclave, listens.
+// Guests whose manifest says key_provider local get their keys from it.
+type KeyProviderConfig struct {
+	Enabled bool   `toml:"enabled"`
+	Address string `toml:"address"`
+	Port    uint16 `toml:"port"`
 }
 
 // ImageConfig says where OS images are.
@@ -148,7 +158,8 @@ func DefaultConfig() Config {
 			Networking: NetworkingConfig{Mode: "user", Address: "10.0.2.15/24", Gateway: "10.0.2.2", DNS: []string{"10.0.2.3"}},
 			Log:        LogConfig{MaxBytes: 4 << 20},
 		},
-		Gateway: GatewayConfig{BaseDomain: "localhost", Port: 8082, AgentPort: 8090},
+		Gateway:     GatewayConfig{BaseDomain: "localhost", Port: 8082, AgentPort: 8090},
+		KeyProvider: KeyProviderConfig{Enabled: true, Address: "127.0.0.1", Port: 3443},
 	}
 }
 
@@ -261,6 +272,9 @@ func (c *Config) Check() (err error) {
 		if r.Protocol != "tcp" && r.Protocol != "udp" || r.From == 0 || r.From > r.To {
 			return bad("cvm.port_mapping.range", "{%s %d-%d} is not a range of tcp or udp ports", r.Protocol, r.From, r.To)
 		}
+	}
+	if k := c.KeyProvider; k.Enabled && (net.ParseIP(k.Address) == nil || k.Port == 0) {
+		return bad("key_provider", "want an IP address and a port, not %q and %d", k.Address, k.Port)
 	}
 	n := c.CVM.Networking
 	if n.Mode != "user" && n.Mode != "tap" || (n.Mode == "tap") != (n.Ifname != "") {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dstack-go/dstack/api/guestapi"
 	"github.com/dstack-go/dstack/api/hostapi"
+	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/hostlink"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/process"
@@ -49,6 +50,8 @@ type connection struct {
 	monitor  *qmp.Client
 	shutdown string        // reason in QEMU's SHUTDOWN event
 	ended    chan struct{} // closed when the monitor's connection has ended for good
+
+	sealing sync.Mutex // held while the guest waits for the local key provider
 }
 
 func teeExited(run uint64) lifecycle.Input {
@@ -75,7 +78,7 @@ func (v *vm) connect(run uint64) error {
 	v.mu.Lock()
 	v.conn = c
 	v.mu.Unlock()
-	if v.spec.TEE == TEESim {
+	if v.spec().TEE == TEESim {
 		if id, err := teeSlot(v.dir).Holder(); err == nil && id != nil {
 			v.watchTEE(*id, run)
 		}
@@ -131,7 +134,7 @@ func newConnection(v *vm, run uint64) (*connection, error) {
 		c.stops = append(c.stops, srv.Close)
 		c.group.Go(func() { srv.Serve(l) })
 	}
-	if v.spec.TEE == TEESim {
+	if v.spec().TEE == TEESim {
 		l, err := c.link.Listen(hostlink.StreamTEE)
 		if err != nil {
 			c.close()
@@ -345,7 +348,7 @@ func (v *vm) guestClient() (*prpc.Client, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.conn == nil {
-		return nil, fault.New("vm_not_running", "VM %s is not running", v.spec.ID).WithFix("start it")
+		return nil, fault.New("vm_not_running", "VM %s is not running", v.spec().ID).WithFix("start it")
 	}
 	return v.conn.guest, nil
 }
@@ -402,18 +405,35 @@ func (c *connection) hostAPI() http.Handler {
 			if v.state().Run != c.run {
 				return nil, fault.New("vm_not_running", "this run is over")
 			}
+			if n.Event == eventHealth {
+				return nil, v.takeHealth(n.Payload)
+			}
 			v.guestEvent(n.Event, n.Payload)
+			if n.Event == "instance.info" {
+				return nil, v.takeInstanceInfo(c.run, n.Payload)
+			}
 			return nil, nil
 		}),
-		prpc.Unary("GetSealingKey", func(context.Context, *hostapi.GetSealingKeyRequest) (*hostapi.GetSealingKeyResponse, error) {
-			return nil, fault.New("not_supported", "this host has no local key provider")
+		prpc.Unary("GetSealingKey", func(ctx context.Context, in *hostapi.GetSealingKeyRequest) (*hostapi.GetSealingKeyResponse, error) {
+			if v.server.sealer == nil {
+				return nil, fault.New("not_supported", "this host has no local key provider").WithFix("set key_provider in the VMM's configuration")
+			}
+			// A guest that asks without end must not take the place of others.
+			if !c.sealing.TryLock() {
+				return nil, fault.New("rate_limited", "this guest waits for the local key provider already")
+			}
+			defer c.sealing.Unlock()
+			key, err := v.server.sealer.SealingKey(ctx, in.Quote)
+			if err != nil {
+				v.log.Warn("sealing key", "error", err)
+				return nil, err
+			}
+			return &hostapi.GetSealingKeyResponse{EncryptedKey: key.Encrypted, ProviderQuote: key.Quote}, nil
 		}),
 	)
 }
 
-// guestEvent records a notification and follows it (vmm.md §9.1). instance.info
-// does not replace .instance_info: this host fixed the instance's identity before
-// the launch, and the guest's word cannot change it.
+// guestEvent records a notification and follows it (vmm.md §9.1).
 func (v *vm) guestEvent(name, payload string) {
 	if strings.HasPrefix(name, "vm.") { // names of the VMM's own events
 		name = "guest." + name
@@ -422,6 +442,25 @@ func (v *vm) guestEvent(name, payload string) {
 	if name == "shutdown.progress" && payload == "powering off" {
 		v.post(lifecycle.Input{Kind: lifecycle.GuestOff})
 	}
+}
+
+// maxHealth is the largest app.health; half of one would be no JSON.
+const maxHealth = 4096
+
+// takeHealth keeps how the app does. What is as before is no event: a guest may say
+// it again and again. Code: health_malformed.
+func (v *vm) takeHealth(payload string) error {
+	var h map[string]any
+	if err := strictjson.Decode([]byte(payload), &h, strictjson.Limits{Size: maxHealth, Depth: 8}); err != nil {
+		return fault.Wrap(err, "health_malformed", "%s", eventHealth)
+	}
+	if state, ok := h["state"].(string); !ok || state == "" {
+		return fault.New("health_malformed", "%s has no state", eventHealth)
+	}
+	if v.getReport().Health != payload {
+		v.event(eventHealth, payload)
+	}
+	return nil
 }
 
 // flood notes, at most once a minute, that the guest sends too much.
@@ -448,7 +487,7 @@ func (v *vm) closure() func() registry.Closure {
 		defer mu.Unlock()
 		if known == nil && time.Since(tried) > 2*time.Second {
 			tried = time.Now()
-			locked, err := registry.Locked(v.manifest.ImageLock)
+			locked, err := registry.Locked(v.manifest().ImageLock)
 			if err == nil {
 				known, err = registry.Resolve(v.server.blobs, locked)
 			}

@@ -200,6 +200,27 @@ func checkName(name string) error {
 	return nil
 }
 
+// portsTaken refuses ports that another VM has, or will have. Code: port_busy.
+func portsTaken(spec *Spec, vms []*vm) error {
+	for _, other := range vms {
+		if other.spec().ID == spec.ID {
+			continue
+		}
+		for _, theirs := range []*setup{other.now.Load(), other.next.Load()} {
+			if theirs == nil {
+				continue
+			}
+			for _, p := range spec.PortMap {
+				if _, taken := overlap(p, theirs.spec.PortMap); taken {
+					return fault.New("port_busy", "host port %s belongs to VM %s (%s)", p, theirs.spec.ID, theirs.spec.Name).
+						WithFix("choose another host port, or remove that VM")
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // make writes a VM's directory under another name, renames it into place, and
 // makes the VM known.
 func (s *Server) make(ctx context.Context, stopped bool, spec *Spec, m *manifest.Manifest, files hostshare.Files) (v *vm, err error) {
@@ -209,13 +230,8 @@ func (s *Server) make(ctx context.Context, stopped bool, spec *Spec, m *manifest
 	if len(vms) >= s.config.CVM.MaxVMs {
 		return nil, fault.New("vm_limit", "there are %d VMs already", len(vms)).WithFix("remove one, or raise cvm.max_vms in the VMM's configuration")
 	}
-	for _, p := range spec.PortMap {
-		for _, other := range vms {
-			if _, taken := overlap(p, other.spec.PortMap); taken {
-				return nil, fault.New("port_busy", "host port %s belongs to VM %s (%s)", p, other.spec.ID, other.spec.Name).
-					WithFix("choose another host port, or remove that VM")
-			}
-		}
+	if err := portsTaken(spec, vms); err != nil {
+		return nil, err
 	}
 	if !stopped {
 		if err := tryPorts(ctx, spec.PortMap); err != nil {

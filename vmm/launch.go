@@ -75,23 +75,28 @@ func (v *vm) prepare(ctx context.Context) error {
 	if err := checkSpace(c.StateDir, uint64(c.CVM.MinFreeDisk)); err != nil {
 		return err
 	}
+	v.filesMu.Lock()
+	defer v.filesMu.Unlock()
+	if err := v.apply(); err != nil {
+		return diskFull(err, "update VM "+v.spec().ID)
+	}
 	bin, accel, err := v.server.host(ctx)
 	if err != nil {
 		return err
 	}
-	if v.spec.TEE == TEETDX && (accel.Accel != qemu.KVM || !bin.TDX) {
+	if v.spec().TEE == TEETDX && (accel.Accel != qemu.KVM || !bin.TDX) {
 		return fault.New("tee_unavailable", "Intel TDX needs working KVM and a QEMU with TDX support (10.1)").
 			WithFix("run on a TDX host, or set cvm.tee to sim for development")
 	}
-	img, err := v.server.loadImage(v.spec.Image)
+	img, err := v.server.loadImage(v.spec().Image)
 	if err != nil {
 		return err
 	}
-	if img.Hash != v.spec.ImageHash {
-		return fault.New("image_altered", "image %s is now %s; the VM was created for %s", v.spec.Image, img.Hash, v.spec.ImageHash).
+	if img.Hash != v.spec().ImageHash {
+		return fault.New("image_altered", "image %s is now %s; the VM was created for %s", v.spec().Image, img.Hash, v.spec().ImageHash).
 			WithFix("put the old image back, or create the VM again")
 	}
-	files, err := loadShared(v.dir)
+	files, err := loadShared(v.shared())
 	if err != nil {
 		return err
 	}
@@ -102,7 +107,7 @@ func (v *vm) prepare(ctx context.Context) error {
 	if files[hostshare.InstanceInfoName], err = info.Encode(); err != nil {
 		return err
 	}
-	doc := configDocument(v.manifest, v.spec.AppID, info.InstanceID)
+	doc := configDocument(v.manifest(), v.spec().AppID, info.InstanceID)
 	sys, err := v.sysConfig(img, bin.Version, doc)
 	if err != nil {
 		return err
@@ -115,42 +120,17 @@ func (v *vm) prepare(ctx context.Context) error {
 		return err
 	}
 	for _, name := range []string{hostshare.InstanceInfoName, hostshare.SysConfigName} {
-		if err := durable.WriteFile(filepath.Join(v.dir, sharedDir, name), files[name], 0o600); err != nil {
-			return diskFull(err, "prepare VM "+v.spec.ID)
+		if err := durable.WriteFile(filepath.Join(v.shared(), name), files[name], 0o600); err != nil {
+			return diskFull(err, "prepare VM "+v.spec().ID)
 		}
 	}
 	if err := durable.WriteFile(filepath.Join(v.dir, qemu.SharedDisk), blob, 0o600); err != nil {
-		return diskFull(err, "prepare VM "+v.spec.ID)
+		return diskFull(err, "prepare VM "+v.spec().ID)
 	}
-	if v.spec.TEE == TEESim {
-		return diskFull(v.resetTEE(ctx, img, bin.Version, doc), "prepare VM "+v.spec.ID)
+	if v.spec().TEE == TEESim {
+		return diskFull(v.resetTEE(ctx, img, bin.Version, doc), "prepare VM "+v.spec().ID)
 	}
 	return nil
-}
-
-// instance returns the instance's identity. The host fixes it before the launch,
-// since the configuration document commits to it. Where nothing outlives a boot
-// (key provider none) each boot is a new instance (vmm.md §6.3).
-func (v *vm) instance(old []byte) (*hostshare.InstanceInfo, error) {
-	app := v.spec.AppID
-	out := &hostshare.InstanceInfo{AppID: &app}
-	if v.manifest.NoInstanceID {
-		return out, nil
-	}
-	if v.manifest.KeyProviderKind() != manifest.KeyProviderNone && old != nil {
-		info, err := hostshare.ParseInstanceInfo(old)
-		if err != nil {
-			return nil, err
-		}
-		out.InstanceIDSeed = info.InstanceIDSeed
-	}
-	if len(out.InstanceIDSeed) == 0 {
-		out.InstanceIDSeed = make([]byte, dstack.InstanceIDSize)
-		rand.Read(out.InstanceIDSeed)
-	}
-	id := instanceID(out.InstanceIDSeed, app)
-	out.InstanceID = &id
-	return out, nil
 }
 
 // configDocument is the launch commitment, always in its third form.
@@ -167,7 +147,7 @@ func configDocument(m *manifest.Manifest, app dstack.AppID, instance *dstack.Ins
 
 func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*hostshare.SysConfig, error) {
 	c := &v.server.config.CVM
-	vc, err := vmConfig(&v.spec, img, version, uint64(c.PCIHole64))
+	vc, err := vmConfig(v.spec(), img, version, uint64(c.PCIHole64))
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +156,7 @@ func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*h
 		return nil, err
 	}
 	sys := &hostshare.SysConfig{
-		KMSURLs: v.spec.KMSURLs, GatewayURLs: v.spec.GatewayURLs, PCCSURL: c.PCCSURL,
+		KMSURLs: v.spec().KMSURLs, GatewayURLs: v.spec().GatewayURLs, PCCSURL: c.PCCSURL,
 		NvidiaAttestationProxyURL: c.NvidiaAttestationProxyURL, DockerRegistry: c.DockerRegistry,
 		HostAPIURL: "hostlink://hostapi/api", VMConfig: string(text),
 	}
@@ -189,7 +169,7 @@ func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*h
 	if c.PCCSURL != "" {
 		sys.CollateralURLs = &hostshare.CollateralURLs{PCCS: c.PCCSURL}
 	}
-	if v.spec.TEE != TEENone {
+	if v.spec().TEE != TEENone {
 		sys.MRConfig = string(doc)
 	}
 	sys.Network, err = v.server.config.network()
@@ -229,7 +209,7 @@ func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, version qemu.Vers
 	if err := os.Mkdir(filepath.Join(v.dir, teeState), 0o700); err != nil {
 		return err
 	}
-	vc, err := vmConfig(&v.spec, img, version, uint64(v.server.config.CVM.PCIHole64))
+	vc, err := vmConfig(v.spec(), img, version, uint64(v.server.config.CVM.PCIHole64))
 	if err != nil {
 		return err
 	}
@@ -240,7 +220,7 @@ func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, version qemu.Vers
 	}
 	return writeJSON(filepath.Join(v.dir, teeLaunch), launchSpec{
 		Firmware: img.Firmware(), Kernel: img.Kernel(), Initrd: img.Initrd(), Cmdline: img.Metadata.Cmdline,
-		VCPUs: v.spec.VCPU, MemoryBytes: uint64(v.spec.MemoryMB) << 20, MRConfigID: mrconfig.IDv3(doc), VMConfig: string(shape),
+		VCPUs: v.spec().VCPU, MemoryBytes: uint64(v.spec().MemoryMB) << 20, MRConfigID: mrconfig.IDv3(doc), VMConfig: string(shape),
 	})
 }
 
@@ -380,7 +360,7 @@ func (v *vm) ensureQEMU(ctx context.Context, run uint64) (lost bool, err error) 
 		if rec.Run == run {
 			return true, nil
 		}
-		if err := tryPorts(ctx, v.spec.PortMap); err != nil {
+		if err := tryPorts(ctx, v.spec().PortMap); err != nil {
 			return false, err
 		}
 		bin, args, err := v.qemuArgs(ctx)
@@ -453,19 +433,19 @@ func (v *vm) qemuArgs(ctx context.Context) (path string, args []string, err erro
 	if err != nil {
 		return "", nil, err
 	}
-	img, err := v.server.loadImage(v.spec.Image)
+	img, err := v.server.loadImage(v.spec().Image)
 	if err != nil {
 		return "", nil, err
 	}
 	c := &v.server.config.CVM
 	spec := qemu.Spec{
-		ID: v.spec.ID, Machine: v.spec.Machine, Accel: accel.Accel, VCPUs: int(v.spec.VCPU), MemoryMB: v.spec.MemoryMB,
+		ID: v.spec().ID, Machine: v.spec().Machine, Accel: accel.Accel, VCPUs: int(v.spec().VCPU), MemoryMB: v.spec().MemoryMB,
 		Firmware: img.Firmware(), Kernel: img.Kernel(), Initrd: img.Initrd(), Rootfs: img.Rootfs(), Cmdline: img.Metadata.Cmdline,
 		HostlinkPort: hostlinkPort, PCIHole64: uint64(c.PCIHole64),
-		Network: qemu.Network{MAC: macOf(v.spec.ID), Ifname: c.Networking.Ifname, Forwards: forwards(v.spec.PortMap)},
+		Network: qemu.Network{MAC: macOf(v.spec().ID), Ifname: c.Networking.Ifname, Forwards: forwards(v.spec().PortMap)},
 	}
-	if v.spec.TEE == TEETDX {
-		sys, err := readFile(filepath.Join(v.dir, sharedDir, hostshare.SysConfigName), 32<<10)
+	if v.spec().TEE == TEETDX {
+		sys, err := readFile(filepath.Join(v.shared(), hostshare.SysConfigName), 32<<10)
 		if err != nil {
 			return "", nil, err
 		}

@@ -44,7 +44,7 @@ func (s *Server) methods() []prpc.Method {
 				return nil, err
 			}
 			if !v.state().Active() {
-				if err := tryPorts(ctx, v.spec.PortMap); err != nil {
+				if err := tryPorts(ctx, v.spec().PortMap); err != nil {
 					return nil, err
 				}
 			}
@@ -77,6 +77,9 @@ func (s *Server) methods() []prpc.Method {
 			}
 			return nil, v.post(lifecycle.Input{Kind: lifecycle.Remove})
 		}),
+		prpc.Unary("UpdateVm", s.update),
+		prpc.Unary("UpgradeApp", s.update), // upstream's older name
+		prpc.Unary("ResizeVm", s.resize),
 		prpc.Unary("GetComposeHash", func(_ context.Context, in *vmmpb.VmConfiguration) (*vmmpb.ComposeHash, error) {
 			if err := checkName(in.Name); err != nil {
 				return nil, err
@@ -128,7 +131,7 @@ func (s *Server) status(ctx context.Context, in *vmmpb.StatusRequest) (*vmmpb.St
 	}
 	var all []*vmmpb.VmInfo
 	for _, v := range s.list() {
-		if match(v.spec.ID, v.spec.Name, v.spec.AppID.String(), v.spec.Image) {
+		if match(v.spec().ID, v.spec().Name, v.spec().AppID.String(), v.spec().Image) {
 			v.settle(ctx)
 			all = append(all, v.info(!in.Brief))
 		}
@@ -185,10 +188,11 @@ func statusOf(st lifecycle.State) string {
 // info describes a VM. Encrypted environment and user configuration are not told:
 // the second may carry a launch token.
 func (v *vm) info(full bool) *vmmpb.VmInfo {
-	st, r, sp := v.state(), v.getReport(), &v.spec
+	st, r, sp := v.state(), v.getReport(), v.spec()
 	out := &vmmpb.VmInfo{
 		Id: sp.ID, Name: sp.Name, Status: statusOf(st), Uptime: "never", AppId: sp.AppID.String(),
 		BootProgress: r.Progress, BootError: r.Error, ShutdownProgress: r.ShutdownText, ImageVersion: sp.ImageVer,
+		Health: r.Health, UpdatePending: v.next.Load() != nil,
 		Interfaces: []*vmmpb.NetworkInterfaceStatus{{Mode: "user", Backend: "slirp", Mac: macOf(sp.ID), NetdevId: proto.String("net0")}},
 	}
 	if name := v.server.config.CVM.Networking.Ifname; name != "" {
@@ -205,7 +209,7 @@ func (v *vm) info(full bool) *vmmpb.VmInfo {
 	}
 	if r.Instance != nil {
 		out.InstanceId = proto.String(r.Instance.String())
-		if v.manifest.GatewayWanted() {
+		if v.manifest().GatewayWanted() {
 			out.AppUrl = proto.String(v.server.appURL(r.Instance))
 		}
 	}
@@ -219,10 +223,14 @@ func (v *vm) info(full bool) *vmmpb.VmInfo {
 }
 
 func (v *vm) configuration() *vmmpb.VmConfiguration {
-	sp := &v.spec
+	return v.now.Load().configuration(v.state().Started)
+}
+
+func (now *setup) configuration(started bool) *vmmpb.VmConfiguration {
+	sp := now.spec
 	out := &vmmpb.VmConfiguration{
-		Name: sp.Name, Image: sp.Image, ComposeFile: string(v.manifest.Raw), Vcpu: sp.VCPU, Memory: sp.MemoryMB, DiskSize: sp.DiskGB,
-		AppId: proto.String(sp.AppID.String()), KmsUrls: sp.KMSURLs, GatewayUrls: sp.GatewayURLs, NoTee: sp.NoTEE, Stopped: !v.state().Started,
+		Name: sp.Name, Image: sp.Image, ComposeFile: string(now.manifest.Raw), Vcpu: sp.VCPU, Memory: sp.MemoryMB, DiskSize: sp.DiskGB,
+		AppId: proto.String(sp.AppID.String()), KmsUrls: sp.KMSURLs, GatewayUrls: sp.GatewayURLs, NoTee: sp.NoTEE, Stopped: !started,
 	}
 	if sp.SimTEE != "" {
 		out.SimulatedTee = proto.String(sp.SimTEE)

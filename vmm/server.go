@@ -10,6 +10,8 @@
 //   - VMs outlive this process. Whoever takes over the state directory adopts
 //     those that run, finishes what was begun, and never starts a second QEMU or
 //     TEE beside a first (packages lifecycle and proc).
+//   - An update of a VM takes effect whole or not at all, and never on a run under
+//     way. App id, instance and data disk stay; the disk never shrinks.
 //   - A VM whose directory cannot be read is shown as broken; it is neither
 //     deleted nor killed.
 //   - Nothing listens on TCP without a token; the unix socket is mode 0600.
@@ -23,8 +25,7 @@
 // or callers beyond what their token or file permissions say.
 //
 // Implements spec/vmm.md §2–§5, §6.3, §7 (user network), §9. Not in this version:
-// automatic restarts (off, and no option), GPUs, bridged networks, upgrades in
-// place, volumes.
+// automatic restarts (off, and no option), GPUs, bridged networks.
 package vmm
 
 import (
@@ -38,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -47,6 +49,7 @@ import (
 	"github.com/dstack-go/dstack/osimage"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/vmm/blob"
+	"github.com/dstack-go/dstack/vmm/keyprovider"
 	"github.com/dstack-go/dstack/vmm/qemu"
 )
 
@@ -78,6 +81,7 @@ type Server struct {
 	group  sync.WaitGroup
 	lock   *os.File
 	blobs  *blob.Store
+	sealer *keyprovider.Client // nil: there is no local key provider
 	pkiMu  sync.Mutex
 
 	createMu sync.Mutex // held while a VM is made, for names and ports
@@ -113,6 +117,9 @@ func Open(config Config, opt Options) (*Server, error) {
 	}
 	s := &Server{config: config, log: opt.Log, version: opt.Version, revision: opt.Revision, args: opt.args, childEnv: opt.childEnv, crash: opt.crash,
 		vms: map[string]*vm{}, broken: map[string]error{}, images: map[string]cachedImage{}}
+	if k := config.KeyProvider; k.Enabled {
+		s.sealer = keyprovider.New(net.JoinHostPort(k.Address, strconv.Itoa(int(k.Port))))
+	}
 	if err := durable.MkdirAll(config.StateDir, 0o700); err != nil {
 		return nil, diskFull(err, "make the state directory")
 	}
@@ -225,8 +232,8 @@ func (s *Server) run(v *vm, takeOver bool) {
 func (s *Server) forget(v *vm) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.vms[v.spec.ID] == v {
-		delete(s.vms, v.spec.ID)
+	if s.vms[v.spec().ID] == v {
+		delete(s.vms, v.spec().ID)
 	}
 }
 
@@ -260,7 +267,7 @@ func (s *Server) list() []*vm {
 	}
 	s.mu.Unlock()
 	sort.Slice(out, func(i, j int) bool {
-		a, b := &out[i].spec, &out[j].spec
+		a, b := out[i].spec(), out[j].spec()
 		if a.CreatedAtMS != b.CreatedAtMS {
 			return a.CreatedAtMS < b.CreatedAtMS
 		}

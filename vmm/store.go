@@ -22,6 +22,7 @@ import (
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/fsm"
+	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/vmm/lifecycle"
 	"github.com/dstack-go/dstack/vmm/proc"
 	"github.com/dstack-go/dstack/vmm/qemu"
@@ -34,10 +35,12 @@ const (
 	TEENone = "none"
 )
 
-// Spec is vm-manifest.json: what a VM is, fixed when it is created (spec vmm.md
-// §4.2; version, tee, machine and image_hash are ours).
+// Spec is vm-manifest.json: what a VM is. It is fixed when the VM is created and
+// replaced by an update (spec vmm.md §4.2; version, revision, tee, machine and
+// image_hash are ours).
 type Spec struct {
-	Version     int              `json:"version"` // 1
+	Version     int              `json:"version"`            // 1
+	Revision    uint64           `json:"revision,omitempty"` // counts updates
 	ID          string           `json:"id"`
 	Name        string           `json:"name"`
 	AppID       dstack.AppID     `json:"app_id"`
@@ -72,8 +75,9 @@ func (p PortMap) String() string {
 // Files of a VM directory beside those of package qemu.
 const (
 	specFile    = "vm-manifest.json"
+	updateFile  = "vm-update.json" // the next vm-manifest.json
 	stateFile   = "vm-state.json"
-	sharedDir   = "shared"
+	sharedDir   = "shared" // of revision 0
 	stderrLog   = "stderr.log"
 	eventsFile  = "events.jsonl"
 	qemuLock    = "qemu.lock"
@@ -120,8 +124,40 @@ func readFile(path string, limit int64) ([]byte, error) {
 	return data, err
 }
 
+// shared is the directory of the files that the guest gets: each revision has its
+// own, so that the one write of vm-manifest.json changes all of them at once.
+func (s *Spec) shared() string {
+	if s.Revision == 0 {
+		return sharedDir
+	}
+	return fmt.Sprintf("%s-%d", sharedDir, s.Revision)
+}
+
+// setup is what a VM is, as a whole.
+type setup struct {
+	spec     *Spec
+	manifest *manifest.Manifest
+}
+
+// loadSetup reads vm-manifest.json, or the update of it, and its app-compose.json.
+func loadSetup(dir, specFile, id string) (*setup, error) {
+	spec, err := loadSpec(dir, specFile, id)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readFile(filepath.Join(dir, spec.shared(), hostshare.AppComposeName), manifest.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	m, err := manifest.Parse(raw)
+	if err != nil {
+		return nil, err
+	}
+	return &setup{spec, m}, nil
+}
+
 // loadSpec reads and checks vm-manifest.json of the directory of VM id.
-func loadSpec(dir, id string) (*Spec, error) {
+func loadSpec(dir, specFile, id string) (*Spec, error) {
 	data, err := readFile(filepath.Join(dir, specFile), maxSpecFile)
 	if err != nil {
 		return nil, err
@@ -160,7 +196,7 @@ func loadShared(dir string) (hostshare.Files, error) {
 	files := hostshare.Files{}
 	for _, name := range []string{hostshare.AppComposeName, hostshare.EncryptedEnvName, hostshare.UserConfigName, hostshare.InstanceInfoName, hostshare.SysConfigName} {
 		limit, _ := hostshare.Limit(name)
-		data, err := readFile(filepath.Join(dir, sharedDir, name), limit)
+		data, err := readFile(filepath.Join(dir, name), limit)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -195,6 +231,31 @@ func makeSparse(path string, gb uint32) error {
 		return err
 	}
 	defer f.Close()
+	if err := f.Truncate(int64(gb) << 30); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// growSparse makes a disk larger, in whole GiB. One that is smaller than it was has
+// lost data, which the new zeros would hide. Code: disk_truncated.
+func growSparse(path string, was, gb uint32) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Size() < int64(was)<<30 {
+		return fault.New("disk_truncated", "the data disk has %d bytes, fewer than its %d GiB", fi.Size(), was).
+			WithFix("restore %s from a backup", path)
+	}
+	if fi.Size() >= int64(gb)<<30 {
+		return nil
+	}
 	if err := f.Truncate(int64(gb) << 30); err != nil {
 		return err
 	}

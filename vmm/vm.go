@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -28,17 +29,21 @@ import (
 // vm is one VM: its state machine, the goroutine that performs its effects, and
 // what is known about its present run.
 type vm struct {
-	server   *Server
-	dir      string
-	spec     Spec
-	manifest *manifest.Manifest
-	journal  *journal
-	log      *slog.Logger
-	notify   bucket
-	driver   *fsm.Driver[lifecycle.State, lifecycle.Input, lifecycle.Effect]
-	saved    lifecycle.State // as of the last save; the driver saves one at a time
-	wake     chan struct{}   // there may be effects to perform
-	ready    chan struct{}   // closed when it was taken over
+	server  *Server
+	dir     string
+	journal *journal
+	log     *slog.Logger
+	notify  bucket
+	driver  *fsm.Driver[lifecycle.State, lifecycle.Input, lifecycle.Effect]
+	saved   lifecycle.State // as of the last save; the driver saves one at a time
+	wake    chan struct{}   // there may be effects to perform
+	ready   chan struct{}   // closed when it was taken over
+
+	now  atomic.Pointer[setup] // what it is; replaced in apply only
+	next atomic.Pointer[setup] // what it is from the next start on, or nil
+
+	updateMu sync.Mutex // held during an update
+	filesMu  sync.Mutex // held while files for the guest are read and written
 
 	mu        sync.Mutex
 	changed   chan struct{} // closed and replaced when anything below or the state changes
@@ -55,6 +60,7 @@ type vm struct {
 type report struct {
 	StartedMS, ExitedMS           int64
 	Progress, Error, ShutdownText string
+	Health                        string // the guest's latest app.health
 	Instance                      *dstack.InstanceID
 }
 
@@ -64,12 +70,17 @@ func (r *report) absorb(e Event) {
 	case eventStart:
 		*r = report{StartedMS: e.TimeMS, Progress: "booting", Instance: r.Instance}
 	case eventExit:
-		r.ExitedMS = e.TimeMS
+		r.ExitedMS, r.Health = e.TimeMS, ""
 		if r.Error == "" && !strings.HasPrefix(e.Body, codePoweroff) && !strings.HasPrefix(e.Body, codeStopped) {
 			r.Error = e.Body
 		}
 	case "boot.progress":
 		r.Progress = e.Body
+		if e.Body == "done" { // whatever was wrong on the way did not matter
+			r.Error = ""
+		}
+	case eventHealth:
+		r.Health = e.Body
 	case "boot.error":
 		r.Error = e.Body
 	case "shutdown.progress":
@@ -80,11 +91,17 @@ func (r *report) absorb(e Event) {
 // Events of the VMM.
 const (
 	eventCreated = "vm.created"
+	eventUpdate  = "vm.update"  // will take effect at the next start
+	eventUpdated = "vm.updated" // took effect
 	eventStart   = "vm.start"
 	eventExit    = "vm.exit"
 	eventTEE     = "vm.tee_restarted"
 	eventFlood   = "vm.flood"
 )
+
+// eventHealth is the guest's word on how its app does: a JSON object with at least
+// "state", a word, and "reason" when it is not well.
+const eventHealth = "app.health"
 
 // Codes of ends that are no error.
 const (
@@ -93,8 +110,9 @@ const (
 )
 
 func newVM(s *Server, dir string, spec *Spec, m *manifest.Manifest, rec record) *vm {
-	v := &vm{server: s, dir: dir, spec: *spec, manifest: m, saved: rec.State, log: s.log.With("vm", spec.ID),
+	v := &vm{server: s, dir: dir, saved: rec.State, log: s.log.With("vm", spec.ID),
 		wake: make(chan struct{}, 1), changed: make(chan struct{}), watched: map[process.ID]bool{}, children: map[process.ID]*proc.Child{}}
+	v.now.Store(&setup{spec, m})
 	v.journal = openJournal(filepath.Join(dir, eventsFile), v.report.absorb)
 	v.readInstance()
 	v.driver = fsm.New(fsm.Func[lifecycle.State, lifecycle.Input, lifecycle.Effect](lifecycle.Step), rec, v.save, v.perform)
@@ -103,15 +121,7 @@ func newVM(s *Server, dir string, spec *Spec, m *manifest.Manifest, rec record) 
 
 // loadVM reads a VM's directory.
 func loadVM(s *Server, dir, id string) (*vm, error) {
-	spec, err := loadSpec(dir, id)
-	if err != nil {
-		return nil, err
-	}
-	raw, err := readFile(filepath.Join(dir, sharedDir, hostshare.AppComposeName), manifest.MaxSize)
-	if err != nil {
-		return nil, err
-	}
-	m, err := manifest.Parse(raw)
+	now, err := loadSetup(dir, specFile, id)
 	if err != nil {
 		return nil, err
 	}
@@ -119,12 +129,13 @@ func loadVM(s *Server, dir, id string) (*vm, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newVM(s, dir, spec, m, rec), nil
+	v := newVM(s, dir, now.spec, now.manifest, rec)
+	return v, v.loadUpdate()
 }
 
 func (v *vm) readInstance() {
 	limit, _ := hostshare.Limit(hostshare.InstanceInfoName)
-	data, err := readFile(filepath.Join(v.dir, sharedDir, hostshare.InstanceInfoName), limit)
+	data, err := readFile(filepath.Join(v.shared(), hostshare.InstanceInfoName), limit)
 	if err != nil {
 		return
 	}
@@ -147,7 +158,7 @@ func (v *vm) save(rec record) error {
 		}
 	}
 	if err := writeJSON(filepath.Join(v.dir, stateFile), rec); err != nil {
-		return diskFull(err, "save the state of VM "+v.spec.ID)
+		return diskFull(err, "save the state of VM "+v.spec().ID)
 	}
 	v.transition(v.saved, rec.State)
 	v.saved = rec.State
@@ -316,7 +327,7 @@ func (v *vm) perform(ctx context.Context, e lifecycle.Effect) (out []lifecycle.I
 		}
 		return []lifecycle.Input{{Kind: lifecycle.TEEStarted, Run: e.Run}}, nil
 	case lifecycle.StartQEMU:
-		if v.spec.TEE == TEESim {
+		if v.spec().TEE == TEESim {
 			if err := v.ensureTEE(ctx, e.Run); err != nil {
 				return fail(err)
 			}

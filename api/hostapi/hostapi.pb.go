@@ -80,7 +80,7 @@ func (x *HostInfo) GetVersion() string {
 
 type Notification struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// boot.progress, boot.error, shutdown.progress or instance.info.
+	// boot.progress, boot.error, shutdown.progress or instance.info; ours: app.health.
 	Event string `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
 	// At most 4096 bytes.
 	Payload       string `protobuf:"bytes,2,opt,name=payload,proto3" json:"payload,omitempty"`

@@ -241,7 +241,10 @@ type VmConfiguration struct {
 	Networking *NetworkingConfig   `protobuf:"bytes,18,opt,name=networking,proto3,oneof" json:"networking,omitempty"`
 	Networks   []*NetworkingConfig `protobuf:"bytes,19,rep,name=networks,proto3" json:"networks,omitempty"`
 	// Such as "dstack-tdx".
-	SimulatedTee  *string `protobuf:"bytes,21,opt,name=simulated_tee,json=simulatedTee,proto3,oneof" json:"simulated_tee,omitempty"`
+	SimulatedTee *string `protobuf:"bytes,21,opt,name=simulated_tee,json=simulatedTee,proto3,oneof" json:"simulated_tee,omitempty"`
+	// Ours: a software TPM, for development. Unset: where key_provider tpm meets a
+	// simulated TEE.
+	Tpm           *bool `protobuf:"varint,1000,opt,name=tpm,proto3,oneof" json:"tpm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -414,6 +417,13 @@ func (x *VmConfiguration) GetSimulatedTee() string {
 		return *x.SimulatedTee
 	}
 	return ""
+}
+
+func (x *VmConfiguration) GetTpm() bool {
+	if x != nil && x.Tpm != nil {
+		return *x.Tpm
+	}
+	return false
 }
 
 type NetworkingConfig struct {
@@ -1049,8 +1059,13 @@ type VmInfo struct {
 	ImageVersion     string                    `protobuf:"bytes,13,opt,name=image_version,json=imageVersion,proto3" json:"image_version,omitempty"`
 	Events           []*GuestEvent             `protobuf:"bytes,14,rep,name=events,proto3" json:"events,omitempty"`
 	Interfaces       []*NetworkInterfaceStatus `protobuf:"bytes,15,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Ours: the guest's latest app.health, JSON of at most 4096 bytes with "state"
+	// and "reason"; the guest's word. Empty: it said nothing in this run.
+	Health string `protobuf:"bytes,1000,opt,name=health,proto3" json:"health,omitempty"`
+	// Ours: what the VM is changes at its next start.
+	UpdatePending bool `protobuf:"varint,1001,opt,name=update_pending,json=updatePending,proto3" json:"update_pending,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VmInfo) Reset() {
@@ -1186,6 +1201,20 @@ func (x *VmInfo) GetInterfaces() []*NetworkInterfaceStatus {
 		return x.Interfaces
 	}
 	return nil
+}
+
+func (x *VmInfo) GetHealth() string {
+	if x != nil {
+		return x.Health
+	}
+	return ""
+}
+
+func (x *VmInfo) GetUpdatePending() bool {
+	if x != nil {
+		return x.UpdatePending
+	}
+	return false
 }
 
 type NetworkInterfaceStatus struct {
@@ -2355,7 +2384,7 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"\x06app_id\x18\x01 \x01(\fR\x05appId\"=\n" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
-	"\x03rev\x18\x02 \x01(\tR\x03rev\"\xc8\x05\n" +
+	"\x03rev\x18\x02 \x01(\tR\x03rev\"\xe8\x05\n" +
 	"\x0fVmConfiguration\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12!\n" +
@@ -2380,10 +2409,12 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"networking\x18\x12 \x01(\v2\x15.vmm.NetworkingConfigH\x01R\n" +
 	"networking\x88\x01\x01\x121\n" +
 	"\bnetworks\x18\x13 \x03(\v2\x15.vmm.NetworkingConfigR\bnetworks\x12(\n" +
-	"\rsimulated_tee\x18\x15 \x01(\tH\x02R\fsimulatedTee\x88\x01\x01B\t\n" +
+	"\rsimulated_tee\x18\x15 \x01(\tH\x02R\fsimulatedTee\x88\x01\x01\x12\x16\n" +
+	"\x03tpm\x18\xe8\a \x01(\bH\x03R\x03tpm\x88\x01\x01B\t\n" +
 	"\a_app_idB\r\n" +
 	"\v_networkingB\x10\n" +
-	"\x0e_simulated_teeJ\x04\b\x14\x10\x15\"G\n" +
+	"\x0e_simulated_teeB\x06\n" +
+	"\x04_tpmJ\x04\b\x14\x10\x15\"G\n" +
 	"\x10NetworkingConfig\x12\x12\n" +
 	"\x04mode\x18\x01 \x01(\tR\x04mode\x12\x1f\n" +
 	"\vbridge_name\x18\x02 \x01(\tR\n" +
@@ -2446,7 +2477,7 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"\x0eStatusResponse\x12\x1d\n" +
 	"\x03vms\x18\x01 \x03(\v2\v.vmm.VmInfoR\x03vms\x120\n" +
 	"\x14port_mapping_enabled\x18\x02 \x01(\bR\x12portMappingEnabled\x12\x14\n" +
-	"\x05total\x18\x03 \x01(\rR\x05total\"\xbb\x04\n" +
+	"\x05total\x18\x03 \x01(\rR\x05total\"\xfc\x04\n" +
 	"\x06VmInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -2467,7 +2498,9 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"\x06events\x18\x0e \x03(\v2\x0f.vmm.GuestEventR\x06events\x12;\n" +
 	"\n" +
 	"interfaces\x18\x0f \x03(\v2\x1b.vmm.NetworkInterfaceStatusR\n" +
-	"interfacesB\n" +
+	"interfaces\x12\x17\n" +
+	"\x06health\x18\xe8\a \x01(\tR\x06health\x12&\n" +
+	"\x0eupdate_pending\x18\xe9\a \x01(\bR\rupdatePendingB\n" +
 	"\n" +
 	"\b_app_urlB\x0e\n" +
 	"\f_instance_idB\f\n" +

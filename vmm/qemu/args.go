@@ -178,7 +178,7 @@ func (b *Binary) Args(s Spec) ([]string, error) {
 		{"data", DataDisk, SerialData, false},
 		{"shared", SharedDisk, SerialShared, true},
 	} {
-		args = append(args, "-blockdev", blockdev(d.node, d.file, d.readOnly, !d.readOnly))
+		args = append(args, "-blockdev", blockdev(d.node, d.file, d.readOnly))
 		args = append(args, device("virtio-blk-pci,drive="+d.node+",serial="+d.serial+virtio)...)
 	}
 	args = append(args, "-netdev", netdev)

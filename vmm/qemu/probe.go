@@ -64,7 +64,7 @@ func (b *Binary) Probe(ctx context.Context, accel Accel) error {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, b.Path, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-machine", b.Machine, "-accel", string(accel), "-cpu", b.cpu(accel), "-m", "64", "-sandbox", sandbox,
-		"-blockdev", blockdev("probe", "disk.img", true, false),
+		"-blockdev", blockdev("probe", "disk.img", true),
 		"-device", "virtio-blk-pci,drive=probe",
 		"-device", "isa-debug-exit,iobase=0xf4,iosize=4")
 	cmd.Dir = dir
@@ -126,25 +126,35 @@ func (b *Binary) cpu(accel Accel) string {
 	return "max"
 }
 
-// blockdev returns a -blockdev argument in JSON, where a path needs no escape.
-func blockdev(node, file string, readOnly, discard bool) string {
+// blockdev returns a -blockdev argument in JSON, where a path needs no escape. A
+// disk that is written has the host's page cache as its volatile write cache, and a
+// flush of the guest is one to the host's medium (no-flush off), so that what a
+// guest has flushed survives a power cut of the host as well.
+func blockdev(node, file string, readOnly bool) string {
+	type cache struct {
+		Direct  bool `json:"direct"`
+		NoFlush bool `json:"no-flush"`
+	}
+	type options struct {
+		ReadOnly bool   `json:"read-only,omitempty"`
+		Discard  string `json:"discard,omitempty"`
+		Cache    *cache `json:"cache,omitempty"`
+	}
 	type fileNode struct {
 		Driver   string `json:"driver"`
 		Filename string `json:"filename"`
-		ReadOnly bool   `json:"read-only,omitempty"`
-		Discard  string `json:"discard,omitempty"`
+		options
 	}
-	n := struct {
-		Driver   string   `json:"driver"`
-		NodeName string   `json:"node-name"`
-		ReadOnly bool     `json:"read-only,omitempty"`
-		Discard  string   `json:"discard,omitempty"`
-		File     fileNode `json:"file"`
-	}{"raw", node, readOnly, "", fileNode{"file", file, readOnly, ""}}
-	if discard {
-		n.Discard, n.File.Discard = "unmap", "unmap"
+	o := options{ReadOnly: readOnly}
+	if !readOnly {
+		o.Discard, o.Cache = "unmap", &cache{}
 	}
-	b, err := json.Marshal(n)
+	b, err := json.Marshal(struct {
+		Driver   string `json:"driver"`
+		NodeName string `json:"node-name"`
+		options
+		File fileNode `json:"file"`
+	}{"raw", node, o, fileNode{"file", file, o}})
 	if err != nil { // strings and booleans always marshal
 		return ""
 	}

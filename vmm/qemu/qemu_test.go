@@ -232,6 +232,12 @@ func TestArgs(t *testing.T) {
 	if err := json.Unmarshal([]byte(after(args, "-blockdev")[0]), &root); err != nil || root.File.Filename != "/img/rootfs,x=y.img" || !root.ReadOnly {
 		t.Errorf("root %+v %v", root, err)
 	}
+	// The data disk is written and flushed; the others are not written.
+	if drives := after(args, "-blockdev"); len(drives) != 3 ||
+		drives[1] != `{"driver":"raw","node-name":"data","discard":"unmap","cache":{"direct":false,"no-flush":false},"file":{"driver":"file","filename":"data.img","discard":"unmap","cache":{"direct":false,"no-flush":false}}}` ||
+		!strings.Contains(drives[2], `"read-only":true`) {
+		t.Errorf("%q", drives)
+	}
 	old := &Binary{Version: Version{8, 0, 0}}
 	if args, _ := old.Args(spec()); after(args, "-cpu")[0] != "max,-cx16" {
 		t.Errorf("old QEMU: -cpu %q", after(args, "-cpu"))

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"math"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dstack-go/dstack"
+	vmmpb "github.com/dstack-go/dstack/api/vmm"
+	"github.com/dstack-go/dstack/cli/appimage"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/manifest/lint"
+	"github.com/dstack-go/dstack/manifest/lock"
+	"github.com/dstack-go/dstack/measure"
+)
+
+// workload is what deploy and upgrade are told about an app. What deploy is not
+// told has a default; what upgrade is not told stays as it was.
+type workload struct {
+	Port       []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
+	AppImage   map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
+	Image      string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
+	VCPU       int               `name:"vcpu" help:"Virtual CPUs; 1 by default." placeholder:"N"`
+	Memory     int               `help:"Memory in MiB; 1024 by default." placeholder:"MIB"`
+	PublicLogs *bool             `help:"Let anyone read the containers' logs at the agent." negatable:""`
+	Lock       string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
+
+	KeyProvider string   `help:"Who keeps the app's keys: none (the data disk is new at each boot), local, tpm or kms." enum:",none,local,tpm,kms" default:"" placeholder:"KIND"`
+	KMS         []string `name:"kms" help:"URL of the KMS; may be given again." placeholder:"URL" sep:"none"`
+	ProviderID  string   `name:"kms-id" aliases:"key-provider-id" help:"Who the key provider must be, in hex: for kms the public key of its root CA (DER), for local the MRENCLAVE of the enclave. It is measured." placeholder:"HEX"`
+	NoInstance  *bool    `name:"no-instance-id" help:"All instances of the app share their keys and can open each other's disks." negatable:"instance-id"`
+	StorageFS   string   `name:"storage-fs" help:"File system of the data disk: ext4 or xfs." enum:",ext4,xfs" default:"" placeholder:"FS"`
+	Swap        string   `help:"Swap on the data disk, such as 1G." placeholder:"SIZE"`
+
+	Env     []string `short:"e" help:"Variable for the compose file, encrypted to the app; without =VALUE its value is taken from this environment, which no other user of the machine sees." placeholder:"KEY[=VALUE]" sep:"none"`
+	EnvFile []string `help:"File with a variable per line, KEY=VALUE or KEY." placeholder:"FILE" sep:"none"`
+
+	ScriptInit      []string `help:"Shell script to run before the container engine starts; may be given again." placeholder:"FILE" sep:"none"`
+	ScriptPreLaunch string   `help:"Shell script to run before the containers start." placeholder:"FILE"`
+
+	SecureTime *bool    `help:"Begin only with authenticated time; by default the host's clock is believed, and the verdict says so." negatable:""`
+	TimeServer []string `help:"NTS server to ask, with the authority that certifies it where that is not a public one; three or more. Means --secure-time." placeholder:"HOST:PORT[=CAFILE]" sep:"none"`
+	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
+}
+
+// previous is an app as it is before an upgrade.
+type previous struct {
+	info     *vmmpb.VmInfo
+	appID    dstack.AppID
+	manifest *manifest.Manifest
+	ports    []mapping
+	attest   int // host port of the agent, 0: none
+}
+
+// plan is an app that could be run.
+type plan struct {
+	text  []byte // of the manifest
+	vm    measure.VMConfig
+	lock  *lock.Lock
+	blobs []appimage.Blob
+	ports []mapping
+	env   []variable
+	pin   []byte // of the KMS
+	kms   []string
+}
+
+// plan decides and measures what is to run, and changes nothing.
+//
+// Codes: compose_*, image_*, port_*, key_provider_*, env_*, script_*, time_server,
+// key_scope, usage, manifest_*.
+func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *previous) (*plan, error) {
+	p := &plan{kms: w.KMS}
+	draft := manifest.Draft{SecureTime: new(bool)}
+	image := w.Image
+	cpu, mem := uint32(1), uint64(1024)
+	var ports []mapping
+	if was != nil {
+		var err error
+		if draft, err = draftOf(was.manifest); err != nil {
+			return nil, err
+		}
+		c := was.info.Configuration
+		cpu, mem, ports = c.Vcpu, uint64(c.Memory), was.ports
+		if image == "" {
+			image = c.Image
+		}
+		if len(p.kms) == 0 {
+			p.kms = c.KmsUrls
+		}
+	}
+	draft.Name, draft.DockerComposeFile, draft.ImagePolicy = name, string(compose), manifest.ImagePolicyDigest
+	if w.VCPU < 0 || w.Memory < 0 || w.VCPU > math.MaxInt32 || w.Memory > math.MaxInt32 {
+		return nil, usage("--vcpu and --memory cannot be negative")
+	}
+	if w.VCPU > 0 {
+		cpu = uint32(w.VCPU)
+	}
+	if w.Memory > 0 {
+		mem = uint64(w.Memory)
+	}
+	if err := w.keys(&draft); err != nil {
+		return nil, err
+	}
+	p.pin = draft.KeyProviderID
+	var err error
+	if p.env, err = w.variables(draft.KeyProvider); err != nil {
+		return nil, err
+	}
+	if len(w.Env)+len(w.EnvFile) > 0 {
+		draft.AllowedEnvs = names(p.env)
+	}
+	if err := w.settings(&draft); err != nil {
+		return nil, err
+	}
+
+	linted, err := lint.LoadWith(compose, name, lint.Options{AllowedEnvs: draft.AllowedEnvs})
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range linted.Findings {
+		a.step("%s %s (%s)", a.paint(amber, f.Level+":"), f.Message, f.Code)
+	}
+	if err := linted.Err(); err != nil {
+		return nil, err
+	}
+	if err := w.scopes(&draft, linted); err != nil {
+		return nil, err
+	}
+	img, err := w.osImage(a, image)
+	if err != nil {
+		return nil, err
+	}
+	if p.ports, err = w.mappings(linted, composeFile, ports); err != nil {
+		return nil, err
+	}
+	draft.ImageLock, p.blobs, err = w.resolve(a, linted, draft.ImageLock)
+	if err != nil {
+		return nil, err
+	}
+	draft.PortPolicy = &manifest.PortPolicy{RestrictMode: true}
+	for _, m := range p.ports {
+		draft.PortPolicy.Ports = append(draft.PortPolicy.Ports, manifest.Port{Port: uint16(m.vm)})
+	}
+	if p.text, err = manifest.Build(draft); err != nil {
+		return nil, err
+	}
+	m, err := manifest.Parse(p.text)
+	if err != nil {
+		return nil, fmt.Errorf("the manifest that was built does not parse: %w", err)
+	}
+	hash := m.Hash()
+	appID := dstack.AppID(hash[:dstack.AppIDSize])
+	if was != nil {
+		appID = was.appID
+	}
+
+	p.vm = measure.VMConfig{CPUCount: cpu, MemorySize: mem << 20}
+	if draft.KeyProvider == manifest.KeyProviderTPM {
+		p.vm.SWTPM = true
+		a.step("%s a software TPM, which is for development, changes the ACPI tables: RTMR0 is then not computed (acpi_shape_unsupported)", a.paint(amber, "note:"))
+	}
+	registers, err := measureImage(img, p.vm)
+	if err != nil {
+		return nil, err
+	}
+	a.step("measured: compose %s…, image %s…, app id %s", hash.String()[:16], img.Hash.String()[:16], appID)
+	shape, err := json.Marshal(p.vm)
+	if err != nil {
+		return nil, err
+	}
+	p.lock = &lock.Lock{
+		Version: 1, Name: name, ComposeHash: hash, AppID: appID, OSImageHash: img.Hash,
+		Image: filepath.Base(img.Dir), VMConfig: shape, TEE: dstack.TDX, Measurements: registers, Images: draft.ImageLock,
+		Created: time.Now().UTC().Format(time.RFC3339),
+	}
+	return p, nil
+}
+
+// keys sets who keeps the keys. The provider is always pinned: without a pin the
+// host could put one of its own in its place (design.md §7).
+//
+// Codes: key_provider_unpinned, key_provider_id, key_provider_unused.
+func (w *workload) keys(d *manifest.Draft) error {
+	if w.KeyProvider != "" && w.KeyProvider != d.KeyProvider {
+		d.KeyProvider, d.KeyProviderID = w.KeyProvider, nil
+	}
+	if d.KeyProvider == "" {
+		d.KeyProvider = manifest.KeyProviderNone
+	}
+	if len(w.KMS) > 0 && d.KeyProvider != manifest.KeyProviderKMS {
+		return fault.New("key_provider_unused", "--kms is given, but the key provider is %s", d.KeyProvider).WithFix("--key-provider kms")
+	}
+	for _, u := range w.KMS {
+		if !strings.HasPrefix(u, "https://") {
+			return usage("--kms wants an https URL, not %q", u)
+		}
+	}
+	pinned := d.KeyProvider == manifest.KeyProviderKMS || d.KeyProvider == manifest.KeyProviderLocal
+	if w.ProviderID != "" {
+		if !pinned {
+			return fault.New("key_provider_unused", "--kms-id is given, but the key provider is %s, which has no identity", d.KeyProvider).WithFix("--key-provider kms")
+		}
+		id, err := hex.DecodeString(strings.TrimPrefix(w.ProviderID, "0x"))
+		if err == nil && d.KeyProvider == manifest.KeyProviderKMS {
+			_, err = x509.ParsePKIXPublicKey(id)
+		} else if err == nil && len(id) != 32 {
+			err = fmt.Errorf("%d bytes, want 32", len(id))
+		}
+		if err != nil {
+			return fault.Wrap(err, "key_provider_id", "--kms-id is not the identity of a key provider of kind %s", d.KeyProvider).
+				WithFix("give the DER public key of the KMS's root CA, or the enclave's MRENCLAVE, in hexadecimal")
+		}
+		d.KeyProviderID = id
+	}
+	if pinned && len(d.KeyProviderID) == 0 {
+		return fault.New("key_provider_unpinned", "nothing says who the key provider must be: whoever answers would get to know the app's keys").
+			WithFix("--kms-id HEX with the identity that the provider's operator publishes")
+	}
+	return nil
+}
+
+// settings sets what is neither keys nor compose file.
+//
+// Codes: script_missing, time_server, usage.
+func (w *workload) settings(d *manifest.Draft) error {
+	set := func(from *bool, to *bool) {
+		if from != nil {
+			*to = *from
+		}
+	}
+	set(w.PublicLogs, &d.PublicLogs)
+	set(w.NoInstance, &d.NoInstanceID)
+	if w.StorageFS != "" {
+		d.StorageFS = w.StorageFS
+	}
+	if w.Swap != "" {
+		n, err := parseSize("--swap", w.Swap)
+		if err != nil {
+			return err
+		}
+		d.SwapSize = n
+	}
+	script := func(path string) (string, error) {
+		text, err := readLimited(path, 1<<20)
+		if err != nil {
+			return "", fault.Wrap(err, "script_missing", "read the script %s", path).WithFix("give a shell script of at most 1 MiB")
+		}
+		return string(text), nil
+	}
+	if len(w.ScriptInit) > 0 {
+		d.InitScripts = nil
+		for _, path := range w.ScriptInit {
+			text, err := script(path)
+			if err != nil {
+				return err
+			}
+			d.InitScripts = append(d.InitScripts, text)
+		}
+	}
+	if w.ScriptPreLaunch != "" {
+		var err error
+		if d.PreLaunchScript, err = script(w.ScriptPreLaunch); err != nil {
+			return err
+		}
+	}
+	if w.SecureTime != nil {
+		d.SecureTime = w.SecureTime
+	}
+	if len(w.TimeServer) > 0 {
+		if w.SecureTime != nil && !*w.SecureTime {
+			return usage("--time-server means --secure-time")
+		}
+		d.SecureTime, d.TimeServers = new(true), nil
+		for _, text := range w.TimeServer {
+			host, ca, hasCA := strings.Cut(text, "=")
+			s := manifest.TimeServer{Host: host}
+			if _, _, err := net.SplitHostPort(host); err != nil {
+				return fault.New("time_server", "%q is not a time server", text).WithFix("write HOST:PORT, such as nts.example:4460, or HOST:PORT=CAFILE")
+			}
+			if hasCA {
+				pem, err := readLimited(ca, 64<<10)
+				if err != nil {
+					return err
+				}
+				s.CACert = string(pem)
+			}
+			d.TimeServers = append(d.TimeServers, s)
+		}
+		if len(d.TimeServers) < manifest.MinTimeServers {
+			return fault.New("time_server", "%d time servers are fewer than %d: one that lies must not decide", len(d.TimeServers), manifest.MinTimeServers).
+				WithFix("give more with --time-server, or none to use the OS image's")
+		}
+	}
+	return nil
+}
+
+// scopes sets which service may ask for which keys. Code: key_scope.
+func (w *workload) scopes(d *manifest.Draft, compose *lint.Compose) error {
+	if len(w.KeyScope) > 0 {
+		d.KeyScopes = map[string][]string{}
+	}
+	for _, text := range w.KeyScope {
+		service, path, ok := strings.Cut(text, "=")
+		if !ok || service == "" || path == "" {
+			return fault.New("key_scope", "%q is not the scope of a service", text).WithFix("write SERVICE=PATH")
+		}
+		d.KeyScopes[service] = append(d.KeyScopes[service], path)
+	}
+	for service := range d.KeyScopes {
+		if !slices.ContainsFunc(compose.Services, func(s lint.Service) bool { return s.Name == service }) {
+			return fault.New("key_scope", "a key scope is for the service %q, which the compose file does not have", service).
+				WithFix("name one of its services with --key-scope SERVICE=PATH")
+		}
+	}
+	return nil
+}
+
+// draftOf is the draft that would make a manifest of the same meaning.
+func draftOf(m *manifest.Manifest) (manifest.Draft, error) {
+	d := manifest.Draft{
+		Name: m.Name, Runner: m.Runner, DockerComposeFile: m.DockerComposeFile, BashScript: m.BashScript, Snapshotter: m.Snapshotter,
+		InitScripts: m.InitScripts, PreLaunchScript: m.PreLaunchScript, PublicLogs: m.PublicLogs, PublicSysinfo: m.PublicSysinfo,
+		KeyProvider: m.KeyProviderKind(), KeyProviderID: m.KeyProviderID, GatewayEnabled: m.GatewayWanted(), AllowedEnvs: m.AllowedEnvs,
+		NoInstanceID: m.NoInstanceID, SecureTime: m.SecureTime, StorageFS: m.StorageFS, SwapSize: m.SwapSize,
+		PortPolicy: &m.PortPolicy, VerityVolumes: m.VerityVolumes, ImagePolicy: m.ImagePolicy, ImageLock: m.ImageLock,
+		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners,
+	}
+	if !m.PublicTCBInfo {
+		d.PublicTCBInfo = new(bool)
+	}
+	if m.EventLogVersion != 1 {
+		d.EventLogVersion = m.EventLogVersion
+	}
+	if m.Requirements != nil { // as written: an explicit default has another hash
+		var raw struct {
+			Requirements json.RawMessage `json:"requirements"`
+		}
+		if err := json.Unmarshal(m.Raw, &raw); err != nil {
+			return d, err
+		}
+		d.Requirements = raw.Requirements
+	}
+	return d, nil
+}
+
+// lockFile is where the lock goes.
+func (w *workload) lockFile(compose string) string {
+	if w.Lock != "" {
+		return w.Lock
+	}
+	return filepath.Join(filepath.Dir(compose), "dstack.lock.json")
+}
+
+// store gives the VMM what the app consists of.
+func (p *plan) store(a *app) error {
+	for _, b := range p.blobs {
+		if err := push(a, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// portMappings are the ports to ask the VMM for, the agent's first.
+func (p *plan) portMappings(attest int) []*vmmpb.PortMapping {
+	out := []*vmmpb.PortMapping{{Protocol: "tcp", HostAddress: "127.0.0.1", HostPort: uint32(attest), VmPort: agentPort}}
+	for _, m := range p.ports {
+		out = append(out, &vmmpb.PortMapping{Protocol: m.proto, HostAddress: m.addr, HostPort: uint32(m.host), VmPort: uint32(m.vm)})
+	}
+	return out
+}
