@@ -35,6 +35,11 @@ func (c *doctorCmd) Run(a *app) error {
 	checkTool(add, "gcc", "needed to build the kernel of OS images", "scripts/host-packages.sh")
 	checkTool(add, "flex", "needed to build the kernel of OS images", "scripts/host-packages.sh")
 	checkTool(add, "go", "needed to build OS images and dstack itself", "install Go 1.26 or newer")
+	if path, err := exec.LookPath("swtpm"); err != nil {
+		add("swtpm", "note", "is missing: apps with --key-provider tpm cannot be tried without a real TPM", "apt-get install swtpm")
+	} else {
+		add("swtpm", "ok", path, "")
+	}
 	for _, bin := range []string{"dstack-vmm", "dstack-simtee"} {
 		if _, err := os.Stat(filepath.Join(a.stack.Bin, bin)); err != nil {
 			add(bin, "problem", "is not beside dstack in "+a.stack.Bin, "make build")

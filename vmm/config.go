@@ -83,6 +83,9 @@ type CVMConfig struct {
 	TEEHelper string `toml:"tee_helper"`
 	TEEPKI    string `toml:"tee_pki"`
 
+	// SWTPM is the software TPM of VMs whose TEE is simulated; looked up in PATH.
+	SWTPM string `toml:"swtpm_path"`
+
 	QEMUPath string `toml:"qemu_path"` // default: qemu-system-x86_64 in PATH
 	Accel    string `toml:"accel"`     // auto (a probe boots a guest), kvm or tcg
 
@@ -150,7 +153,7 @@ func DefaultConfig() Config {
 		EventBufferSize: 20,
 		Blobs:           BlobConfig{MaxSize: 4 << 30},
 		CVM: CVMConfig{
-			TEE: "sim", TEEHelper: "dstack-simtee", Accel: "auto",
+			TEE: "sim", TEEHelper: "dstack-simtee", SWTPM: "swtpm", Accel: "auto",
 			MaxVCPU: uint32(max(runtime.NumCPU(), 4)), MaxMemoryMB: 100_000, MaxDiskGB: 1000, MaxVMs: 100,
 			MinFreeDisk: 1 << 30, QGSPort: 4050, ShutdownWait: config.Duration{Duration: time.Minute},
 			PortMapping: PortMappingConfig{Enabled: true, Address: "127.0.0.1",

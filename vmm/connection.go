@@ -144,7 +144,7 @@ func newConnection(v *vm, run uint64) (*connection, error) {
 	}
 	c.group.Go(func() { c.watchMonitor(ctx) })
 	c.group.Go(func() {
-		boundLogs(ctx, int64(v.server.config.CVM.Log.MaxBytes), filepath.Join(v.dir, qemu.SerialLog), filepath.Join(v.dir, stderrLog), filepath.Join(v.dir, teeLog))
+		boundLogs(ctx, int64(v.server.config.CVM.Log.MaxBytes), filepath.Join(v.dir, qemu.SerialLog), filepath.Join(v.dir, stderrLog), filepath.Join(v.dir, teeLog), filepath.Join(v.dir, tpmLog))
 	})
 	return c, nil
 }
@@ -272,7 +272,8 @@ func plain(text string) string {
 	}, cut(text, 1000))
 }
 
-// kill makes it so that neither QEMU nor the simulated TEE of this VM runs.
+// kill makes it so that neither QEMU nor the simulated TEE nor the software TPM of
+// this VM runs.
 func (v *vm) kill(ctx context.Context) error {
 	v.mu.Lock()
 	c := v.conn
@@ -312,7 +313,10 @@ func (v *vm) kill(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, s := range []interface{ Holder() (*process.ID, error) }{slot, tee} {
+	if err := v.stopTPM(); err != nil {
+		return err
+	}
+	for _, s := range []interface{ Holder() (*process.ID, error) }{slot, tee, tpmSlot(v.dir)} {
 		if id, err := s.Holder(); err != nil || id != nil {
 			return fmt.Errorf("process %v still runs: %w", id, err)
 		}

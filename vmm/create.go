@@ -40,7 +40,8 @@ var nameForm = regexp.MustCompile(`^[A-Za-z0-9\-_. @~!$^()]*$`)
 // nothing is left.
 //
 // Codes: vm_name, vm_limit, not_supported, manifest_*, app_id, image_*, vcpu_limit,
-// memory_limit, disk_limit, port_*, blob_missing, disk_full, qemu_*, tee_*.
+// memory_limit, disk_limit, port_*, blob_missing, disk_full, qemu_*, tee_*,
+// tpm_untrusted, swtpm_missing.
 func (s *Server) create(ctx context.Context, in *vmmpb.VmConfiguration) (id string, err error) {
 	spec, m, files, err := s.plan(ctx, in)
 	if err != nil {
@@ -105,6 +106,18 @@ func (s *Server) plan(ctx context.Context, in *vmmpb.VmConfiguration) (*Spec, *m
 		spec.TEE, spec.SimTEE, spec.NoTEE = TEESim, *in.SimulatedTee, true
 	case in.NoTee:
 		spec.TEE = TEENone
+	}
+	if spec.TPM = spec.TEE == TEESim && m.KeyProviderKind() == manifest.KeyProviderTPM; in.Tpm != nil {
+		spec.TPM = *in.Tpm
+	}
+	if spec.TPM {
+		if spec.TEE != TEESim {
+			return fail(fault.New("tpm_untrusted", "a software TPM belongs to the host, so that nothing sealed by it is safe: only a simulated TEE gets one").
+				WithFix("choose another key provider, or set cvm.tee to sim for development"))
+		}
+		if _, err := s.swtpm(); err != nil {
+			return fail(err)
+		}
 	}
 	compose := m.Hash()
 	copy(spec.AppID[:], compose[:])
@@ -309,7 +322,7 @@ func (s *Server) removeBroken(id string) error {
 	dir := filepath.Join(s.vmsDir(), id)
 	for what, slot := range map[string]interface {
 		held() (bool, error)
-	}{"QEMU": slotOf{qemuSlot(dir)}, "simulated TEE": slotOf{teeSlot(dir)}} {
+	}{"QEMU": slotOf{qemuSlot(dir)}, "simulated TEE": slotOf{teeSlot(dir)}, "software TPM": slotOf{tpmSlot(dir)}} {
 		held, err := slot.held()
 		if err != nil {
 			return err

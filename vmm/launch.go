@@ -183,6 +183,7 @@ func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*
 	out := &measure.VMConfig{
 		SpecVersion: 1, OSImageHash: img.Hash.String(), CPUCount: s.VCPU, MemorySize: uint64(s.MemoryMB) << 20,
 		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Endpoints: qemu.RootBusDevices, Image: s.Image, HostShareMode: "vhd",
+		SWTPM: s.TPM,
 	}
 	doc, err := readFile(img.TDXMeasurement(), 1<<20)
 	switch {
@@ -370,6 +371,11 @@ func (v *vm) ensureQEMU(ctx context.Context, run uint64) (lost bool, err error) 
 		for _, sock := range []string{qemu.QMPSock, qemu.HostlinkSock} {
 			os.Remove(filepath.Join(v.dir, sock))
 		}
+		if v.spec().TPM {
+			if err := v.ensureTPM(ctx, run); err != nil {
+				return false, err
+			}
+		}
 		v.mark(run)
 		cmd, logFile, err := v.command(bin, stderrLog, args...)
 		if err != nil {
@@ -444,6 +450,7 @@ func (v *vm) qemuArgs(ctx context.Context) (path string, args []string, err erro
 		HostlinkPort: hostlinkPort, PCIHole64: uint64(c.PCIHole64),
 		Network: qemu.Network{MAC: macOf(v.spec().ID), Ifname: c.Networking.Ifname, Forwards: forwards(v.spec().PortMap)},
 	}
+	spec.TPM = v.spec().TPM
 	if v.spec().TEE == TEETDX {
 		sys, err := readFile(filepath.Join(v.shared(), hostshare.SysConfigName), 32<<10)
 		if err != nil {

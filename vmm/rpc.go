@@ -235,6 +235,9 @@ func (now *setup) configuration(started bool) *vmmpb.VmConfiguration {
 	if sp.SimTEE != "" {
 		out.SimulatedTee = proto.String(sp.SimTEE)
 	}
+	if sp.TPM {
+		out.Tpm = proto.Bool(true)
+	}
 	for _, p := range sp.PortMap {
 		out.Ports = append(out.Ports, &vmmpb.PortMapping{Protocol: p.Protocol, HostPort: uint32(p.From), VmPort: uint32(p.To), HostAddress: p.Address.String()})
 	}

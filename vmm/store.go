@@ -58,6 +58,7 @@ type Spec struct {
 	SimTEE      string           `json:"simulated_tee,omitempty"`
 	TEE         string           `json:"tee"`     // sim, tdx or none
 	Machine     string           `json:"machine"` // versioned machine type
+	TPM         bool             `json:"swtpm"`   // a software TPM, for development
 }
 
 // PortMap is one forwarded port.
@@ -89,6 +90,10 @@ const (
 	teeState    = "tee/state"
 	teeLaunch   = "tee/launch.json"
 	teeLog      = "tee/helper.log"
+	tpmLock     = "tpm/lock"
+	tpmRecord   = "tpm/pid"
+	tpmState    = "tpm/state" // what the TPM keeps over reboots
+	tpmLog      = "tpm/swtpm.log"
 	maxSpecFile = 1 << 20
 )
 
@@ -222,6 +227,10 @@ func qemuSlot(dir string) proc.Slot {
 
 func teeSlot(dir string) proc.Slot {
 	return proc.Slot{Lock: filepath.Join(dir, teeLock), Record: filepath.Join(dir, teeRecord)}
+}
+
+func tpmSlot(dir string) proc.Slot {
+	return proc.Slot{Lock: filepath.Join(dir, tpmLock), Record: filepath.Join(dir, tpmRecord)}
 }
 
 // makeSparse makes a disk of whole GiB that takes no space yet.

@@ -120,6 +120,9 @@ func (s *Server) update(ctx context.Context, in *vmmpb.UpdateVmRequest) (*vmmpb.
 	}
 	req.EncryptedEnv, req.UserConfig = old[hostshare.EncryptedEnvName], string(old[hostshare.UserConfigName])
 	req.Gpus, req.Networks = in.Gpus, in.Networks // refused by plan as in create
+	if base.manifest.KeyProviderKind() == manifest.KeyProviderTPM {
+		req.Tpm = nil // it follows from the manifest
+	}
 	if in.ComposeFile != "" {
 		req.ComposeFile = in.ComposeFile
 	}

@@ -432,5 +432,10 @@ func (v *vm) takeOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if qemu == nil && !v.state().Active() { // QEMU may never have come to it
+		if err := v.stopTPM(); err != nil {
+			return err
+		}
+	}
 	return v.post(lifecycle.Input{Kind: lifecycle.Recovered, QEMU: qemu != nil, TEE: tee != nil})
 }

@@ -27,6 +27,7 @@ const (
 	SerialLog    = "serial.log"
 	HostlinkSock = "hostlink.sock"
 	QMPSock      = "qmp.sock"
+	TPMSock      = "tpm/tpm.sock"
 )
 
 // Serial numbers by which the guest finds its disks.
@@ -70,6 +71,7 @@ type Spec struct {
 	HostlinkPort                     string // name of the virtio-serial port
 	Network                          Network
 	TDX                              *TDX // nil: no hardware TEE
+	TPM                              bool // a software TPM listens at TPMSock
 	PCIHole64                        uint64
 }
 
@@ -187,6 +189,10 @@ func (b *Binary) Args(s Spec) ([]string, error) {
 	args = append(args, "-chardev", "socket,id=hostlink,path="+HostlinkSock+",server=on,wait=off")
 	args = append(args, device("virtserialport,bus=vser0.0,chardev=hostlink,name="+s.HostlinkPort)...)
 	args = append(args, device("virtio-rng-pci"+virtio)...)
+	if s.TPM { // not on the PCI bus
+		args = append(args, "-chardev", "socket,id=tpm0,path="+TPMSock, "-tpmdev", "emulator,id=tpm0,chardev=tpm0")
+		args = append(args, device("tpm-crb,tpmdev=tpm0")...)
+	}
 	return args, nil
 }
 

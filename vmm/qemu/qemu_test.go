@@ -238,6 +238,13 @@ func TestArgs(t *testing.T) {
 		!strings.Contains(drives[2], `"read-only":true`) {
 		t.Errorf("%q", drives)
 	}
+	// A TPM comes last and sits on no bus: the devices before keep their addresses.
+	withTPM := spec()
+	withTPM.TPM = true
+	if args, err := b.Args(withTPM); err != nil || !slices.Equal(after(args, "-device"), append(want, "tpm-crb,tpmdev=tpm0")) ||
+		after(args, "-tpmdev")[0] != "emulator,id=tpm0,chardev=tpm0" || !slices.Contains(after(args, "-chardev"), "socket,id=tpm0,path=tpm/tpm.sock") {
+		t.Errorf("%q %v", args, err)
+	}
 	old := &Binary{Version: Version{8, 0, 0}}
 	if args, _ := old.Args(spec()); after(args, "-cpu")[0] != "max,-cx16" {
 		t.Errorf("old QEMU: -cpu %q", after(args, "-cpu"))
