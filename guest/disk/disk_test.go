@@ -277,6 +277,34 @@ func TestFindRoot(t *testing.T) {
 	}
 }
 
+func TestFindPartition(t *testing.T) {
+	for name, c := range map[string]struct {
+		devices    map[string]map[string]string
+		want, code string
+	}{
+		"by serial and label": {map[string]map[string]string{
+			"vda": serial("other"), "vda/vda1": part(ScriptsLabel),
+			"vdb": serial(SerialRoot), "vdb/vdb1": part(RootLabel), "vdb/vdb2": part(ScriptsLabel),
+		}, "vdb2", ""},
+		"by label where there are no serials": {map[string]map[string]string{
+			"nvme0n1": {"size": "1"}, "nvme0n1/nvme0n1p1": part(RootLabel), "nvme0n1/nvme0n1p2": part(ScriptsLabel),
+		}, "nvme0n1p2", ""},
+		"another disk has it": {map[string]map[string]string{
+			"vda": serial(SerialRoot), "vda/vda1": part(RootLabel), "vdb": serial(SerialData), "vdb/vdb1": part(ScriptsLabel),
+		}, "", "partition_missing"},
+		"two disks with the serial": {map[string]map[string]string{
+			"vda": serial(SerialRoot), "vda/vda1": part(ScriptsLabel), "vdb": serial(SerialRoot),
+		}, "", "disk_ambiguous"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b, err := machine(t, c.devices).Partition(ScriptsLabel)
+			if b.Name != c.want || fault.Code(err) != c.code {
+				t.Fatalf("found %+v, error %v", b, err)
+			}
+		})
+	}
+}
+
 func TestFindDisk(t *testing.T) {
 	f := machine(t, map[string]map[string]string{"vda": serial(SerialRoot), "vdb": serial(SerialData), "vdb/vdb1": part("x")})
 	b, err := f.Disk(SerialData)

@@ -23,8 +23,11 @@ const (
 	SerialShared = "dstack-shared"
 )
 
-// RootLabel is the GPT name of the root partition.
-const RootLabel = "dstack-rootfs"
+// GPT names of the partitions of the root disk.
+const (
+	RootLabel    = "dstack-rootfs"
+	ScriptsLabel = "dstack-scripts" // what a manifest's scripts run in (design.md §6)
+)
 
 // Finder looks for block devices in sysfs. Whatever it finds is a name only; the
 // content is the host's.
@@ -117,11 +120,21 @@ func (f *Finder) Disk(serial string) (Block, error) {
 	})
 }
 
-// Root returns the root partition: the one labelled dstack-rootfs on the disk with
-// the serial dstack-root or, where no disk has that serial (platforms without
-// serials), the first partition with the label. Choosing wrongly is harmless: the
-// measured root hash decides what can be read from it.
+// Root returns the root partition; see Partition. Code root_missing or disk_ambiguous.
 func (f *Finder) Root() (Block, error) {
+	b, err := f.Partition(RootLabel)
+	if fault.Code(err) == "partition_missing" {
+		err = fault.Wrap(err, "root_missing", "find the root")
+	}
+	return b, err
+}
+
+// Partition returns a partition of the root disk: the one with the label on the disk
+// with the serial dstack-root or, where no disk has that serial (platforms without
+// serials), the first partition with the label. Choosing wrongly is harmless: the
+// measured root hash decides what can be read from it. Code partition_missing or
+// disk_ambiguous.
+func (f *Finder) Partition(label string) (Block, error) {
 	return f.retry(func() (Block, error) {
 		names, err := f.names()
 		if err != nil {
@@ -132,7 +145,7 @@ func (f *Finder) Root() (Block, error) {
 			return Block{}, err
 		}
 		for _, name := range names {
-			if f.partName(name) != RootLabel {
+			if f.partName(name) != label {
 				continue
 			}
 			if disk != "" && f.parent(name) != disk {
@@ -141,9 +154,9 @@ func (f *Finder) Root() (Block, error) {
 			return f.block(name)
 		}
 		if disk != "" {
-			return Block{}, fault.New("root_missing", "disk %s has no partition labelled %s", disk, RootLabel)
+			return Block{}, fault.New("partition_missing", "disk %s has no partition labelled %s", disk, label)
 		}
-		return Block{}, fault.New("root_missing", "no disk has a partition labelled %s", RootLabel)
+		return Block{}, fault.New("partition_missing", "no disk has a partition labelled %s", label)
 	})
 }
 
@@ -165,7 +178,7 @@ func (f *Finder) retry(find func() (Block, error)) (Block, error) {
 			return b, nil
 		}
 		code := fault.Code(err)
-		missing := code == "disk_missing" || code == "root_missing" || errors.Is(err, os.ErrNotExist)
+		missing := code == "disk_missing" || code == "partition_missing" || errors.Is(err, os.ErrNotExist)
 		if !missing || time.Now().After(deadline) {
 			return Block{}, err
 		}
