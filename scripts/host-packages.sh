@@ -17,6 +17,9 @@ packages="build-essential bc bison cpio flex kmod libelf-dev libssl-dev lz4 make
 packages="$packages qemu-utils ovmf swtpm nftables iproute2 ca-certificates curl"
 # The verifier page is tested in a real browser.
 packages="$packages chromium chromium-driver"
+# The guest's clock is tested against real time servers, some of which lie.
+# As a package, chrony takes the place of another time daemon of the machine.
+packages="$packages chrony faketime"
 qemu="qemu-system-x86"
 qemu_least=10
 
