@@ -371,7 +371,9 @@ func sceneUpstream(ctx context.Context, l *lab) error {
 		return fmt.Errorf("after the gates: %q, %v", names, err)
 	}
 	for _, name := range []string{"kept", "stray"} {
-		var info struct{ HostConfig struct{ RestartPolicy RestartPolicy } }
+		var info struct {
+			HostConfig struct{ RestartPolicy RestartPolicy }
+		}
 		if err := l.engine.json(ctx, http.MethodGet, "/containers/"+name+"/json", nil, &info); err != nil || info.HostConfig.RestartPolicy.Name != "always" {
 			return fmt.Errorf("%s has the policy %+v, %v", name, info, err)
 		}
@@ -503,8 +505,8 @@ func TestDisarmFollowsNothing(t *testing.T) {
 		"evil/" + hostConfigFile: armed, "file": "x",
 	})
 	for link, target := range map[string]string{
-		idOf("b") + "/" + hostConfigFile: outside,                                // a file outside
-		idOf("c"):                        idOf("a"),                              // a container twice
+		idOf("b") + "/" + hostConfigFile: outside,                                  // a file outside
+		idOf("c"):                        idOf("a"),                                // a container twice
 		idOf("d") + "/" + hostConfigFile: "../" + idOf("a") + "/" + hostConfigFile, // a file inside
 	} {
 		if err := os.Symlink(target, filepath.Join(dir, link)); err != nil {
