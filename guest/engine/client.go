@@ -50,12 +50,28 @@ func NotFound(err error) bool {
 	return errors.As(err, &e) && e.Status == http.StatusNotFound
 }
 
-// do sends a request; a status of 300 or more is an error.
+// do sends a request without a body; a status of 300 or more is an error.
 func (c *Client) do(ctx context.Context, method, path string, query url.Values) (*http.Response, error) {
+	return c.send(ctx, method, path, query, nil)
+}
+
+// send sends a request, with body as JSON unless it is nil.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
 	u := url.URL{Scheme: "http", Host: "docker", Path: "/" + apiVersion + path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		content = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), content)
 	if err != nil {
 		return nil, err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
@@ -65,10 +81,10 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values) 
 		return resp, nil
 	}
 	defer resp.Body.Close()
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	var wire struct{ Message string }
-	if json.Unmarshal(body, &wire) != nil || wire.Message == "" {
-		wire.Message = strings.TrimSpace(string(body))
+	if json.Unmarshal(text, &wire) != nil || wire.Message == "" {
+		wire.Message = strings.TrimSpace(string(text))
 	}
 	return nil, &Error{resp.StatusCode, wire.Message}
 }
@@ -163,6 +179,38 @@ func (c *Client) Containers(ctx context.Context) ([]Container, error) {
 func (c *Client) Stop(ctx context.Context, id string, grace time.Duration) error {
 	return c.json(ctx, http.MethodPost, "/containers/"+id+"/stop",
 		url.Values{"t": {strconv.Itoa(int(grace.Seconds()))}}, nil)
+}
+
+// Remove kills and removes a container, and its anonymous volumes with it: nothing
+// can find them again. Named volumes stay.
+func (c *Client) Remove(ctx context.Context, id string) error {
+	return c.json(ctx, http.MethodDelete, "/containers/"+id, url.Values{"force": {"true"}, "v": {"true"}}, nil)
+}
+
+// StartContainer starts a container; one that runs already is left as it is.
+func (c *Client) StartContainer(ctx context.Context, id string) error {
+	return c.json(ctx, http.MethodPost, "/containers/"+id+"/start", nil, nil)
+}
+
+// SetRestartPolicy changes the restart policy of a container and nothing else.
+func (c *Client) SetRestartPolicy(ctx context.Context, id string, p RestartPolicy) error {
+	resp, err := c.send(ctx, http.MethodPost, "/containers/"+id+"/update", nil, map[string]any{"RestartPolicy": p})
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// Images lists the images of the store.
+func (c *Client) Images(ctx context.Context) ([]Image, error) {
+	var list []Image
+	err := c.json(ctx, http.MethodGet, "/images/json", nil, &list)
+	return list, err
+}
+
+// RemoveImage removes an image under all its names.
+func (c *Client) RemoveImage(ctx context.Context, id string) error {
+	return c.json(ctx, http.MethodDelete, "/images/"+id, url.Values{"force": {"true"}}, nil)
 }
 
 // Logs returns the end of a container's output, at most lines lines and max bytes,

@@ -294,7 +294,7 @@ func TestComposeUp(t *testing.T) {
 	}
 	cmd := run.commands[0]
 	line := strings.Join(cmd.Args, " ")
-	if cmd.Path != "/usr/bin/docker-compose" || !strings.Contains(line, "up -d --remove-orphans") || !strings.HasSuffix(line, "--pull never") || cmd.Dir != dir {
+	if cmd.Path != "/usr/bin/docker-compose" || !strings.Contains(line, "up -d --remove-orphans") || !strings.HasSuffix(line, "--pull never --no-build") || cmd.Dir != dir {
 		t.Errorf("command %s %q in %s", cmd.Path, line, cmd.Dir)
 	}
 	if !slices.Contains(cmd.Env, "DOCKER_HOST=unix:///run/docker.sock") {
