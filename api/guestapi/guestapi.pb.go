@@ -73,12 +73,18 @@ func (x *Id) GetId() string {
 type GuestInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Without a leading "v".
-	Version       string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	AppId         []byte `protobuf:"bytes,2,opt,name=app_id,json=appId,proto3" json:"app_id,omitempty"`
-	InstanceId    []byte `protobuf:"bytes,3,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
-	AppCert       string `protobuf:"bytes,4,opt,name=app_cert,json=appCert,proto3" json:"app_cert,omitempty"`
-	TcbInfo       string `protobuf:"bytes,5,opt,name=tcb_info,json=tcbInfo,proto3" json:"tcb_info,omitempty"`
-	DeviceId      []byte `protobuf:"bytes,6,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	Version    string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	AppId      []byte `protobuf:"bytes,2,opt,name=app_id,json=appId,proto3" json:"app_id,omitempty"`
+	InstanceId []byte `protobuf:"bytes,3,opt,name=instance_id,json=instanceId,proto3" json:"instance_id,omitempty"`
+	AppCert    string `protobuf:"bytes,4,opt,name=app_cert,json=appCert,proto3" json:"app_cert,omitempty"`
+	TcbInfo    string `protobuf:"bytes,5,opt,name=tcb_info,json=tcbInfo,proto3" json:"tcb_info,omitempty"`
+	DeviceId   []byte `protobuf:"bytes,6,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// Ours: how far boot has come, and how the workload fares. Failed is the code and
+	// message of the phase that failed; health is JSON of the engine's watcher.
+	BootPhase     string `protobuf:"bytes,1000,opt,name=boot_phase,json=bootPhase,proto3" json:"boot_phase,omitempty"`
+	Ready         bool   `protobuf:"varint,1001,opt,name=ready,proto3" json:"ready,omitempty"`
+	Failed        string `protobuf:"bytes,1002,opt,name=failed,proto3" json:"failed,omitempty"`
+	Health        string `protobuf:"bytes,1003,opt,name=health,proto3" json:"health,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -153,6 +159,34 @@ func (x *GuestInfo) GetDeviceId() []byte {
 		return x.DeviceId
 	}
 	return nil
+}
+
+func (x *GuestInfo) GetBootPhase() string {
+	if x != nil {
+		return x.BootPhase
+	}
+	return ""
+}
+
+func (x *GuestInfo) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *GuestInfo) GetFailed() string {
+	if x != nil {
+		return x.Failed
+	}
+	return ""
+}
+
+func (x *GuestInfo) GetHealth() string {
+	if x != nil {
+		return x.Health
+	}
+	return ""
 }
 
 type SystemInfo struct {
@@ -791,7 +825,7 @@ const file_guestapi_guestapi_proto_rawDesc = "" +
 	"\n" +
 	"\x17guestapi/guestapi.proto\x12\tguest_api\x1a\x1bgoogle/protobuf/empty.proto\"\x14\n" +
 	"\x02Id\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xb0\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x99\x02\n" +
 	"\tGuestInfo\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x15\n" +
 	"\x06app_id\x18\x02 \x01(\fR\x05appId\x12\x1f\n" +
@@ -799,7 +833,12 @@ const file_guestapi_guestapi_proto_rawDesc = "" +
 	"instanceId\x12\x19\n" +
 	"\bapp_cert\x18\x04 \x01(\tR\aappCert\x12\x19\n" +
 	"\btcb_info\x18\x05 \x01(\tR\atcbInfo\x12\x1b\n" +
-	"\tdevice_id\x18\x06 \x01(\fR\bdeviceId\"\xbc\x04\n" +
+	"\tdevice_id\x18\x06 \x01(\fR\bdeviceId\x12\x1e\n" +
+	"\n" +
+	"boot_phase\x18\xe8\a \x01(\tR\tbootPhase\x12\x15\n" +
+	"\x05ready\x18\xe9\a \x01(\bR\x05ready\x12\x17\n" +
+	"\x06failed\x18\xea\a \x01(\tR\x06failed\x12\x17\n" +
+	"\x06health\x18\xeb\a \x01(\tR\x06health\"\xbc\x04\n" +
 	"\n" +
 	"SystemInfo\x12\x17\n" +
 	"\aos_name\x18\x01 \x01(\tR\x06osName\x12\x1d\n" +

@@ -7,9 +7,14 @@
 //
 //	dstack.sock  DstackGuest at /<Method>           apps of this guest
 //	tappd.sock   Tappd at /prpc/<Method>            apps of old
+//	scope:<name> both of these                      one service of the app
 //	external     Worker at /prpc/<Method>, pages,   anyone
 //	             POST /.well-known/dstack/attest
 //	guestapi     GuestApi at /api/<Method>          the host, through init
+//
+// A service with key_scopes in the manifest has a socket of its own, on which it
+// derives the keys of its paths only (threats.md J06); the other sockets give every
+// key to whoever reaches them, as upstream's do.
 //
 // Everything that arrives on them is attacker-controlled, the host's and the
 // apps' requests included. The agent trusts init ([initrpc]) and its sealed
@@ -22,10 +27,8 @@
 // log replays to the register that the hardware reports. Info costs no quote
 // (upstream takes one per call, guest-agent.md §16.1). Evidence for strangers is
 // enveloped: no caller chooses its 64 bytes (threats.md B20), and its rate is
-// limited.
-//
-// This first cut has no keys: methods that need them answer with the code
-// not_available.
+// limited. Keys are in the memory of this process, which nothing can read
+// ([Harden]), in answers to those who asked, and nowhere else (threats.md E06).
 package agent
 
 import (
@@ -37,7 +40,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -45,15 +47,17 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 )
@@ -64,11 +68,6 @@ const (
 	writeTimeout    = 120 * time.Second
 	maxHeader       = 32 << 10
 	shutdownTimeout = 2 * time.Second
-
-	// maxAppQuotes is how many quotes apps may wait for at a time. It is below
-	// what init accepts, so that an app cannot keep the external listener, the
-	// host or the dashboard from reaching init.
-	maxAppQuotes = 8
 )
 
 // Options tune an agent. The zero value is the production setting.
@@ -77,11 +76,19 @@ type Options struct {
 	EvidenceBurst int              // 0 means 10
 	Now           func() time.Time // nil means time.Now
 	Log           *slog.Logger     // nil discards
+
+	// Of tests: where the GPUs' evidence is, and the configuration in the fixture of
+	// upstream's simulator, whose log knows neither its manifest nor a channel key.
+	gpuEvidence   string
+	fixtureConfig string
 }
 
 // Init is what the agent asks of init; [initrpc.Client] implements it.
 type Init interface {
 	Quote(ctx context.Context, data dstack.ReportData) ([]byte, error)
+	Extend(ctx context.Context, name string, payload []byte) (eventlog.Event, error)
+	Status(ctx context.Context) (initrpc.Status, error)
+	Logs(ctx context.Context, request initrpc.LogsRequest) (initrpc.Logs, error)
 	Containers(ctx context.Context) ([]initrpc.Container, error)
 	Shutdown(ctx context.Context, request initrpc.ShutdownRequest) error
 }
@@ -95,27 +102,43 @@ type Agent struct {
 	tee      dstack.TEE
 	disks    []string
 
+	gpuEvidence    string
+	evidenceConfig string // the vm_config in evidence
+	now            func() time.Time
+
 	manifest *manifest.Manifest
 	vmConfig string
-	events   []eventlog.Event
 	identity eventlog.Identity
+	body     *tdx.ReportBody // of the quote at start; nil where there is no TDX quote
+	keys     *keys.AppKeys
+	issuer   issuer
+	scopes   map[string][]string
+
+	// extending is held while the register and the log change, and by those who
+	// need both to stay as they are.
+	extending sync.RWMutex
+	logLost   bool // the log may not explain the register
+	state     atomic.Pointer[state]
+	appCert   atomic.Pointer[[]string] // PEM, leaf first
 
 	cert tls.Certificate // self-signed by the system channel key
 	spki []byte          // its SubjectPublicKeyInfo, DER
-	info *info
 
-	appQuotes  chan struct{}
 	evidence   evidenceDesk
+	appKeys    quoteCache
 	containers containerList
+	statuses   statusMemo
+	logs       chan struct{} // streams of /logs
 }
 
 // New returns an agent that asks init. It takes one quote over zeros, for the
-// registers that Info reports. The configuration's private key is wiped.
+// registers that Info reports, and one for the certificate that Info shows. The
+// configuration's secrets are wiped.
 //
 // Error codes: those of eventlog.Boundary and manifest.Parse, log_replay_mismatch
 // (the log does not explain the runtime register), compose_hash_mismatch (the
 // manifest is not the one that was committed), channel_key_mismatch (the channel
-// key is not the one that was committed).
+// key is not the one that was committed), app_keys_malformed.
 func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Agent, error) {
 	defer cfg.Wipe()
 	if opt.EvidenceRate == 0 {
@@ -132,8 +155,14 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	}
 	a := &Agent{
 		init: init, log: opt.Log, version: cfg.Version, revision: cfg.Revision, tee: cfg.TEE,
-		disks: cfg.DataDisks, vmConfig: cfg.VMConfig, events: cfg.Events,
-		appQuotes: make(chan struct{}, maxAppQuotes),
+		disks: cfg.DataDisks, vmConfig: cfg.VMConfig, scopes: cfg.Scopes,
+		gpuEvidence: opt.gpuEvidence, now: opt.Now, logs: make(chan struct{}, maxLogStreams),
+	}
+	if a.gpuEvidence == "" {
+		a.gpuEvidence = gpuEvidence
+	}
+	if a.evidenceConfig = opt.fixtureConfig; a.evidenceConfig == "" {
+		a.evidenceConfig = cfg.VMConfig
 	}
 	a.evidence.init(newBucket(opt.EvidenceRate, opt.EvidenceBurst, opt.Now))
 
@@ -144,18 +173,23 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	if a.manifest, err = manifest.Parse(cfg.Manifest); err != nil {
 		return nil, err
 	}
-	if got := a.manifest.Hash(); got != a.identity.ComposeHash {
+	if got := a.manifest.Hash(); got != a.identity.ComposeHash && opt.fixtureConfig == "" {
 		return nil, fault.New("compose_hash_mismatch", "the manifest hashes to %s, the log committed %s", got, a.identity.ComposeHash)
 	}
 	if a.cert, err = channelCertificate(cfg.ChannelKey); err != nil {
 		return nil, err
 	}
 	a.spki = a.cert.Leaf.RawSubjectPublicKeyInfo
-	if sum := sha256.Sum256(a.spki); !bytes.Equal(sum[:], a.identity.ChannelKey) {
+	if sum := sha256.Sum256(a.spki); !bytes.Equal(sum[:], a.identity.ChannelKey) && opt.fixtureConfig == "" {
 		return nil, fault.New("channel_key_mismatch", "the channel key hashes to %x, the log committed %x", sum, a.identity.ChannelKey)
 	}
 
-	var body *tdx.ReportBody // nil where there is no TDX quote
+	if a.keys, err = keys.Parse(cfg.AppKeys); err != nil {
+		return nil, err
+	}
+	if a.issuer, err = newIssuer(a); err != nil {
+		return nil, err
+	}
 	if a.tee == dstack.TDX {
 		raw, err := init.Quote(ctx, dstack.ReportData{})
 		if err != nil {
@@ -166,7 +200,7 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 			return nil, fmt.Errorf("quote at start: %w", err)
 		}
 		b := q.Body()
-		body = &b
+		a.body = &b
 		replayed, err := eventlog.Replay(cfg.Events, eventlog.RuntimeIMR)
 		if err != nil {
 			return nil, err
@@ -175,16 +209,31 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 			return nil, fault.New("log_replay_mismatch", "the event log replays to %s, the hardware reports %s", replayed, b.RTMR[eventlog.RuntimeIMR])
 		}
 	}
-	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Leaf.Raw})
-	vendor, product := cloud()
-	a.info, err = newInfo(infoSource{
-		manifest: a.manifest, identity: a.identity, events: a.events, body: body,
-		vmConfig: a.vmConfig, evidenceConfig: a.vmConfig, certificate: string(certPEM), cloudVendor: vendor, cloudProduct: product,
-	})
+	first, err := a.firstState(cfg.Events)
 	if err != nil {
 		return nil, err
 	}
+	a.state.Store(first)
+	// A KMS that cannot be reached now is asked again while the agent serves.
+	start, cancel := context.WithTimeout(ctx, appCertPatience)
+	defer cancel()
+	if _, err := a.renewAppCert(start); err != nil {
+		a.log.Warn("certificate of the app", "error", err)
+	}
 	return a, nil
+}
+
+// makeInfo describes the app with a log of now.
+func (a *Agent) makeInfo(events []eventlog.Event) (*info, error) {
+	vendor, product := cloud()
+	src := infoSource{
+		manifest: a.manifest, identity: a.identity, events: events, body: a.body,
+		vmConfig: a.vmConfig, evidenceConfig: a.evidenceConfig, cloudVendor: vendor, cloudProduct: product,
+	}
+	if chain := a.appCert.Load(); chain != nil {
+		src.certificate = strings.Join(*chain, "\n")
+	}
+	return newInfo(src)
 }
 
 // Certificate returns the certificate that the external listener serves, DER.
@@ -226,17 +275,9 @@ func channelCertificate(pkcs8 []byte) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: signer, Leaf: leaf}, nil
 }
 
-// quote asks init for evidence over data.
-func (a *Agent) quote(ctx context.Context, data dstack.ReportData) (*attest.Evidence, error) {
-	raw, err := a.init.Quote(ctx, data)
-	if err != nil {
-		return nil, err
-	}
-	return &attest.Evidence{TEE: a.tee, Quote: raw, EventLog: a.events, Config: a.vmConfig, ReportData: data}, nil
-}
-
 // Serve serves the listeners, by name, until ctx ends or one of them fails. It
-// owns them. The names are those of initrpc; an unknown one is an error.
+// owns them. The names are those of initrpc; an unknown one, or one of a service
+// without a scope, is an error. Afterwards the agent has no keys.
 func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var (
@@ -263,9 +304,11 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		}
 		switch name {
 		case initrpc.ListenDstack:
-			start(name, a.dstackHandler(), on(ln))
+			start(name, a.caller(nil).dstackHandler(), on(ln))
 		case initrpc.ListenTappd:
-			start(name, a.tappdHandler(), on(ln))
+			start(name, a.caller(nil).tappdHandler(), on(ln))
+		case initrpc.ListenLocal:
+			start(name, a.localHandler(), on(ln))
 		case initrpc.ListenGuestAPI:
 			start(name, a.guestAPIHandler(), on(ln))
 		case initrpc.ListenExternal:
@@ -277,9 +320,16 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 				return s.ServeTLS(encrypted, "", "")
 			})
 		default:
-			failed <- fmt.Errorf("unknown listener %q", name)
+			service, ok := strings.CutPrefix(name, initrpc.ListenScope)
+			paths, scoped := a.scopes[service]
+			if !ok || !scoped {
+				failed <- fmt.Errorf("unknown listener %q", name)
+				break
+			}
+			start(name, a.caller(&scope{service: service, paths: paths}).bothHandler(), on(ln))
 		}
 	}
+	wg.Go(func() { a.keepAppCert(ctx) })
 	var err error
 	select {
 	case <-ctx.Done():
@@ -298,6 +348,7 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 	}
 	wg.Wait()
 	a.evidence.wait()
+	a.keys.Wipe()
 	return err
 }
 

@@ -11,12 +11,15 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -43,6 +46,8 @@ import (
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
+	"github.com/dstack-go/dstack/keys"
+	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/verifier"
@@ -80,12 +85,18 @@ type fakeInit struct {
 	containers []initrpc.Container
 	asked      atomic.Int32
 	stop       atomic.Pointer[initrpc.ShutdownRequest]
+	extends    int
+	extendFail error
+	logged     []initrpc.LogsRequest
+	openLogs   func(context.Context) (initrpc.Logs, error)
+	status     initrpc.Status
+	quoteFile  []byte // a quote whose report data is patched
 }
 
 func (f *fakeInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, error) {
 	f.quotes.Add(1)
 	f.mu.Lock()
-	gate, fail := f.gate, f.fail
+	gate, fail, rtmr3 := f.gate, f.fail, f.rtmr3
 	f.mu.Unlock()
 	if gate != nil {
 		select {
@@ -97,11 +108,36 @@ func (f *fakeInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, e
 	if fail != nil {
 		return nil, fail
 	}
-	return quoteOver(f.rtmr3, data), nil
+	if f.quoteFile != nil {
+		q := bytes.Clone(f.quoteFile)
+		copy(q[568:632], data[:]) // guest-agent.md §14
+		return q, nil
+	}
+	return quoteOver(rtmr3, data), nil
 }
 
 func (f *fakeInit) Extend(ctx context.Context, name string, payload []byte) (eventlog.Event, error) {
-	return eventlog.Event{}, errors.New("the agent extends nothing in this cut")
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.extends++
+	if f.extendFail != nil {
+		return eventlog.Event{}, f.extendFail
+	}
+	e, err := eventlog.RuntimeV1(name, payload)
+	if err == nil {
+		f.rtmr3 = eventlog.Extend(f.rtmr3, eventlog.Digest(e))
+	}
+	return e, err
+}
+
+func (f *fakeInit) Logs(ctx context.Context, r initrpc.LogsRequest) (initrpc.Logs, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.logged = append(f.logged, r)
+	if f.openLogs == nil {
+		return initrpc.Logs{}, fault.New("container_unknown", "no such container")
+	}
+	return f.openLogs(ctx)
 }
 
 func (f *fakeInit) Containers(ctx context.Context) ([]initrpc.Container, error) {
@@ -115,7 +151,7 @@ func (f *fakeInit) Shutdown(ctx context.Context, r initrpc.ShutdownRequest) erro
 }
 
 func (f *fakeInit) Status(ctx context.Context) (initrpc.Status, error) {
-	return initrpc.Status{Phase: "done", Ready: true}, nil
+	return f.status, nil
 }
 
 const (
@@ -172,9 +208,41 @@ func config(t testing.TB, manifestText string) (*initrpc.Config, *fakeInit) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return cfg, &fakeInit{rtmr3: rtmr3, containers: []initrpc.Container{
+	if cfg.AppKeys, err = testKeys(t).Encode(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg, &fakeInit{rtmr3: rtmr3, status: initrpc.Status{Phase: "done", Ready: true}, containers: []initrpc.Container{
 		{ID: "c1", Names: []string{"/web<b>"}, Image: "nginx", ImageID: "sha256:00", Created: 1700000000, State: "running", Status: "Up 3 minutes"},
 	}}
+}
+
+// testKeys are what the provider none gives from a seed.
+func testKeys(t testing.TB) *keys.AppKeys {
+	t.Helper()
+	seed, err := keys.NewSeed(bytes.Repeat([]byte{7}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := derive.FromSeed(seed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := derive.PEM(d.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "Test CA"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Unix(0, 0), NotAfter: time.Now().Add(20 * 365 * 24 * time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	ca, err := x509.CreateCertificate(rand.Reader, template, template, d.CA.Public(), d.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &keys.AppKeys{
+		App: d.App, CACert: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca})),
+		Provider: keys.Provider{Kind: keys.None, CAKey: text},
+	}
 }
 
 // guest is a served agent.
@@ -187,7 +255,7 @@ type guest struct {
 
 // serve makes an agent and serves it on real sockets, with init behind a real
 // initrpc connection.
-func serve(t *testing.T, cfg *initrpc.Config, init *fakeInit, opt Options) *guest {
+func serve(t testing.TB, cfg *initrpc.Config, init *fakeInit, opt Options) *guest {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ours, theirs := net.Pipe()
@@ -200,7 +268,11 @@ func serve(t *testing.T, cfg *initrpc.Config, init *fakeInit, opt Options) *gues
 	}
 	g := &guest{Agent: a, init: init, dir: t.TempDir()}
 	listeners := map[string]net.Listener{}
-	for _, name := range []string{initrpc.ListenDstack, initrpc.ListenTappd, initrpc.ListenGuestAPI} {
+	names := []string{initrpc.ListenDstack, initrpc.ListenTappd, initrpc.ListenGuestAPI, initrpc.ListenLocal}
+	for service := range a.scopes {
+		names = append(names, initrpc.ListenScope+service)
+	}
+	for _, name := range names {
 		if listeners[name], err = net.Listen("unix", filepath.Join(g.dir, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -224,13 +296,15 @@ func serve(t *testing.T, cfg *initrpc.Config, init *fakeInit, opt Options) *gues
 	return g
 }
 
-func newGuest(t *testing.T) *guest {
+func (g *guest) info() *info { return g.state.Load().info }
+
+func newGuest(t testing.TB) *guest {
 	cfg, init := config(t, testManifest)
 	return serve(t, cfg, init, Options{})
 }
 
 // client returns an HTTP client that always dials one of the guest's sockets.
-func (g *guest) client(t *testing.T, name string) *http.Client {
+func (g *guest) client(t testing.TB, name string) *http.Client {
 	tr := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		if name == initrpc.ListenExternal {
 			return new(net.Dialer).DialContext(ctx, "tcp", g.port)
@@ -310,8 +384,8 @@ func TestInfoOnEachSocketInBothEncodings(t *testing.T) {
 				if err := pc.Call(context.Background(), c.method, &emptypb.Empty{}, &got); err != nil {
 					t.Fatal(err)
 				}
-				if !proto.Equal(&got, g.info.app) {
-					t.Errorf("Info is\n%v\nwant\n%v", &got, g.info.app)
+				if !proto.Equal(&got, g.info().app) {
+					t.Errorf("Info is\n%v\nwant\n%v", &got, g.info().app)
 				}
 			})
 		}
@@ -319,7 +393,7 @@ func TestInfoOnEachSocketInBothEncodings(t *testing.T) {
 	if n := g.init.quotes.Load(); n != quotes {
 		t.Errorf("Info took %d quotes", n-quotes)
 	}
-	info := g.info.app
+	info := g.info().app
 	hash := sha256.Sum256([]byte(testManifest))
 	if !bytes.Equal(info.AppId, testApp[:]) || !bytes.Equal(info.InstanceId, testInstance[:]) || !bytes.Equal(info.ComposeHash, hash[:]) ||
 		info.KeyProviderInfo != `{"name":"none","id":""}` || info.VmConfig != testVMConfig || info.AppCert == "" {
@@ -333,7 +407,7 @@ func TestInfoOnEachSocketInBothEncodings(t *testing.T) {
 	if err := json.Unmarshal([]byte(info.TcbInfo), &tcb); err != nil {
 		t.Fatal(err)
 	}
-	if tcb.AppCompose != testManifest || !cmp.Equal(tcb.EventLog, g.events) || tcb.RTMR3 != g.init.rtmr3.String() {
+	if tcb.AppCompose != testManifest || !cmp.Equal(tcb.EventLog, g.state.Load().events) || tcb.RTMR3 != g.init.rtmr3.String() {
 		t.Errorf("tcb_info: %s", info.TcbInfo)
 	}
 	if !strings.HasPrefix(info.TcbInfo, "{\n  \"mrtd\"") {
@@ -447,11 +521,11 @@ func TestGetQuoteAsCurlSeesIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(log) != len(g.events) {
-		t.Fatalf("%d events of %d", len(log), len(g.events))
+	if len(log) != len(g.state.Load().events) {
+		t.Fatalf("%d events of %d", len(log), len(g.state.Load().events))
 	}
 	for i, e := range log {
-		want := g.events[i]
+		want := g.state.Load().events[i]
 		switch {
 		case want.IsRuntime():
 			want.Digest = nil
@@ -510,7 +584,7 @@ func TestAttestReturnsTheUnstrippedContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := dstack.ReportData{'t', 'e', 's', 't'}
-	if ev.ReportData != want || reportData(t, ev.Quote) != want || ev.Config != testVMConfig || !cmp.Equal(ev.EventLog, g.events) {
+	if ev.ReportData != want || reportData(t, ev.Quote) != want || ev.Config != testVMConfig || !cmp.Equal(ev.EventLog, g.state.Load().events) {
 		t.Errorf("evidence %+v", ev)
 	}
 	if err := pc.Call(context.Background(), "Attest", &agentpb.RawQuoteArgs{ReportData: make([]byte, 65)}, &resp); fault.Code(err) != "report_data_length" {
@@ -576,32 +650,37 @@ func TestTappdQuotes(t *testing.T) {
 	}
 }
 
-func TestMethodsThatNeedKeysSaySo(t *testing.T) {
+func TestUnknownMethods(t *testing.T) {
 	g := newGuest(t)
-	for _, c := range []struct {
-		sock, base string
-		methods    []string
-	}{
-		{initrpc.ListenDstack, "http://x", []string{"GetTlsKey", "GetKey", "Sign", "Verify", "EmitEvent"}},
-		{initrpc.ListenTappd, "http://x/prpc", []string{"Tappd.DeriveKey", "DeriveK256Key", "GetKey"}},
-		{initrpc.ListenExternal, "http://x/prpc", []string{"Worker.GetAttestationForAppKey"}},
+	for _, c := range []struct{ sock, url string }{
+		{initrpc.ListenDstack, "http://x/NoSuch"}, {initrpc.ListenDstack, "http://x/DeriveKey"}, {initrpc.ListenTappd, "http://x/prpc/Tappd.NoSuch"},
+		{initrpc.ListenExternal, "http://x/prpc/GetKey"}, {initrpc.ListenExternal, "http://x/prpc/Worker.EmitEvent"},
 	} {
-		for _, method := range c.methods {
-			status, body, _ := post(t, g.client(t, c.sock), c.base+"/"+method, `{"path":"x","nonsense":[]}`)
-			var e struct{ Error, Code string }
-			if err := json.Unmarshal([]byte(body), &e); err != nil || status != 400 || e.Code != "not_available" ||
-				!strings.Contains(e.Error, "not available in this build: arrives with keys") {
-				t.Errorf("%s: %d %s", method, status, body)
-			}
+		name := c.url[strings.LastIndexAny(c.url, "/.")+1:]
+		status, body, _ := post(t, g.client(t, c.sock), c.url, `{}`)
+		if status != 400 || !strings.Contains(body, "Service not found: "+name) {
+			t.Errorf("%s %s: %d %s", c.sock, c.url, status, body)
 		}
 	}
-	status, body, _ := post(t, g.client(t, initrpc.ListenDstack), "http://x/NoSuch", `{}`)
-	if status != 400 || !strings.Contains(body, "Service not found: NoSuch") {
-		t.Errorf("unknown method: %d %s", status, body)
+}
+
+func TestGpuInfoIsTheFileAsItIs(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "attestation.out")
+	cfg, init := config(t, testManifest)
+	g := serve(t, cfg, init, Options{gpuEvidence: path})
+	ask := func(want string) {
+		t.Helper()
+		status, body, _ := post(t, g.client(t, initrpc.ListenDstack), "http://x/GpuInfo", `null`)
+		if status != 200 || body != want {
+			t.Errorf("GpuInfo: %d %s, want %s", status, body, want)
+		}
 	}
-	status, body, _ = post(t, g.client(t, initrpc.ListenDstack), "http://x/GpuInfo", `null`)
-	if status != 200 || body != `{"attestation":""}` {
-		t.Errorf("GpuInfo: %d %s", status, body)
+	ask(`{"attestation":""}`)
+	for content, want := range map[string]string{"{\"a\": \"é\"}\n": `{"attestation":"{\"a\": \"\u00e9\"}\n"}`, "\xff": `{"attestation":""}`} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ask(want)
 	}
 }
 
@@ -819,7 +898,7 @@ func TestEvidenceOverTLSAndPlainOnOnePort(t *testing.T) {
 			if ev.ReportData != want || reportData(t, ev.Quote) != want {
 				t.Errorf("%s: report data %s, want %s", scheme, ev.ReportData, want)
 			}
-			if raw[0] == 0 || ev.Config != testVMConfig || !cmp.Equal(ev.EventLog, g.events) {
+			if raw[0] == 0 || ev.Config != testVMConfig || !cmp.Equal(ev.EventLog, g.state.Load().events) {
 				t.Errorf("container of version byte %#x, evidence %+v", raw[0], ev)
 			}
 			if src.Version != 1 || src.Manifest != testManifest || src.Nonce != hex.EncodeToString(nonceOf(n)) || !cmp.Equal(src.ServedSPKIs, []string{hex.EncodeToString(g.spki)}) {

@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"html/template"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -64,10 +65,48 @@ func (l *containerList) get(ctx context.Context, init Init) ([]initrpc.Container
 	return l.list, l.err
 }
 
-type dashboardRow struct{ Name, Value string }
+// statusMemo remembers init's status for as long.
+type statusMemo struct {
+	mu     sync.Mutex
+	at     time.Time
+	status initrpc.Status
+}
+
+// get returns the status, or what is known when init does not answer: nothing.
+func (m *statusMemo) get(ctx context.Context, init Init) initrpc.Status {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.at.IsZero() || time.Since(m.at) > containersAge {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), containersTimeout)
+		defer cancel()
+		status, err := init.Status(ctx)
+		if err != nil {
+			status = initrpc.Status{}
+		}
+		m.status, m.at = status, time.Now()
+	}
+	return m.status
+}
+
+// stateText says how far boot has come. Why it failed may quote what is not public.
+func stateText(s initrpc.Status, detailed bool) string {
+	switch {
+	case s.Failed != "" && detailed:
+		return "failed: " + s.Failed
+	case s.Failed != "":
+		return "failed"
+	case s.Ready:
+		return "ready"
+	case s.Phase != "":
+		return "starting: " + s.Phase
+	}
+	return "unknown"
+}
+
+type dashboardRow struct{ Name, Value, Link string }
 
 func (a *Agent) serveDashboard(w http.ResponseWriter, r *http.Request) {
-	p := a.info.public
+	p := a.state.Load().info.public
 	page := struct {
 		Style      template.CSS
 		AppName    string
@@ -77,7 +116,9 @@ func (a *Agent) serveDashboard(w http.ResponseWriter, r *http.Request) {
 		EngineDown bool
 		TCBInfo    string
 	}{Style: dashboardStyle, AppName: p.AppName, TCBInfo: p.TcbInfo}
-	add := func(name, value string) { page.Rows = append(page.Rows, dashboardRow{name, value}) }
+	add := func(name, value string) { page.Rows = append(page.Rows, dashboardRow{Name: name, Value: value}) }
+	status := a.statuses.get(r.Context(), a.init)
+	add("State", stateText(status, a.manifest.PublicSysinfo))
 	add("App ID", hex.EncodeToString(p.AppId))
 	add("Instance ID", hex.EncodeToString(p.InstanceId))
 	add("Device ID", hex.EncodeToString(p.DeviceId))
@@ -87,6 +128,9 @@ func (a *Agent) serveDashboard(w http.ResponseWriter, r *http.Request) {
 	}
 	if a.manifest.PublicSysinfo {
 		page.Sysinfo = sysinfoRows(systemInfo(a.disks))
+		if status.Health != "" {
+			page.Sysinfo = append(page.Sysinfo, dashboardRow{Name: "Health", Value: status.Health})
+		}
 	}
 	list, err := a.containers.get(r.Context(), a.init)
 	page.EngineDown = err != nil
@@ -95,7 +139,11 @@ func (a *Agent) serveDashboard(w http.ResponseWriter, r *http.Request) {
 		if len(c.Names) > 0 {
 			name = strings.TrimPrefix(c.Names[0], "/")
 		}
-		page.Containers = append(page.Containers, dashboardRow{name, c.Status})
+		row := dashboardRow{Name: name, Value: c.Status}
+		if a.manifest.PublicLogs {
+			row.Link = "/logs/" + url.PathEscape(name) + "?text&bare&timestamps&follow&tail=20"
+		}
+		page.Containers = append(page.Containers, row)
 	}
 	var body bytes.Buffer
 	if err := dashboardPage.Execute(&body, page); err != nil {
@@ -116,16 +164,16 @@ func sysinfoRows(s *guestapi.SystemInfo) []dashboardRow {
 	num := func(n uint64) string { return strconv.FormatUint(n, 10) }
 	load := func(n uint32) string { return strconv.FormatFloat(float64(n)/100, 'f', 2, 64) }
 	rows := []dashboardRow{
-		{"OS", s.OsName + " " + s.OsVersion},
-		{"Kernel", s.KernelVersion},
-		{"CPU", num(uint64(s.NumCpus)) + " × " + s.CpuModel},
-		{"Memory (bytes)", num(s.UsedMemory) + " used of " + num(s.TotalMemory)},
-		{"Swap (bytes)", num(s.UsedSwap) + " used of " + num(s.TotalSwap)},
-		{"Load", load(s.LoadavgOne) + " " + load(s.LoadavgFive) + " " + load(s.LoadavgFifteen)},
-		{"Uptime (seconds)", num(s.Uptime)},
+		{Name: "OS", Value: s.OsName + " " + s.OsVersion},
+		{Name: "Kernel", Value: s.KernelVersion},
+		{Name: "CPU", Value: num(uint64(s.NumCpus)) + " × " + s.CpuModel},
+		{Name: "Memory (bytes)", Value: num(s.UsedMemory) + " used of " + num(s.TotalMemory)},
+		{Name: "Swap (bytes)", Value: num(s.UsedSwap) + " used of " + num(s.TotalSwap)},
+		{Name: "Load", Value: load(s.LoadavgOne) + " " + load(s.LoadavgFive) + " " + load(s.LoadavgFifteen)},
+		{Name: "Uptime (seconds)", Value: num(s.Uptime)},
 	}
 	for _, d := range s.Disks {
-		rows = append(rows, dashboardRow{"Disk " + d.MountPoint + " (bytes)", num(d.FreeSize) + " free of " + num(d.TotalSize)})
+		rows = append(rows, dashboardRow{Name: "Disk " + d.MountPoint + " (bytes)", Value: num(d.FreeSize) + " free of " + num(d.TotalSize)})
 	}
 	return rows
 }

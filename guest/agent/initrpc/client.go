@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -15,6 +16,9 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/internal/fault"
 )
+
+// closeTimeout bounds how long the end of a stream is waited for.
+const closeTimeout = 5 * time.Second
 
 // Client is the agent's side. Its methods may be called concurrently; each
 // returns when init has answered, the context has ended (init is told) or the
@@ -205,6 +209,47 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	var r Status
 	err := c.call(ctx, methodStatus, nil, &r)
 	return r, err
+}
+
+// Logs opens a container's output. The stream's Close must be called; a Read waits
+// for the container, and ends early with the error of ctx when that ends.
+func (c *Client) Logs(ctx context.Context, request LogsRequest) (Logs, error) {
+	var r logsOpenResult
+	if err := c.call(ctx, methodLogsOpen, request, &r); err != nil {
+		return Logs{}, err
+	}
+	return Logs{Framed: r.Framed, Stream: &logStream{client: c, ctx: ctx, id: r.Stream}}, nil
+}
+
+// logStream reads one stream of init's. It is used by one goroutine at a time.
+type logStream struct {
+	client *Client
+	ctx    context.Context
+	id     uint64
+	data   []byte
+	end    bool
+}
+
+func (s *logStream) Read(b []byte) (int, error) {
+	for len(s.data) == 0 {
+		if s.end {
+			return 0, io.EOF
+		}
+		var r logsReadResult
+		if err := s.client.call(s.ctx, methodLogsRead, logsParams{s.id}, &r); err != nil {
+			return 0, err
+		}
+		s.data, s.end = r.Data, r.End
+	}
+	n := copy(b, s.data)
+	s.data = s.data[n:]
+	return n, nil
+}
+
+func (s *logStream) Close() error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), closeTimeout)
+	defer cancel()
+	return s.client.call(ctx, methodLogsClose, logsParams{s.id}, nil)
 }
 
 // Ready tells init that the agent serves all its listeners.

@@ -19,8 +19,8 @@ import (
 // base64, a 1 MiB event log, and what is left is small.
 const MaxConfig = 20 << 20
 
-// Config is everything the agent knows, handed over once by init. It carries a
-// private key: it is never logged and travels only in the memfd.
+// Config is everything the agent knows, handed over once by init. It carries
+// secrets: it is never logged and travels only in the memfd.
 type Config struct {
 	Version  string     `json:"version"`  // of this software, such as 0.6.0
 	Revision string     `json:"revision"` // such as git:<20 hex digits>
@@ -34,18 +34,27 @@ type Config struct {
 	// Events is the event log up to and including system-ready: boot events
 	// (imr 0 to 2), then runtime events (imr 3). The agent takes its identity
 	// from it, so that what it says and what it can prove are the same thing.
+	// Init starts an agent again with the log as it is then, app events included.
 	Events []eventlog.Event `json:"events"`
 
 	ChannelKey []byte   `json:"channel_key"` // PKCS#8 DER of the system channel key
+	AppKeys    []byte   `json:"app_keys"`    // keys.AppKeys.ForAgent().Encode(); secret
 	DataDisks  []string `json:"data_disks"`  // mount points that SysInfo reports
+
+	// Scopes is key_scopes of the manifest: what the listener of each service may
+	// derive. Without an entry, a service has no listener of its own.
+	Scopes map[string][]string `json:"scopes,omitempty"`
 
 	// Listeners names the inherited listeners, in the order of their file
 	// descriptors; [Spawn] fills it in.
 	Listeners []string `json:"listeners"`
 }
 
-// Wipe overwrites the private key.
-func (c *Config) Wipe() { clear(c.ChannelKey) }
+// Wipe overwrites the secrets.
+func (c *Config) Wipe() {
+	clear(c.ChannelKey)
+	clear(c.AppKeys)
+}
 
 // seals forbid every later change; init keeps no way to write either.
 const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE

@@ -6,8 +6,8 @@
 // Init holds the TEE, the runtime register, the container engine's socket and
 // the power switch. The agent, which parses bytes from the network and from
 // every container, holds none of them. It inherits one end of a socket pair and
-// may ask for a quote, an event, the list of containers, the status and a
-// shutdown ([Init]); nothing else. What it needs to know it reads once from a
+// may ask for a quote, an event, the list and the output of containers, the status
+// and a shutdown ([Init]); nothing else. What it needs to know it reads once from a
 // sealed memfd ([Config]), and the sockets it serves were bound by init
 // ([Spawn]).
 //
@@ -24,6 +24,10 @@
 // the agent; an id that is still in flight may not be used again, except by the
 // method "cancel", which cancels the request of that id and has no response of
 // its own.
+//
+// A container's output is pulled: logs-open names a stream, logs-read waits for the
+// next bytes of it, logs-close ends it. Who does not read holds up nobody but the
+// stream, and streams are few ([MaxLogs]) and end when nobody reads them.
 package initrpc
 
 import (
@@ -31,6 +35,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/dstack-go/dstack"
@@ -46,7 +51,10 @@ const (
 	MaxPayload   = 64 << 10
 	MaxQuote     = 256 << 10
 	MaxContainer = 1024 // containers in one list
+	MaxLogs      = 8    // streams of container output at a time
 	maxMessage   = 4 << 10
+	maxLogRead   = 64 << 10 // bytes in one answer to logs-read
+	maxLogName   = 255
 )
 
 // Init is what init does for the agent. Implementations may be called from
@@ -68,6 +76,10 @@ type Init interface {
 
 	// Status says how far boot has come.
 	Status(ctx context.Context) (Status, error)
+
+	// Logs opens what a container has written. [Serve] calls it for containers by
+	// name or id as the engine knows them, and closes what it returns.
+	Logs(ctx context.Context, request LogsRequest) (Logs, error)
 }
 
 // Container is one container as the engine describes it; field for field the
@@ -87,11 +99,31 @@ type ShutdownRequest struct {
 	Reason string `json:"reason"`
 }
 
-// Status is the state of boot.
+// Status is the state of boot and of what it started.
 type Status struct {
 	Phase  string `json:"phase"`            // name of the current or last phase of guest/boot
 	Ready  bool   `json:"ready"`            // the workload was started
 	Failed string `json:"failed,omitempty"` // "CODE: message" of the phase that failed
+	Health string `json:"health,omitempty"` // JSON of the engine's watcher, or empty
+}
+
+// LogsRequest says which part of a container's output is wanted.
+type LogsRequest struct {
+	Container  string `json:"container"`
+	Since      int64  `json:"since,omitempty"` // Unix seconds; 0: from the beginning
+	Until      int64  `json:"until,omitempty"` // Unix seconds; 0: to the end
+	Tail       int    `json:"tail"`            // lines from the end; negative: all
+	Follow     bool   `json:"follow,omitempty"`
+	Timestamps bool   `json:"timestamps,omitempty"`
+}
+
+// Logs is a container's output.
+type Logs struct {
+	// Framed says that the stream has the engine's frames: a byte for the channel
+	// (0 to 3), three zeros, u32 big-endian length, bytes. Without it (a container
+	// with a terminal) the stream is the bytes alone.
+	Framed bool
+	Stream io.ReadCloser
 }
 
 // Reserved reports whether an application may not emit an event of this name:
@@ -110,6 +142,9 @@ const (
 	methodStatus     = "status"
 	methodReady      = "ready"
 	methodCancel     = "cancel"
+	methodLogsOpen   = "logs-open"
+	methodLogsRead   = "logs-read"
+	methodLogsClose  = "logs-close"
 )
 
 type request struct {
@@ -145,6 +180,20 @@ type extendParams struct {
 
 type extendResult struct {
 	Event eventlog.Event `json:"event"`
+}
+
+type logsOpenResult struct {
+	Stream uint64 `json:"stream"`
+	Framed bool   `json:"framed"`
+}
+
+type logsParams struct {
+	Stream uint64 `json:"stream"`
+}
+
+type logsReadResult struct {
+	Data []byte `json:"data"`
+	End  bool   `json:"end,omitempty"` // after Data
 }
 
 type containersResult struct {

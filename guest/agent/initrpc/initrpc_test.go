@@ -42,6 +42,7 @@ func TestMain(m *testing.M) {
 type fakeInit struct {
 	quote      func(ctx context.Context, data dstack.ReportData) ([]byte, error)
 	containers []Container
+	logs       func(context.Context, LogsRequest) (Logs, error)
 	events     atomic.Int32
 	shutdown   atomic.Pointer[ShutdownRequest]
 }
@@ -63,6 +64,13 @@ func (f *fakeInit) Containers(ctx context.Context) ([]Container, error) { return
 func (f *fakeInit) Shutdown(ctx context.Context, r ShutdownRequest) error {
 	f.shutdown.Store(&r)
 	return nil
+}
+
+func (f *fakeInit) Logs(ctx context.Context, r LogsRequest) (Logs, error) {
+	if f.logs == nil {
+		return Logs{}, fault.New("container_unknown", "no container %s", r.Container)
+	}
+	return f.logs(ctx, r)
 }
 
 func (f *fakeInit) Status(ctx context.Context) (Status, error) {

@@ -29,9 +29,11 @@ func Serve(ctx context.Context, conn net.Conn, init Init, onReady func()) error 
 		inFlight: make(map[uint64]context.CancelFunc),
 		quoting:  make(chan struct{}, 1),
 	}
+	defer s.logs.closeAll()
 	defer s.handlers.Wait()
 	defer conn.Close()
 	defer cancel()
+	s.life = ctx
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 
@@ -62,6 +64,8 @@ type server struct {
 	onReady  func()
 	quoting  chan struct{} // held while Init.Quote runs
 	handlers sync.WaitGroup
+	life     context.Context // ends with the connection
+	logs     logDesk
 
 	writing sync.Mutex // held while a frame is written
 
@@ -188,6 +192,24 @@ func (s *server) handle(ctx context.Context, req request) (any, error) {
 
 	case methodStatus:
 		return s.init.Status(ctx)
+
+	case methodLogsOpen:
+		var p LogsRequest
+		if err := params(&p); err != nil {
+			return nil, err
+		}
+		return s.logs.openStream(ctx, s.life, s.init, p)
+
+	case methodLogsRead, methodLogsClose:
+		var p logsParams
+		if err := params(&p); err != nil {
+			return nil, err
+		}
+		if req.Method == methodLogsRead {
+			return s.logs.read(ctx, p.Stream)
+		}
+		s.logs.close(p.Stream)
+		return struct{}{}, nil
 
 	case methodReady:
 		s.mu.Lock()

@@ -38,6 +38,13 @@ const (
 	ListenTappd    = "tappd.sock"
 	ListenExternal = "external"
 	ListenGuestAPI = "guestapi"
+
+	// ListenLocal serves apps and the public side on one port: development only.
+	ListenLocal = "local"
+
+	// ListenScope and the name of a service is that service's own socket. It has
+	// what dstack.sock and tappd.sock have, with the keys of [Config].Scopes only.
+	ListenScope = "scope:"
 )
 
 // SpawnOptions say what to start and with what.
