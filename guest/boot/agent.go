@@ -22,6 +22,7 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/guest/boot/supervise"
+	"github.com/dstack-go/dstack/guest/engine"
 	"github.com/dstack-go/dstack/guest/firewall"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -262,6 +263,20 @@ func (i rpcInit) Containers(ctx context.Context) ([]initrpc.Container, error) {
 		})
 	}
 	return out, nil
+}
+
+func (i rpcInit) Logs(ctx context.Context, r initrpc.LogsRequest) (initrpc.Logs, error) {
+	e := i.m.runningEngine()
+	if e == nil {
+		return initrpc.Logs{}, fault.New("engine_not_ready", "the container engine is not up yet")
+	}
+	stream, framed, err := e.Output(ctx, r.Container, engine.OutputOptions{
+		Since: r.Since, Until: r.Until, Tail: r.Tail, Follow: r.Follow, Timestamps: r.Timestamps,
+	})
+	if engine.NotFound(err) {
+		return initrpc.Logs{}, fault.Wrap(err, "container_unknown", "there is no container %s", r.Container)
+	}
+	return initrpc.Logs{Framed: framed, Stream: stream}, err
 }
 
 func (i rpcInit) Shutdown(_ context.Context, r initrpc.ShutdownRequest) error {
