@@ -28,6 +28,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/guest/boot/supervise"
+	"github.com/dstack-go/dstack/guest/clock"
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/engine"
 	"github.com/dstack-go/dstack/guest/firewall"
@@ -75,6 +76,7 @@ type Machine struct {
 	identity  identity
 	log       *recorder
 	secrets   secrets
+	clock     *clock.Clock // nil: the host's clock is believed
 
 	agent     *agentKeeper
 	engine    *engine.Engine
@@ -126,7 +128,7 @@ func (m *Machine) Phases() []Phase {
 		{Name: "config-document", Run: m.configDocument},
 		{Name: "firewall", Run: m.closeFirewall},
 		{Name: "network", Run: m.network},
-		{Name: "time", Run: m.time},
+		{Name: "time", Limit: timeLimit, Run: m.time},
 		{Name: "key-provider", Progress: "requesting app keys", Run: m.keyProvider},
 		{Name: "runtime-events", Run: m.runtimeEvents},
 		{Name: "data-disk", Progress: "initializing data disk", Limit: 5 * time.Minute, Run: m.dataDisk},
@@ -383,17 +385,6 @@ func (m *Machine) network(ctx context.Context) error {
 	return nil
 }
 
-// time decides whose clock counts. Authenticated time (NTS) comes later; until
-// then a manifest that demands it is refused rather than misled.
-func (m *Machine) time(context.Context) error {
-	if m.manifest.WantsSecureTime() {
-		return fault.New("secure_time_unavailable", "the manifest asks for authenticated time, which this image cannot get yet").
-			WithFix(`set "secure_time": false in the manifest; verdicts then say "time: host"`)
-	}
-	m.console.Log("time: host")
-	return nil
-}
-
 func (m *Machine) keyProvider(context.Context) error {
 	if kind := m.manifest.KeyProviderKind(); kind != manifest.KeyProviderNone {
 		return fault.New("key_provider_unavailable", "the manifest asks for the key provider %s, which this image does not have yet", kind).
@@ -531,6 +522,7 @@ func (m *Machine) ingress(context.Context) error {
 	if err := firewall.Open(policy); err != nil {
 		return fault.Wrap(err, "firewall_failed", "open the firewall")
 	}
+	m.keepTime()
 	return nil
 }
 
