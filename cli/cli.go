@@ -60,9 +60,11 @@ type grammar struct {
 
 	Image imageCmd `cmd:"" help:"Build, list and check OS images."`
 
-	Measure measureCmd `cmd:"" help:"Compute what a TEE will measure of an OS image on a VM of a given shape."`
-	Verify  verifyCmd  `cmd:"" help:"Check what runs at a URL, or in saved evidence."`
-	Doctor  doctorCmd  `cmd:"" help:"Check this machine and say how to fix what is wrong."`
+	Measure   measureCmd   `cmd:"" help:"Compute what a TEE will measure of an OS image on a VM of a given shape."`
+	Verify    verifyCmd    `cmd:"" help:"Check what runs at a URL, or in saved evidence."`
+	Simulator simulatorCmd `cmd:"" help:"Be the guest agent of an app under development, on this machine."`
+
+	Doctor doctorCmd `cmd:"" help:"Check this machine and say how to fix what is wrong."`
 }
 
 // ui is where a verb reads and writes. Its methods may be called concurrently.

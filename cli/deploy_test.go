@@ -472,3 +472,58 @@ func TestHealthIsShown(t *testing.T) {
 		t.Error(o.out)
 	}
 }
+
+// volumeImage is the beginning of a volume's image, as far as deploy looks.
+func volumeImage(change func(meta []byte)) string {
+	disk := make([]byte, 1<<20+8192)
+	copy(disk[512:], "EFI PART")
+	disk[1024+33] = 2048 >> 8
+	meta := disk[1<<20 : 1<<20+4096]
+	copy(meta, "DSTACK_VOLUME\x00\x00\x00\x01\x00\x00\x00"+strings.Repeat("\xab", 32))
+	if change != nil {
+		change(meta)
+	}
+	return string(disk)
+}
+
+func TestDeployStoresVolumes(t *testing.T) {
+	d := newDesk(t)
+	c, image := d.file("c.yaml", composeFile("")), d.file("model.img", volumeImage(nil))
+	d.must("deploy", "-c", c, "-n", "app", "--volume", "model="+image, "--volume", "m2="+image+":/models/two")
+	m := d.manifest(d.created.ComposeFile)
+	if v := m.VerityVolumes; len(v) != 2 || v[0].Source != "model-abababababababab" || v[0].Target != "/dstack/volumes/model" || v[0].Root[31] != 0xab || v[1].Target != "/models/two" {
+		t.Errorf("%+v", v)
+	}
+	stored := filepath.Join(d.dir, "volumes", "model-abababababababab")
+	data, err := os.ReadFile(stored)
+	if err != nil || string(data) != volumeImage(nil) {
+		t.Error(len(data), err)
+	}
+	if entries, _ := os.ReadDir(filepath.Join(d.dir, "volumes")); len(entries) != 2 {
+		t.Errorf("stored %v", entries)
+	}
+	// A later change of the file is none of the app's.
+	os.WriteFile(image, []byte("other"), 0o600)
+	if data, _ := os.ReadFile(stored); string(data) != volumeImage(nil) {
+		t.Error("the stored volume changed")
+	}
+	// An upgrade keeps volumes that it is not told of.
+	d.must("upgrade", "app", "-c", c, "--swap", "1G")
+	if v := d.manifest(d.updated.ComposeFile).VerityVolumes; len(v) != 2 {
+		t.Errorf("%+v", v)
+	}
+	for name, text := range map[string]string{
+		"empty": "", "no table": strings.Replace(volumeImage(nil), "EFI PART", "EFI PARX", 1), "cut": volumeImage(nil)[:1<<20+100],
+		"no magic": volumeImage(func(m []byte) { m[0] = 'd' }), "another kind": volumeImage(func(m []byte) { m[16] = 2 }),
+		"more behind": volumeImage(func(m []byte) { m[4095] = 1 }), "no root": volumeImage(func(m []byte) { clear(m[20:52]) }),
+		"a partition nowhere": strings.Replace(volumeImage(nil), "\x08", "\x00", 1),
+	} {
+		t.Run(name, func(t *testing.T) {
+			d.refused("volume_malformed", "deploy", "-c", c, "-n", "other", "--volume", "model="+d.file("bad.img", text))
+		})
+	}
+	d.refused("file_missing", "deploy", "-c", c, "-n", "other", "--volume", "model=/nonexistent")
+	for _, text := range []string{"model", "=x", "../x=" + image, "model="} {
+		d.refused("usage", "deploy", "-c", c, "-n", "other", "--volume", text)
+	}
+}

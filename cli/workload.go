@@ -45,6 +45,8 @@ type workload struct {
 	Env     []string `short:"e" help:"Variable for the compose file, encrypted to the app; without =VALUE its value is taken from this environment, which no other user of the machine sees." placeholder:"KEY[=VALUE]" sep:"none"`
 	EnvFile []string `help:"File with a variable per line, KEY=VALUE or KEY." placeholder:"FILE" sep:"none"`
 
+	Volume []string `help:"Read-only disk with a file system under dm-verity, mounted at TARGET in the guest, /dstack/volumes/NAME by default; a service gets it as a bind mount." placeholder:"NAME=FILE[:TARGET]" sep:"none"`
+
 	ScriptInit      []string `help:"Shell script to run before the container engine starts; may be given again." placeholder:"FILE" sep:"none"`
 	ScriptPreLaunch string   `help:"Shell script to run before the containers start." placeholder:"FILE"`
 
@@ -68,6 +70,7 @@ type plan struct {
 	vm    measure.VMConfig
 	lock  *lock.Lock
 	blobs []appimage.Blob
+	disks []volumeFile
 	ports []mapping
 	env   []variable
 	pin   []byte // of the KMS
@@ -77,7 +80,7 @@ type plan struct {
 // plan decides and measures what is to run, and changes nothing.
 //
 // Codes: compose_*, image_*, port_*, key_provider_*, env_*, script_*, time_server,
-// key_scope, usage, manifest_*.
+// key_scope, volume_malformed, usage, manifest_*.
 func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *previous) (*plan, error) {
 	p := &plan{kms: w.KMS}
 	draft := manifest.Draft{SecureTime: new(bool)}
@@ -120,6 +123,10 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 		draft.AllowedEnvs = names(p.env)
 	}
 	if err := w.settings(&draft); err != nil {
+		return nil, err
+	}
+
+	if p.disks, err = w.volumes(&draft); err != nil {
 		return nil, err
 	}
 
@@ -365,6 +372,12 @@ func (w *workload) lockFile(compose string) string {
 func (p *plan) store(a *app) error {
 	for _, b := range p.blobs {
 		if err := push(a, b); err != nil {
+			return err
+		}
+	}
+	for _, d := range p.disks {
+		a.step("store volume %s", d.source)
+		if err := a.stack.PlaceVolume(d.path, d.source); err != nil {
 			return err
 		}
 	}

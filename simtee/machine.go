@@ -38,6 +38,10 @@ type LaunchSpec struct {
 	// that QEMU would give a TD of this shape; of a shape without, or empty, they are
 	// the digest of nothing.
 	VMConfig string `json:"vm_config,omitempty"`
+	// NoMachine says that there is no VM: the agent runs beside its simulated TEE (dstack
+	// simulator). Nothing is launched, so that the registers begin as zeros, which no
+	// image has, and files, vCPUs and vm_config must be absent.
+	NoMachine bool `json:"no_machine,omitempty"`
 	// Debug sets TD_ATTRIBUTES.DEBUG, which every verifier refuses; for negative
 	// tests.
 	Debug bool `json:"debug"`
@@ -49,6 +53,12 @@ func ParseLaunchSpec(data []byte) (LaunchSpec, error) {
 	var s LaunchSpec
 	if err := strictjson.Decode(data, &s, strictjson.Limits{Size: 1 << 20, Depth: 2}); err != nil {
 		return s, fault.Wrap(err, "launch_malformed", "launch file")
+	}
+	if s.NoMachine {
+		if (s != LaunchSpec{NoMachine: true}) {
+			return s, fault.New("launch_malformed", "launch file says no_machine and describes one")
+		}
+		return s, nil
 	}
 	for name, path := range map[string]string{"firmware": s.Firmware, "kernel": s.Kernel, "initrd": s.Initrd} {
 		if path == "" {
@@ -155,6 +165,9 @@ const maxBootFile = 1 << 30
 
 func launch(spec LaunchSpec) (state, error) {
 	s := state{Version: 1, Launch: spec, Files: map[string]fileRecord{}}
+	if spec.NoMachine {
+		return s, nil
+	}
 	l := measure.Launch{Cmdline: spec.Cmdline, VCPUs: spec.VCPUs, MemoryBytes: spec.MemoryBytes}
 	for _, file := range []struct {
 		name, path string

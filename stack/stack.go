@@ -84,6 +84,7 @@ func (s *Stack) PIDFile() string    { return filepath.Join(s.Dir, "vmm.pid") }
 func (s *Stack) PKIDir() string     { return filepath.Join(s.Dir, "dev-pki") }
 func (s *Stack) DevRoots() string   { return filepath.Join(s.PKIDir(), "dev-roots.json") }
 func (s *Stack) ImagesDir() string  { return filepath.Join(s.Dir, "images") }
+func (s *Stack) VolumesDir() string { return filepath.Join(s.Dir, "volumes") }
 
 // HTTP returns a client that reaches the VMM's socket whatever host the URL names.
 func (s *Stack) HTTP() *http.Client {
@@ -224,10 +225,36 @@ func (s *Stack) placeImage(dir string, step func(string, ...any)) error {
 	return os.Rename(temp, target)
 }
 
+// PlaceVolume copies a volume's image to where VMs can be given it, under a name that
+// tells its content. One of that name is left alone. It is a copy: what its owner
+// does to the file later must not reach an app.
+func (s *Stack) PlaceVolume(file, name string) error {
+	target := filepath.Join(s.VolumesDir(), name)
+	if _, err := os.Stat(target); err == nil {
+		return nil
+	}
+	if err := durable.MkdirAll(s.VolumesDir(), 0o700); err != nil {
+		return err
+	}
+	temp, err := os.MkdirTemp(s.VolumesDir(), ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+	if err := copyContent(file, filepath.Join(temp, name)); err != nil {
+		return fault.Wrap(err, "volume_copy", "copy %s into the stack", file).WithFix("check the free space of %s", s.Dir)
+	}
+	return os.Rename(filepath.Join(temp, name), target)
+}
+
 func copyFile(from, to string) error {
 	if err := os.Link(from, to); err == nil {
 		return nil
 	}
+	return copyContent(from, to)
+}
+
+func copyContent(from, to string) error {
 	in, err := os.Open(from)
 	if err != nil {
 		return err
@@ -238,6 +265,10 @@ func copyFile(from, to string) error {
 		return err
 	}
 	if _, err := io.Copy(out, in); err != nil {
+		out.Close()
+		return err
+	}
+	if err := out.Sync(); err != nil {
 		out.Close()
 		return err
 	}

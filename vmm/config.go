@@ -83,6 +83,10 @@ type CVMConfig struct {
 	TEEHelper string `toml:"tee_helper"`
 	TEEPKI    string `toml:"tee_pki"`
 
+	// VolumesDir holds the verity volumes that manifests may name. Default:
+	// StateDir/volumes.
+	VolumesDir string `toml:"volumes_dir"`
+
 	// SWTPM is the software TPM of VMs whose TEE is simulated; looked up in PATH.
 	SWTPM string `toml:"swtpm_path"`
 
@@ -223,6 +227,7 @@ func (c *Config) Check() (err error) {
 	}
 	under(&c.Image.Path, "images")
 	under(&c.CVM.TEEPKI, "dev-pki")
+	under(&c.CVM.VolumesDir, "volumes")
 	network, addr, err := c.listen()
 	if err != nil {
 		return err

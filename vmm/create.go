@@ -41,7 +41,7 @@ var nameForm = regexp.MustCompile(`^[A-Za-z0-9\-_. @~!$^()]*$`)
 //
 // Codes: vm_name, vm_limit, not_supported, manifest_*, app_id, image_*, vcpu_limit,
 // memory_limit, disk_limit, port_*, blob_missing, disk_full, qemu_*, tee_*,
-// tpm_untrusted, swtpm_missing.
+// tpm_untrusted, swtpm_missing, volume_*.
 func (s *Server) create(ctx context.Context, in *vmmpb.VmConfiguration) (id string, err error) {
 	spec, m, files, err := s.plan(ctx, in)
 	if err != nil {
@@ -93,9 +93,6 @@ func (s *Server) plan(ctx context.Context, in *vmmpb.VmConfiguration) (*Spec, *m
 	if err != nil {
 		return fail(err)
 	}
-	if len(m.VerityVolumes) > 0 {
-		return unsupported("verity volumes")
-	}
 	spec := &Spec{Version: 1, ID: newID(), Name: in.Name, VCPU: in.Vcpu, MemoryMB: in.Memory, DiskGB: in.DiskSize, Image: in.Image,
 		CreatedAtMS: time.Now().UnixMilli(), KMSURLs: in.KmsUrls, GatewayURLs: in.GatewayUrls, NoTEE: in.NoTee, TEE: c.CVM.TEE}
 	switch {
@@ -144,6 +141,9 @@ func (s *Server) plan(ctx context.Context, in *vmmpb.VmConfiguration) (*Spec, *m
 			return fail(fault.New(l.code, "%d %s are not in %d to %d", *l.value, l.what, l.min, l.max).
 				WithFix("ask for less, or raise %s in the VMM's configuration", l.key))
 		}
+	}
+	if spec.Volumes, err = s.attachments(m); err != nil {
+		return fail(err)
 	}
 	if spec.PortMap, err = c.parsePorts(in.Ports); err != nil {
 		return fail(err)

@@ -182,8 +182,8 @@ func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*h
 func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*measure.VMConfig, error) {
 	out := &measure.VMConfig{
 		SpecVersion: 1, OSImageHash: img.Hash.String(), CPUCount: s.VCPU, MemorySize: uint64(s.MemoryMB) << 20,
-		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Endpoints: qemu.RootBusDevices, Image: s.Image, HostShareMode: "vhd",
-		SWTPM: s.TPM,
+		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Endpoints: qemu.RootBusDevices + uint32(len(s.Volumes)), Image: s.Image, HostShareMode: "vhd",
+		SWTPM: s.TPM, NumVerity: uint32(len(s.Volumes)),
 	}
 	doc, err := readFile(img.TDXMeasurement(), 1<<20)
 	switch {
@@ -451,6 +451,13 @@ func (v *vm) qemuArgs(ctx context.Context) (path string, args []string, err erro
 		Network: qemu.Network{MAC: macOf(v.spec().ID), Ifname: c.Networking.Ifname, Forwards: forwards(v.spec().PortMap)},
 	}
 	spec.TPM = v.spec().TPM
+	for _, name := range v.spec().Volumes {
+		path, err := v.server.volume(name)
+		if err != nil {
+			return "", nil, err
+		}
+		spec.Volumes = append(spec.Volumes, path)
+	}
 	if v.spec().TEE == TEETDX {
 		sys, err := readFile(filepath.Join(v.shared(), hostshare.SysConfigName), 32<<10)
 		if err != nil {

@@ -56,9 +56,10 @@ type Spec struct {
 	GatewayURLs []string         `json:"gateway_urls"` // empty: the node's
 	NoTEE       bool             `json:"no_tee"`
 	SimTEE      string           `json:"simulated_tee,omitempty"`
-	TEE         string           `json:"tee"`     // sim, tdx or none
-	Machine     string           `json:"machine"` // versioned machine type
-	TPM         bool             `json:"swtpm"`   // a software TPM, for development
+	TEE         string           `json:"tee"`               // sim, tdx or none
+	Machine     string           `json:"machine"`           // versioned machine type
+	TPM         bool             `json:"swtpm"`             // a software TPM, for development
+	Volumes     []string         `json:"volumes,omitempty"` // names in cvm.volumes_dir, as attached
 }
 
 // PortMap is one forwarded port.

@@ -68,7 +68,8 @@ type Spec struct {
 	// Absolute paths of the image's files.
 	Firmware, Kernel, Initrd, Rootfs string
 	Cmdline                          string
-	HostlinkPort                     string // name of the virtio-serial port
+	Volumes                          []string // absolute paths of read-only disks
+	HostlinkPort                     string   // name of the virtio-serial port
 	Network                          Network
 	TDX                              *TDX // nil: no hardware TEE
 	TPM                              bool // a software TPM listens at TPMSock
@@ -81,13 +82,13 @@ var (
 	ifForm    = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,15}$`)
 )
 
-// RootBusDevices is how many devices Args puts on the PCI root bus. ACPI tables, and
-// so RTMR0, depend on it; vm_config states it.
+// RootBusDevices is how many devices Args puts on the PCI root bus beside volumes.
+// ACPI tables, and so RTMR0, depend on the number; vm_config states it.
 const RootBusDevices = 6
 
 // Args returns QEMU's arguments. The order of devices is fixed, since it decides
 // their PCI addresses and with them the measured ACPI tables: root, data, shared
-// disk, network card, hostlink, random numbers.
+// disk, network card, hostlink, random numbers, volumes.
 //
 // Codes: qemu_argument (a value that would be parsed as something else),
 // tee_unavailable.
@@ -112,6 +113,12 @@ func (b *Binary) Args(s Spec) ([]string, error) {
 		if !strings.HasPrefix(v.value, "/") || strings.ContainsFunc(v.value, control) {
 			return nil, fault.New("qemu_argument", "path of the %s, %.200q, is not absolute or has control characters", v.what, v.value).
 				WithFix("move the state directory to a path without such characters")
+		}
+	}
+	for _, path := range s.Volumes {
+		if !strings.HasPrefix(path, "/") || strings.ContainsFunc(path, control) {
+			return nil, fault.New("qemu_argument", "path of a volume, %.200q, is not absolute or has control characters", path).
+				WithFix("move the directory of volumes to a path without such characters")
 		}
 	}
 	if strings.ContainsFunc(s.Cmdline, control) {
@@ -189,6 +196,11 @@ func (b *Binary) Args(s Spec) ([]string, error) {
 	args = append(args, "-chardev", "socket,id=hostlink,path="+HostlinkSock+",server=on,wait=off")
 	args = append(args, device("virtserialport,bus=vser0.0,chardev=hostlink,name="+s.HostlinkPort)...)
 	args = append(args, device("virtio-rng-pci"+virtio)...)
+	for i, path := range s.Volumes {
+		node := "vol" + strconv.Itoa(i)
+		args = append(args, "-blockdev", blockdev(node, path, true))
+		args = append(args, device("virtio-blk-pci,drive="+node+",serial=dstack-"+node+virtio)...)
+	}
 	if s.TPM { // not on the PCI bus
 		args = append(args, "-chardev", "socket,id=tpm0,path="+TPMSock, "-tpmdev", "emulator,id=tpm0,chardev=tpm0")
 		args = append(args, device("tpm-crb,tpmdev=tpm0")...)

@@ -238,10 +238,21 @@ func TestArgs(t *testing.T) {
 		!strings.Contains(drives[2], `"read-only":true`) {
 		t.Errorf("%q", drives)
 	}
+	// Volumes come after, read-only, in their order.
+	withVolumes := spec()
+	withVolumes.Volumes = []string{"/v/a,b", "/v/c"}
+	if args, err := b.Args(withVolumes); err != nil || !slices.Equal(after(args, "-device"), append(slices.Clone(want), "virtio-blk-pci,drive=vol0,serial=dstack-vol0", "virtio-blk-pci,drive=vol1,serial=dstack-vol1")) ||
+		after(args, "-blockdev")[3] != `{"driver":"raw","node-name":"vol0","read-only":true,"file":{"driver":"file","filename":"/v/a,b","read-only":true}}` {
+		t.Errorf("%q %v", args, err)
+	}
+	withVolumes.Volumes = []string{"relative"}
+	if _, err := b.Args(withVolumes); fault.Code(err) != "qemu_argument" {
+		t.Error(err)
+	}
 	// A TPM comes last and sits on no bus: the devices before keep their addresses.
 	withTPM := spec()
 	withTPM.TPM = true
-	if args, err := b.Args(withTPM); err != nil || !slices.Equal(after(args, "-device"), append(want, "tpm-crb,tpmdev=tpm0")) ||
+	if args, err := b.Args(withTPM); err != nil || !slices.Equal(after(args, "-device"), append(slices.Clone(want), "tpm-crb,tpmdev=tpm0")) ||
 		after(args, "-tpmdev")[0] != "emulator,id=tpm0,chardev=tpm0" || !slices.Contains(after(args, "-chardev"), "socket,id=tpm0,path=tpm/tpm.sock") {
 		t.Errorf("%q %v", args, err)
 	}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strings"
+
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
+)
+
+// volumeFile is a volume's image and its name in the stack.
+type volumeFile struct{ path, source string }
+
+var volumeName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
+
+// volumes puts the volumes that are given into the draft, in the place of those it
+// has. In the stack they are named by their content, too, so that no volume of
+// another app is ever replaced.
+//
+// Codes: usage, file_missing, volume_malformed.
+func (w *workload) volumes(d *manifest.Draft) ([]volumeFile, error) {
+	if len(w.Volume) == 0 {
+		return nil, nil
+	}
+	d.VerityVolumes = nil
+	var out []volumeFile
+	for _, text := range w.Volume {
+		name, path, ok := strings.Cut(text, "=")
+		if !ok || path == "" || !volumeName.MatchString(name) {
+			return nil, usage("--volume wants NAME=FILE or NAME=FILE:TARGET, not %q", text)
+		}
+		target := "/dstack/volumes/" + name
+		if i := strings.LastIndex(path, ":/"); i > 0 {
+			path, target = path[:i], path[i+1:]
+		}
+		root, err := volumeRoot(path)
+		if err != nil {
+			return nil, err
+		}
+		v := volumeFile{path, name + "-" + hex.EncodeToString(root[:8])}
+		out = append(out, v)
+		d.VerityVolumes = append(d.VerityVolumes, manifest.VerityVolume{Source: v.source, Root: root, Target: target})
+	}
+	return out, nil
+}
+
+// volumeMagic begins the metadata of a volume (guest-os.md §9).
+var volumeMagic = []byte("DSTACK_VOLUME\x00\x00\x00")
+
+// volumeRoot reads the verity root hash that a volume's image advertises: in the 4096
+// bytes of its first partition, after magic (16) and kind (u32 LE, 1), 32 bytes, then
+// zeros. That the content has this root the guest checks, block by block.
+//
+// Codes: file_missing, volume_malformed.
+func volumeRoot(path string) (root [32]byte, err error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return root, fault.New("file_missing", "%s does not exist", path).WithFix("give the path of a volume's image")
+	}
+	if err != nil {
+		return root, err
+	}
+	defer f.Close()
+	bad := func(why string) error {
+		return fault.New("volume_malformed", "%s is not a volume: %s", path, why).WithFix("make one with a file system under dm-verity in the envelope of guest-os.md §9")
+	}
+	const sector, metadata = 512, 4096
+	read := func(at int64, n int) ([]byte, error) {
+		b := make([]byte, n)
+		if _, err := f.ReadAt(b, at); err != nil {
+			if errors.Is(err, io.EOF) {
+				return nil, bad("it ends too early")
+			}
+			return nil, fmt.Errorf("read %s: %w", path, err)
+		}
+		return b, nil
+	}
+	table, err := read(sector, 2*sector)
+	if err != nil {
+		return root, err
+	}
+	if !bytes.HasPrefix(table, []byte("EFI PART")) {
+		return root, bad("it has no partition table")
+	}
+	first := binary.LittleEndian.Uint64(table[sector+32:])
+	if first < 3 || first > 1<<40 {
+		return root, bad("its first partition is nowhere")
+	}
+	meta, err := read(int64(first)*sector, metadata)
+	if err != nil {
+		return root, err
+	}
+	switch {
+	case !bytes.HasPrefix(meta, volumeMagic):
+		return root, bad("its first partition does not begin as one")
+	case binary.LittleEndian.Uint32(meta[16:]) != 1:
+		return root, bad("it is of a kind that this version does not know")
+	case !bytes.Equal(meta[52:], make([]byte, metadata-52)):
+		return root, bad("its metadata has more than a root hash")
+	}
+	copy(root[:], meta[20:])
+	if root == [32]byte{} {
+		return root, bad("its root hash is zero")
+	}
+	return root, nil
+}
