@@ -24,6 +24,8 @@ const (
 
 	dmNameMax = 127
 	dmUUIDMax = 128
+	// maxTargets bounds a table; the kernel's own limit is higher.
+	maxTargets = 4096
 
 	offDataSize    = 12
 	offDataStart   = 16
@@ -51,7 +53,7 @@ const (
 // A Target is one segment of a device-mapper table.
 type Target struct {
 	Start, Length uint64 // in sectors of 512 bytes
-	Type          string // "verity", "crypt"; at most 15 bytes
+	Type          string // "verity", "crypt", "integrity", "linear"; at most 15 bytes
 	Params        []byte // table text after the type, without a final NUL; wiped by Create when Secret
 	Secret        bool   // Params hold a key
 }
@@ -75,25 +77,37 @@ func encodeHeader(name, uuid string, flags uint32, size int) ([]byte, error) {
 	return b, nil
 }
 
-// encodeTable returns the argument of DM_TABLE_LOAD for a table of one target.
-// The caller wipes it when the target is secret.
-func encodeTable(name string, flags uint32, t Target) ([]byte, error) {
-	if len(t.Type) > 15 {
-		return nil, fmt.Errorf("device-mapper target type %q is too long", t.Type)
+// specSize is the room that a target takes in a table: aligned to 8 bytes, with a
+// final NUL.
+func specSize(t Target) int { return (dmTargetSize + len(t.Params) + 1 + 7) &^ 7 }
+
+// encodeTable returns the argument of DM_TABLE_LOAD for a table of the targets, in
+// the order of their sectors. The caller wipes it when a target is secret.
+func encodeTable(name string, flags uint32, targets ...Target) ([]byte, error) {
+	if len(targets) == 0 || len(targets) > maxTargets {
+		return nil, fmt.Errorf("device-mapper table of %d targets", len(targets))
 	}
-	spec := dmTargetSize + len(t.Params) + 1
-	spec = (spec + 7) &^ 7
-	b, err := encodeHeader(name, "", flags, dmIoctlSize+spec)
+	size := dmIoctlSize
+	for _, t := range targets {
+		if len(t.Type) > 15 {
+			return nil, fmt.Errorf("device-mapper target type %q is too long", t.Type)
+		}
+		size += specSize(t)
+	}
+	b, err := encodeHeader(name, "", flags, size)
 	if err != nil {
 		return nil, err
 	}
-	binary.LittleEndian.PutUint32(b[offTargetCount:], 1)
+	binary.LittleEndian.PutUint32(b[offTargetCount:], uint32(len(targets)))
 	s := b[dmIoctlSize:]
-	binary.LittleEndian.PutUint64(s[0:], t.Start)
-	binary.LittleEndian.PutUint64(s[8:], t.Length)
-	binary.LittleEndian.PutUint32(s[20:], uint32(spec)) // next: offset past this target
-	copy(s[24:], t.Type)
-	copy(s[dmTargetSize:], t.Params)
+	for _, t := range targets {
+		binary.LittleEndian.PutUint64(s[0:], t.Start)
+		binary.LittleEndian.PutUint64(s[8:], t.Length)
+		binary.LittleEndian.PutUint32(s[20:], uint32(specSize(t))) // next: offset past this target
+		copy(s[24:], t.Type)
+		copy(s[dmTargetSize:], t.Params)
+		s = s[specSize(t):]
+	}
 	return b, nil
 }
 
@@ -151,12 +165,16 @@ func readDevNumber(path string) (uint64, error) {
 	return unix.Mkdev(uint32(ma), uint32(mi)), nil
 }
 
-// Create makes and activates the device name with one target and returns the path
+// Create makes and activates the device name with the targets and returns the path
 // of its node, <Dev>/dm-N. On failure nothing is left behind. Params of a secret
 // target are zero afterwards, whatever the outcome.
-func (m *Mapper) Create(name, uuid string, readOnly bool, t Target) (path string, err error) {
-	if t.Secret {
-		defer clear(t.Params)
+func (m *Mapper) Create(name, uuid string, readOnly bool, targets ...Target) (path string, err error) {
+	secret := false
+	for _, t := range targets {
+		if t.Secret {
+			secret = true
+			defer clear(t.Params)
+		}
 	}
 	ctl, err := m.control()
 	if err != nil {
@@ -183,19 +201,19 @@ func (m *Mapper) Create(name, uuid string, readOnly bool, t Target) (path string
 			}
 		}
 	}()
-	if t.Secret {
+	if secret {
 		flags |= dmFlagSecureData
 	}
-	table, err := encodeTable(name, flags, t)
+	table, err := encodeTable(name, flags, targets...)
 	if err != nil {
 		return "", err
 	}
 	err = m.ioctl(fd, dmTableLoad, table)
-	if t.Secret {
+	if secret {
 		clear(table)
 	}
 	if err != nil {
-		return "", fmt.Errorf("load the %s table of device %s: %w", t.Type, name, err)
+		return "", fmt.Errorf("load the %s table of device %s: %w", targets[len(targets)-1].Type, name, err)
 	}
 	resume, err := encodeHeader(name, "", flags&dmFlagReadOnly, dmIoctlSize)
 	if err != nil {
