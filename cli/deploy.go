@@ -31,19 +31,20 @@ import (
 const agentPort = 8090
 
 type deployCmd struct {
-	Compose    string            `short:"c" help:"The docker-compose.yaml, run unchanged." default:"docker-compose.yaml" placeholder:"FILE"`
-	Name       string            `short:"n" help:"Name of the app; by default the directory of the compose file." placeholder:"NAME"`
-	Port       []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
-	AppImage   map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
-	Image      string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
-	VCPU       int               `name:"vcpu" help:"Virtual CPUs." default:"1"`
-	Memory     int               `help:"Memory in MiB." default:"1024"`
-	Disk       int               `help:"Data disk in GiB." default:"10"`
-	PublicLogs bool              `help:"Let anyone read the containers' logs at the agent."`
-	Lock       string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
-	Timeout    time.Duration     `help:"How long to wait for the app." default:"5m"`
-	DryRun     bool              `help:"Show what would be measured and stop."`
-	KeepFailed bool              `help:"Keep a VM whose boot failed, to look at."`
+	Compose      string            `short:"c" help:"The docker-compose.yaml, run unchanged." default:"docker-compose.yaml" placeholder:"FILE"`
+	Name         string            `short:"n" help:"Name of the app; by default the directory of the compose file." placeholder:"NAME"`
+	Port         []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
+	AppImage     map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
+	Image        string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
+	VCPU         int               `name:"vcpu" help:"Virtual CPUs." default:"1"`
+	Memory       int               `help:"Memory in MiB." default:"1024"`
+	Disk         int               `help:"Data disk in GiB." default:"10"`
+	AllowMutable bool              `help:"Deploy although containers could change what runs (the engine's socket, privileges, the guest's files). The verdict says so."`
+	PublicLogs   bool              `help:"Let anyone read the containers' logs at the agent."`
+	Lock         string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
+	Timeout      time.Duration     `help:"How long to wait for the app." default:"5m"`
+	DryRun       bool              `help:"Show what would be measured and stop."`
+	KeepFailed   bool              `help:"Keep a VM whose boot failed, to look at."`
 }
 
 // deployment is what deploy reports.
@@ -89,7 +90,7 @@ func (c *deployCmd) Run(a *app) error {
 	} else if fault.Code(err) != "app_unknown" && fault.Code(err) != "app_ambiguous" {
 		return err
 	}
-	compose, err := lint.Load(raw, c.Name)
+	compose, err := lint.LoadWith(raw, c.Name, lint.Options{AllowMutable: c.AllowMutable})
 	if err != nil {
 		return err
 	}
