@@ -27,13 +27,14 @@ import (
 // workload is what deploy and upgrade are told about an app. What deploy is not
 // told has a default; what upgrade is not told stays as it was.
 type workload struct {
-	Port       []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
-	AppImage   map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
-	Image      string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
-	VCPU       int               `name:"vcpu" help:"Virtual CPUs; 1 by default." placeholder:"N"`
-	Memory     int               `help:"Memory in MiB; 1024 by default." placeholder:"MIB"`
-	PublicLogs *bool             `help:"Let anyone read the containers' logs at the agent." negatable:""`
-	Lock       string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
+	Port         []string          `help:"Publish [ADDR:]HOST:VM[/udp]; by default each port that the compose file publishes, on loopback." placeholder:"H:V" sep:"none"`
+	AppImage     map[string]string `help:"Where an image of the compose file comes from: an OCI layout, a docker-save tarball or a static binary." placeholder:"NAME=PATH"`
+	Image        string            `help:"OS image of the stack to run on; its only one by default." placeholder:"NAME"`
+	VCPU         int               `name:"vcpu" help:"Virtual CPUs; 1 by default." placeholder:"N"`
+	Memory       int               `help:"Memory in MiB; 1024 by default." placeholder:"MIB"`
+	AllowMutable bool              `help:"Deploy although containers could change what runs (the engine's socket, privileges, the guest's files). The verdict says so."`
+	PublicLogs   *bool             `help:"Let anyone read the containers' logs at the agent." negatable:""`
+	Lock         string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
 
 	KeyProvider string   `help:"Who keeps the app's keys: none (the data disk is new at each boot), local, tpm or kms." enum:",none,local,tpm,kms" default:"" placeholder:"KIND"`
 	KMS         []string `name:"kms" help:"URL of the KMS; may be given again." placeholder:"URL" sep:"none"`
@@ -130,7 +131,7 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 		return nil, err
 	}
 
-	linted, err := lint.LoadWith(compose, name, lint.Options{AllowedEnvs: draft.AllowedEnvs})
+	linted, err := lint.LoadWith(compose, name, lint.Options{AllowedEnvs: draft.AllowedEnvs, AllowMutable: w.AllowMutable})
 	if err != nil {
 		return nil, err
 	}

@@ -389,6 +389,11 @@ func mutations(t *testing.T) []mutation {
 			r.ref.AddComposeHash(g.composeHash(), "--compose-hash")
 			r.ref.AddImage(g.image, g.expected(), "--image")
 		}, nil},
+		{"a container with the engine's socket", "mutable", func(g *guest, r *request) {
+			d := draft()
+			d.DockerComposeFile = mutableService
+			remanifest(g, r, d)
+		}, nil},
 		{"images that are not pinned", "images_unpinned", func(g *guest, r *request) {
 			d := draft()
 			d.ImagePolicy = ""
@@ -550,6 +555,12 @@ func TestPolicyMayAllow(t *testing.T) {
 			d.ImagePolicy = ""
 			remanifest(g, r, d)
 			r.pol.Workload.AllowUnpinnedImages = true
+		}},
+		{"mutable", func(g *guest, r *request) {
+			d := draft()
+			d.DockerComposeFile = mutableService
+			remanifest(g, r, d)
+			r.pol.Workload.AllowMutable = true
 		}},
 		{"image_unanchored", func(g *guest, r *request) {
 			r.ref = Reference{ComposeHashes: []dstack.ComposeHash{g.composeHash()}}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
@@ -16,6 +17,7 @@ import (
 	"github.com/dstack-go/dstack/attest/nitro"
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/manifest/mutable"
 )
 
 // eventLog replays the log and reads the identity from it.
@@ -126,6 +128,7 @@ func (a *appraisal) manifest() {
 		a.add(lenient(a.pol.Workload.AllowUnpinnedImages), "images_unpinned", "manifest.image_policy", "deploy with `dstack deploy`, which writes image_policy and image_lock",
 			"the manifest does not demand images by digest: the same tags may stand for other programs")
 	}
+	a.mutable(m)
 	if !m.WantsSecureTime() {
 		a.add(Warning, "time_host", "manifest.secure_time", "", "time: host. The manifest does not wait for an authenticated clock; the guest believes the host's")
 	}
@@ -144,6 +147,27 @@ func (a *appraisal) manifest() {
 	if m.KeyProviderKind() == manifest.KeyProviderKMS && len(m.KeyProviderID) == 0 {
 		a.add(Warning, "key_provider_unpinned", "manifest.key_provider_id", "", "the manifest does not pin which KMS gives the keys; the host chose it")
 	}
+}
+
+// mutable names the services that could change what runs after it was measured.
+func (a *appraisal) mutable(m *manifest.Manifest) {
+	if m.Runner == manifest.RunnerBash || m.DockerComposeFile == "" {
+		return
+	}
+	const most = 8
+	found := mutable.Scan([]byte(m.DockerComposeFile))
+	if len(found) == 0 {
+		return
+	}
+	var why []string
+	for _, f := range found[:min(len(found), most)] {
+		why = append(why, f.String())
+	}
+	if n := len(found) - most; n > 0 {
+		why = append(why, fmt.Sprintf("and %d more", n))
+	}
+	a.add(lenient(a.pol.Workload.AllowMutable), "mutable", "manifest.docker_compose_file", "deploy without these, or accept them with workload.allow_mutable in the policy",
+		"what was measured need not be what runs, for containers could change it: %s", strings.Join(why, "; "))
 }
 
 // keyProvider compares the measured key provider with the manifest's.

@@ -178,6 +178,9 @@ type WorkloadPolicy struct {
 	// AllowUnpinnedImages accepts a manifest without image_policy "digest", whose tags
 	// may stand for other images tomorrow (J01).
 	AllowUnpinnedImages bool `json:"allow_unpinned_images,omitempty"`
+	// AllowMutable accepts a compose file whose containers could change what runs after
+	// it was measured: by the engine's socket, privileges, or the guest's own files (J02).
+	AllowMutable bool `json:"allow_mutable,omitempty"`
 	// AllowUncommitted accepts a launch that committed to no configuration (MRCONFIGID
 	// or PCR 8 all zero), as older upstream hosts start guests (B11).
 	AllowUncommitted bool `json:"allow_uncommitted,omitempty"`

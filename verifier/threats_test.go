@@ -343,3 +343,29 @@ func FuzzParsePolicy(f *testing.F) {
 		}
 	})
 }
+
+// mutableService has the engine's socket, and is privileged by a merged mapping.
+const mutableService = "services:\n  helper:\n    image: hello:1\n    <<: {privileged: true}\n    volumes: ['/var/run/docker.sock:/s']\n"
+
+// A relying party reads in the verdict which containers could replace what runs, and
+// why; an app without any has no such finding.
+func TestThreat_J02_VerdictNamesWhatCouldChange(t *testing.T) {
+	g := newGuest(t)
+	r := g.request()
+	if v := r.appraise(g.evidence()); slices.ContainsFunc(v.Findings, func(f Finding) bool { return f.Code == "mutable" }) {
+		t.Errorf("a plain app is called mutable%s", show(v))
+	}
+	d := draft()
+	d.DockerComposeFile = mutableService
+	remanifest(g, r, d)
+	v := r.appraise(g.evidence())
+	i := slices.IndexFunc(v.Findings, func(f Finding) bool { return f.Code == "mutable" })
+	if i < 0 || v.Accepted || v.Findings[i].Level != Error {
+		t.Fatalf("not refused%s", show(v))
+	}
+	for _, want := range []string{"helper: mounts the engine's socket (/run/docker.sock)", "helper: is privileged"} {
+		if !strings.Contains(v.Findings[i].Message, want) {
+			t.Errorf("%q lacks %q", v.Findings[i].Message, want)
+		}
+	}
+}

@@ -191,7 +191,7 @@ func (s *Service) compatible(tee dstack.TEE) verifier.Policy {
 	}
 	p.SNP.Products, p.SNP.AllowNoAliasCheck = []string{"Milan", "Genoa", "Turin"}, true
 	p.Image.AllowDev, p.Image.AllowUnanchored, p.Image.AllowLite = true, true, true
-	p.Workload.AllowUncommitted, p.Workload.AllowUnpinnedImages = true, true
+	p.Workload.AllowUncommitted, p.Workload.AllowUnpinnedImages, p.Workload.AllowMutable = true, true, true
 	return p
 }
 

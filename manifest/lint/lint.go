@@ -8,8 +8,9 @@
 // from outside itself is refused (compose_external), and nothing is read from
 // this machine either: no file, no environment but the variables given in
 // [Options]. Findings of level error stop a deployment; warnings tell a relying
-// party what they would want to know. [Options.Strict] raises the warnings that
-// hand a container the whole guest to errors.
+// party what they would want to know. What lets a container change what runs
+// (package mutable, by which verifiers judge too) is an error unless
+// [Options.AllowMutable] makes it a warning.
 //
 // Attacker-controlled: the text. It is bounded in size and in the work that
 // aliases can cause; the parser is compose-go's.
@@ -33,6 +34,7 @@ import (
 	"github.com/distribution/reference"
 
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest/mutable"
 )
 
 // MaxSize is the largest compose file in bytes.
@@ -80,7 +82,10 @@ type Service struct {
 type Compose struct {
 	Name     string    `json:"name"`     // project name given in the file, or ""
 	Services []Service `json:"services"` // by name
-	Images   []string  `json:"images"`   // distinct references as written, sorted
+	// Images are the distinct references, sorted: of services, of containers run
+	// before them, of mounted images. One that a variable decides is there as it is
+	// written, so that no lock can have it.
+	Images   []string  `json:"images"`
 	Ports    []Port    `json:"ports"`    // of all services, by published port
 	Findings []Finding `json:"findings"` // errors first, then by service and code
 }
@@ -95,10 +100,9 @@ type Options struct {
 	// have no value here, and are not measured.
 	AllowedEnvs []string
 
-	// Strict makes errors of the warnings about containers that can take over
-	// the guest: compose_privileged, compose_docker_socket, compose_host_pid,
-	// compose_host_network.
-	Strict bool
+	// AllowMutable makes warnings of the errors about containers that could take
+	// over the guest. The verdict carries them either way.
+	AllowMutable bool
 }
 
 // Load reads a compose file; name stands for it in messages. It fails only when
@@ -188,6 +192,7 @@ func LoadWith(data []byte, name string, opt Options) (c *Compose, err error) {
 		c.Name = s
 	}
 	l.raw, l.out = raw, c
+	l.mutable(data)
 	l.project(project)
 	return c, nil
 }
@@ -300,14 +305,6 @@ func (l *linter) add(level Level, code, service, fix, format string, args ...any
 	l.out.Findings = append(l.out.Findings, Finding{level, code, service, fmt.Sprintf(format, args...), fix})
 }
 
-// risk is the level of what hands a container the guest.
-func (l *linter) risk() Level {
-	if l.opt.Strict {
-		return Error
-	}
-	return Warning
-}
-
 func (l *linter) project(p *types.Project) {
 	images := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(p.Services)) {
@@ -316,8 +313,11 @@ func (l *linter) project(p *types.Project) {
 		if s.Image != "" {
 			images[s.Image] = true
 		}
+		if written, _ := asMap(asMap(l.raw["services"])[name])["image"].(string); hasVariable(written) {
+			images[written] = true
+		}
+		l.furtherImages(p, name, s, images)
 		l.image(name, s)
-		l.isolation(name, s)
 		for _, v := range s.Volumes {
 			l.volume(name, v)
 		}
@@ -388,60 +388,81 @@ func (l *linter) image(name string, s types.ServiceConfig) {
 	}
 }
 
+// furtherImages adds the images that a service mounts, or runs before it starts.
+// One that a variable decides is listed as it is written, so that no lock has it.
+func (l *linter) furtherImages(p *types.Project, name string, s types.ServiceConfig, images map[string]bool) {
+	rawService := asMap(asMap(l.raw["services"])[name])
+	var written []string // as the file has them
+	for _, v := range list(rawService["volumes"]) {
+		if m := asMap(v); m["type"] == types.VolumeTypeImage {
+			text, _ := m["source"].(string)
+			written = append(written, text)
+		}
+	}
+	for _, h := range list(rawService["pre_start"]) {
+		text, _ := asMap(h)["image"].(string)
+		written = append(written, text)
+	}
+	var used []string
+	for _, v := range s.Volumes {
+		if v.Type == types.VolumeTypeImage {
+			used = append(used, v.Source)
+		}
+	}
+	for _, h := range s.PreStart {
+		used = append(used, h.Image)
+		for _, v := range h.Volumes {
+			if v.Type == types.VolumeTypeImage {
+				used = append(used, v.Source)
+			}
+		}
+	}
+	for _, ref := range slices.Concat(written, used) {
+		if hasVariable(ref) {
+			l.add(Error, "compose_image_variable", name, "write the image reference out",
+				"an image that it uses is decided by a variable (%s), whose value is not measured", ref)
+		}
+		// The name of a service stands for that service's image.
+		if _, service := p.Services[ref]; ref != "" && !service {
+			images[ref] = true
+		}
+	}
+}
+
+func list(v any) []any { l, _ := v.([]any); return l }
+
 func imageName(service string) string { return strings.ToLower(strings.ReplaceAll(service, "_", "-")) }
 
 // hasVariable reports an interpolation; $$ is an escaped dollar.
 func hasVariable(s string) bool { return strings.Contains(strings.ReplaceAll(s, "$$", ""), "$") }
 
-func (l *linter) isolation(name string, s types.ServiceConfig) {
-	hooks := false
-	for _, h := range s.PreStart {
-		hooks = hooks || h.Privileged
-	}
-	for _, h := range slices.Concat(s.PostStart, s.PreStop) {
-		hooks = hooks || h.Privileged
-	}
-	if s.Privileged || hooks {
-		l.add(l.risk(), "compose_privileged", name, "remove privileged:, and add only the capabilities it needs with cap_add:",
-			"is privileged: the container can take over the guest and every other container's secrets")
-	}
-	for _, c := range s.CapAdd {
-		switch strings.TrimPrefix(strings.ToUpper(c), "CAP_") {
-		case "ALL", "SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "BPF", "DAC_READ_SEARCH":
-			l.add(l.risk(), "compose_privileged", name, "remove the capability", "adds the capability %s, with which a container can take over the guest", c)
-		}
-	}
-	if s.UseAPISocket {
-		l.dockerSocket(name)
-	}
-	if s.Pid == "host" {
-		l.add(l.risk(), "compose_host_pid", name, "remove pid: host", "shares the guest's processes (pid: host), and can read their memory and environment")
-	}
-	if s.NetworkMode == "host" || s.Net == "host" {
-		l.add(l.risk(), "compose_host_network", name, "publish the ports it needs with ports:",
-			"uses the guest's network (network_mode: host): it can open any port, and reach the guest's own services")
-	}
-	for _, ns := range []struct{ what, value string }{{"ipc", s.Ipc}, {"uts", s.Uts}, {"cgroup", s.Cgroup}} {
-		if ns.value == "host" {
-			l.add(Warning, "compose_host_namespace", name, "remove "+ns.what+": host", "shares the guest's %s namespace", ns.what)
-		}
-	}
-	for _, o := range s.SecurityOpt {
-		if strings.Contains(o, "unconfined") {
-			l.add(Warning, "compose_unconfined", name, "remove it from security_opt:", "switches off a confinement (%s)", o)
-		}
-	}
+// rules are how findings of package mutable are called here, and what to do.
+var rules = map[mutable.Rule]struct{ code, fix string }{
+	mutable.Privileged:   {"compose_privileged", "remove privileged:, and add only the capabilities it needs with cap_add:"},
+	mutable.Capability:   {"compose_privileged", "remove the capability"},
+	mutable.EngineSocket: {"compose_docker_socket", "remove the mount of the engine's socket: whoever has it can start any image, privileged, none of which is measured"},
+	mutable.HostPID:      {"compose_host_pid", "remove pid: host"},
+	mutable.HostNetwork:  {"compose_host_network", "publish the ports it needs with ports:"},
+	mutable.Namespace:    {"compose_host_namespace", "remove it"},
+	mutable.Unconfined:   {"compose_unconfined", "remove it from security_opt:"},
+	mutable.Device:       {"compose_device", "remove it; a GPU is asked for with gpus: or deploy.resources.reservations.devices"},
+	mutable.HostPath:     {"compose_host_path", "use a named volume for data; for the agent, mount /var/run/dstack.sock"},
+	mutable.Runtime:      {"compose_runtime", "remove it"},
+	mutable.Unreadable:   {"compose_unreadable", "write the compose file in a simpler way"},
 }
 
-func (l *linter) dockerSocket(name string) {
-	l.add(l.risk(), "compose_docker_socket", name, "remove the mount of the engine's socket",
-		"can use the container engine's socket: it can start any image, privileged, none of which is measured")
-}
-
-// sockets that an app is meant to mount.
-var agentSockets = map[string]bool{
-	"/var/run/dstack.sock": true, "/run/dstack.sock": true, "/var/run/tappd.sock": true, "/run/tappd.sock": true,
-	"/var/run/dstack": true, "/run/dstack": true, "/var/run/dstack/dstack.sock": true, "/run/dstack/dstack.sock": true,
+// mutable adds what lets a container change what runs.
+func (l *linter) mutable(data []byte) {
+	level := Error
+	if l.opt.AllowMutable {
+		level = Warning
+	}
+	for _, f := range mutable.Scan(data) {
+		// What comes from outside was refused, or has a finding of its own.
+		if r, ok := rules[f.Rule]; ok {
+			l.add(level, r.code, f.Service, r.fix, "%s, and could change what runs", f.What)
+		}
+	}
 }
 
 func (l *linter) volume(name string, v types.ServiceVolumeConfig) {
@@ -451,19 +472,22 @@ func (l *linter) volume(name string, v types.ServiceVolumeConfig) {
 	l.bind(name, v.Source)
 }
 
+// agentSocket reports a path that the guest has for apps to mount.
+func agentSocket(path string) bool {
+	switch strings.TrimPrefix(strings.TrimRight(path, "/"), "/var") {
+	case "/run/dstack.sock", "/run/tappd.sock", "/run/dstack", "/run/dstack/dstack.sock":
+		return true
+	}
+	return false
+}
+
 func (l *linter) bind(name, source string) {
-	src := strings.TrimRight(source, "/")
 	switch {
-	case agentSockets[src]:
-	case strings.HasSuffix(src, "docker.sock") || strings.HasSuffix(src, "containerd.sock"):
-		l.dockerSocket(name)
+	case agentSocket(source):
 	case !strings.HasPrefix(source, "/"):
 		l.add(Error, "compose_bind_mount", name, "use a named volume for data, put files into the image, or use configs: with content:",
 			"mounts %q from beside the compose file: that directory does not exist inside the confidential VM", source)
-	case src == "" || src == "/var/run" || src == "/run" || src == "/var" || src == "/proc" || strings.HasPrefix(src, "/var/lib/docker"):
-		l.add(l.risk(), "compose_bind_mount", name, "mount only what it needs; for the agent, /var/run/dstack.sock",
-			"mounts %s of the guest, and with it the engine's socket or every container's files", source)
-	default:
+	case mutable.PathRule(source) == "": // else it has a finding
 		l.add(Warning, "compose_bind_mount", name, "use a named volume",
 			"mounts %s of the guest's own file system, where nothing of yours is, and which is not kept across restarts", source)
 	}

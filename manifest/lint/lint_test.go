@@ -5,21 +5,26 @@ package lint
 import (
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/compose-spec/compose-go/v2/loader"
+	"github.com/compose-spec/compose-go/v2/types"
 	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/txtar"
 
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest/mutable"
 )
 
 // Each file of testdata says in its leading comments what must be found in it:
 //
 //	# want: LEVEL CODE SERVICE   one per finding, service - for none
 //	# want: fails CODE           it must not load
-//	# with: env=A=1 allow=B,C strict
+//	# with: env=A=1 allow=B,C mutable
 func TestCorpus(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.yaml")
 	if err != nil || len(files) < 30 {
@@ -49,8 +54,8 @@ func TestCorpus(t *testing.T) {
 							opt.Env[k] = v
 						case "allow":
 							opt.AllowedEnvs = strings.Split(v, ",")
-						case "strict":
-							opt.Strict = true
+						case "mutable":
+							opt.AllowMutable = true
 						}
 					}
 				}
@@ -184,6 +189,172 @@ func FuzzLoad(f *testing.F) {
 		}
 		if err == nil && c == nil {
 			t.Fatal("neither result nor error")
+		}
+	})
+}
+
+// oracle judges what compose-go, and so the engine, makes of a file: whatever it
+// finds, package mutable must have found in the text.
+func oracle(p *types.Project) map[string]bool {
+	found := map[string]bool{}
+	check := func(name string, c types.ContainerSpec) {
+		add := func(rule mutable.Rule, is bool) {
+			if is {
+				found[name+" "+string(rule)] = true
+			}
+		}
+		add(mutable.Privileged, c.Privileged)
+		add(mutable.EngineSocket, c.UseAPISocket)
+		add(mutable.HostPID, c.Pid == "host")
+		add(mutable.HostNetwork, c.NetworkMode == "host")
+		add(mutable.Namespace, c.Ipc == "host" || c.Uts == "host" || c.Cgroup == "host" || c.UserNSMode == "host" || c.CgroupParent != "")
+		add(mutable.Device, len(c.Devices)+len(c.DeviceCgroupRules) > 0)
+		add(mutable.Runtime, c.Runtime != "" && c.Runtime != "runc" && c.Runtime != "crun")
+		for _, capability := range c.CapAdd {
+			add(mutable.Capability, capability == "ALL" || strings.Contains(capability, "SYS_ADMIN"))
+		}
+		for _, o := range c.SecurityOpt {
+			add(mutable.Unconfined, strings.Contains(o, "unconfined"))
+		}
+		for _, v := range c.Volumes {
+			source := v.Source
+			if named, ok := p.Volumes[source]; ok && v.Type == types.VolumeTypeVolume {
+				source = named.DriverOpts["device"]
+			}
+			if !strings.HasPrefix(source, "/") {
+				continue
+			}
+			source = path.Clean(source)
+			add(mutable.EngineSocket, strings.HasSuffix(source, "docker.sock"))
+			add(mutable.HostPath, source == "/" || source == "/proc" || source == "/dev" || source == "/etc" || source == "/run")
+		}
+	}
+	for name, s := range p.Services {
+		check(name, s.ContainerSpec)
+		for _, h := range s.PreStart {
+			check(name, h.ContainerSpec)
+		}
+		for _, h := range slices.Concat(s.PostStart, s.PreStop) {
+			if h.Privileged {
+				found[name+" "+string(mutable.Privileged)] = true
+			}
+		}
+	}
+	return found
+}
+
+// missed returns what compose-go sees in a file and package mutable does not.
+func missed(t testing.TB, data []byte) []string {
+	t.Helper()
+	defer func() { _ = recover() }() // compose-go's, on shapes that LoadWith refuses
+	p, err := loader.LoadWithContext(t.Context(), details(data, "f", map[string]string{"P": "true", "C": "ALL", "M": "/:/host", "D": "/", "PID_MODE": "host"}), func(o *loader.Options) {
+		offline(o)
+		o.Profiles, o.SkipConsistencyCheck = []string{"*"}, true
+	})
+	if err != nil {
+		return nil
+	}
+	seen := map[string]bool{}
+	for _, f := range mutable.Scan(data) {
+		if f.Rule == mutable.Unreadable {
+			return nil
+		}
+		seen[f.Service+" "+string(f.Rule)] = true
+	}
+	var out []string
+	for f := range oracle(p) {
+		if !seen[f] {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// The linter refuses each file of the corpus by the rules that a verifier judges
+// by, and compose-go sees nothing in any that they miss.
+func TestMutableHoldsAgainstComposeGo(t *testing.T) {
+	a, err := txtar.ParseFile("../mutable/testdata/corpus.txtar")
+	if err != nil || len(a.Files) < 60 {
+		t.Fatal(len(a.Files), err)
+	}
+	refused := 0
+	for _, f := range a.Files {
+		if m := missed(t, f.Data); len(m) > 0 {
+			t.Errorf("%s: compose-go sees %q\n%s", f.Name, m, f.Data)
+		}
+		c, err := LoadWith(f.Data, "f", Options{AllowedEnvs: []string{"P", "C", "M", "D", "PID_MODE"}})
+		if err != nil {
+			continue // a variable without a usable value, a file from outside
+		}
+		for _, m := range mutable.Scan(f.Data) {
+			code := rules[m.Rule].code
+			if code == "" {
+				code = "compose_build"
+			}
+			if !slices.ContainsFunc(c.Findings, func(g Finding) bool { return g.Level == Error && g.Code == code && g.Service == m.Service }) {
+				t.Errorf("%s: %+v is not refused: %+v", f.Name, m, c.Findings)
+			}
+			refused++
+		}
+		c, err = LoadWith(f.Data, "f", Options{AllowMutable: true, AllowedEnvs: []string{"P", "C", "M", "D", "PID_MODE"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, g := range c.Findings {
+			if _, isMutable := codes()[g.Code]; isMutable && g.Level != Warning {
+				t.Errorf("%s: %+v although it is allowed", f.Name, g)
+			}
+		}
+	}
+	if refused < 50 {
+		t.Errorf("%d findings refused only", refused)
+	}
+}
+
+func codes() map[string]bool {
+	out := map[string]bool{}
+	for _, r := range rules {
+		out[r.code] = true
+	}
+	return out
+}
+
+// An image that is mounted, or run before a service, is part of the lock; one that a
+// variable decides is in no lock.
+func TestEveryImageIsListed(t *testing.T) {
+	c, err := LoadWith([]byte(`
+services:
+  web:
+    image: ${X:-a:1}
+    volumes: [{type: image, source: b:1, target: /b}, {type: image, source: "${Y}", target: /c}, {type: image, source: db, target: /d}]
+    pre_start: [{image: d:1, command: [x]}, {image: "${Z:-e:1}", command: [x]}]
+  db: {image: f:1}
+`), "f", Options{Env: map[string]string{"Y": "c:1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"${X:-a:1}", "b:1", "${Y}", "d:1", "${Z:-e:1}", "f:1"} {
+		if !slices.Contains(c.Images, want) {
+			t.Errorf("%s is not in %q", want, c.Images)
+		}
+	}
+	if slices.Contains(c.Images, "db") {
+		t.Error("a service is taken for an image")
+	}
+}
+
+func FuzzMutableHoldsAgainstComposeGo(f *testing.F) {
+	if a, err := txtar.ParseFile("../mutable/testdata/corpus.txtar"); err == nil {
+		for _, c := range a.Files {
+			f.Add(c.Data)
+		}
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 8<<10 {
+			return
+		}
+		if m := missed(t, data); len(m) > 0 {
+			t.Fatalf("compose-go sees %q", m)
 		}
 	})
 }
