@@ -625,6 +625,52 @@ func TestPolicyMayAllow(t *testing.T) {
 	}
 }
 
+// A guest that proves its clock no longer has the host for it; who has taken the
+// host's place is said.
+func TestThreat_F01_TheVerdictSaysWhoseTimeItIs(t *testing.T) {
+	own := []manifest.TimeServer{{Host: "a.example:4460"}, {Host: "b.example:4460"}, {Host: "c.example:4460"}}
+	for _, tc := range []struct {
+		name        string
+		secure      bool
+		servers     []manifest.TimeServer
+		level       Level
+		code, words string
+	}{
+		{"host", false, nil, Warning, "time_host", "the host for the guest's clock"},
+		// Servers that the manifest names and does not wait for change nothing.
+		{"host, with servers", false, own, Warning, "time_host", "the host for the guest's clock"},
+		{"the image's servers", true, nil, Info, "time_nts", "the OS image's time servers"},
+		{"the manifest's servers", true, own, Info, "time_nts", `"b.example:4460" (public authority)`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := newGuest(t)
+			r := g.request()
+			d := draft()
+			d.SecureTime, d.TimeServers = &tc.secure, tc.servers
+			remanifest(g, r, d)
+			v := r.appraise(g.evidence())
+			var codes []string
+			for _, f := range v.Findings {
+				if strings.HasPrefix(f.Code, "time_") {
+					codes = append(codes, string(f.Level)+" "+f.Code)
+				}
+			}
+			if want := []string{string(tc.level) + " " + tc.code}; !v.Accepted || !slices.Equal(codes, want) {
+				t.Errorf("got %q, want %q\n%s", codes, want, show(v))
+			}
+			var about []string
+			for _, s := range v.Assumptions {
+				if strings.Contains(s, "clock") {
+					about = append(about, s)
+				}
+			}
+			if len(about) != 1 || !strings.Contains(about[0], tc.words) {
+				t.Errorf("assumptions about the clock: %q, want one with %q", about, tc.words)
+			}
+		})
+	}
+}
+
 // What is merely spelled otherwise is accepted.
 func TestAccepted(t *testing.T) {
 	for name, run := range map[string]func(*guest, *request){

@@ -131,6 +131,8 @@ func (a *appraisal) manifest() {
 	a.mutable(m)
 	if !m.WantsSecureTime() {
 		a.add(Warning, "time_host", "manifest.secure_time", "", "time: host. The manifest does not wait for an authenticated clock; the guest believes the host's")
+	} else {
+		a.add(Info, "time_nts", "manifest.secure_time", "", "time: nts. The manifest makes the guest wait for authenticated time before it gets keys, from %s", timeServers(m))
 	}
 	if m.RunsScripts() {
 		a.add(Warning, "runs_scripts", "manifest", "", "the manifest runs shell scripts in the guest; read them as you read the images' source")
@@ -168,6 +170,22 @@ func (a *appraisal) mutable(m *manifest.Manifest) {
 	}
 	a.add(lenient(a.pol.Workload.AllowMutable), "mutable", "manifest.docker_compose_file", "deploy without these, or accept them with workload.allow_mutable in the policy",
 		"what was measured need not be what runs, for containers could change it: %s", strings.Join(why, "; "))
+}
+
+// timeServers says who vouches for the guest's clock.
+func timeServers(m *manifest.Manifest) string {
+	if len(m.TimeServers) == 0 {
+		return "the OS image's time servers"
+	}
+	var list []string
+	for _, s := range m.TimeServers {
+		authority := "public authority"
+		if s.CACert != "" {
+			authority = "authority in the manifest"
+		}
+		list = append(list, fmt.Sprintf("%.100q (%s)", s.Host, authority))
+	}
+	return "the manifest's time servers " + strings.Join(list, ", ")
 }
 
 // keyProvider compares the measured key provider with the manifest's.

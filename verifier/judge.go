@@ -239,6 +239,8 @@ func (a *appraisal) assume() {
 	}
 	if a.v.Has(Warning, "time_host") || a.man == nil {
 		say("the host for the guest's clock")
+	} else {
+		say("for the guest's clock, that fewer than half lie of " + timeServers(a.man) + ", and who certifies them")
 	}
 	for _, text := range a.gpuAssumptions {
 		say(text)

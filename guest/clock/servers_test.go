@@ -5,20 +5,12 @@ package clock_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/binary"
-	"encoding/pem"
 	"fmt"
-	"math/big"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -26,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dstack-go/dstack/guest/clock"
+	"github.com/dstack-go/dstack/guest/clock/clocktest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -70,158 +63,19 @@ func (m *machine) Slew(d time.Duration) error {
 	return nil
 }
 
-// authority certifies time servers.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t testing.TB) *authority {
+func roots(t testing.TB, ca *clocktest.Authority) *x509.CertPool {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "time authority"},
-		NotBefore: time.Now().AddDate(-10, 0, 0), NotAfter: time.Now().AddDate(20, 0, 0),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &authority{cert, key}
-}
-
-func (a *authority) roots(t testing.TB) *x509.CertPool {
-	t.Helper()
-	pool, err := clock.ParseRoots(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}))
+	pool, err := clock.ParseRoots([]byte(ca.PEM))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return pool
 }
 
-// issue returns a certificate for localhost and its key, in PEM form.
-func (a *authority) issue(t testing.TB, notBefore, notAfter time.Time) (cert, key []byte) {
+// start runs a time server.
+func start(t testing.TB, ca *clocktest.Authority, d clocktest.Daemon) clock.Server {
 	t.Helper()
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
-		NotBefore: notBefore, NotAfter: notAfter,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, k.Public(), a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := x509.MarshalPKCS8PrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw})
-}
-
-// daemon is how to run chronyd. The zero value tells the truth with a certificate that
-// is an hour old and holds for 90 days.
-type daemon struct {
-	lie                 time.Duration
-	notBefore, notAfter time.Time
-}
-
-// start runs chronyd as an NTS server on loopback. It controls no clock.
-func (d daemon) start(t testing.TB, ca *authority) clock.Server {
-	t.Helper()
-	bin, err := exec.LookPath("chronyd")
-	if err != nil {
-		if bin, err = exec.LookPath("/usr/sbin/chronyd"); err != nil {
-			t.Fatal("chronyd is missing; run scripts/host-packages.sh")
-		}
-	}
-	if d.notBefore.IsZero() {
-		d.notBefore, d.notAfter = time.Now().Add(-time.Hour), time.Now().AddDate(0, 0, 90)
-	}
-	dir := t.TempDir()
-	cert, key := ca.issue(t, d.notBefore, d.notAfter)
-	kePort, ntpPort := freePort(t, "tcp"), freePort(t, "udp")
-	conf := fmt.Sprintf(`port %d
-ntsport %d
-ntsserverkey %[3]s/key.pem
-ntsservercert %[3]s/cert.pem
-ntsdumpdir %[3]s
-pidfile %[3]s/pid
-bindaddress 127.0.0.1
-bindcmdaddress /
-cmdport 0
-allow 127.0.0.1
-local stratum 5
-`, ntpPort, kePort, dir)
-	for name, text := range map[string][]byte{"cert.pem": cert, "key.pem": key, "conf": []byte(conf)} {
-		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	args := []string{"-d", "-x", "-U", "-f", filepath.Join(dir, "conf")}
-	if os.Getuid() == 0 {
-		args = append(args, "-u", "root")
-	}
-	cmd := exec.Command(bin, args...)
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
-	if d.lie != 0 {
-		libs, _ := filepath.Glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
-		if len(libs) == 0 {
-			t.Fatal("libfaketime is missing; run scripts/host-packages.sh")
-		}
-		cmd.Env = append(os.Environ(), "LD_PRELOAD="+libs[0], fmt.Sprintf("FAKETIME=%+d", int(d.lie.Seconds())))
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if t.Failed() {
-			t.Logf("chronyd, lie %s:\n%s", d.lie, &log)
-		}
-	})
-	addr := fmt.Sprintf("127.0.0.1:%d", kePort)
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		conn, err := net.Dial("tcp", addr)
-		if err == nil {
-			conn.Close()
-			return clock.Server{Host: fmt.Sprintf("localhost:%d", kePort), Roots: ca.roots(t)}
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("chronyd does not listen: %v", err)
-		}
-	}
-}
-
-func freePort(t testing.TB, network string) int {
-	t.Helper()
-	if network == "udp" {
-		c, err := net.ListenPacket("udp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		return c.LocalAddr().(*net.UDPAddr).Port
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return clock.Server{Host: fmt.Sprintf("localhost:%d", d.Start(t, ca)), Roots: roots(t, ca)}
 }
 
 // listen serves TCP on loopback until the test ends.
@@ -256,15 +110,15 @@ func listen(t testing.TB, serve func(net.Conn)) string {
 }
 
 // keyExchange is a server with a good certificate whose answer is the test's.
-func keyExchange(t testing.TB, ca *authority, answer func(net.Conn)) clock.Server {
+func keyExchange(t testing.TB, ca *clocktest.Authority, answer func(net.Conn)) clock.Server {
 	t.Helper()
-	cert, key := ca.issue(t, time.Now().Add(-time.Hour), time.Now().AddDate(0, 0, 90))
+	cert, key := ca.Issue(t, time.Now().Add(-time.Hour), time.Now().AddDate(0, 0, 90))
 	pair, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := &tls.Config{Certificates: []tls.Certificate{pair}, NextProtos: []string{"ntske/1"}}
-	return clock.Server{Roots: ca.roots(t), Host: listen(t, func(raw net.Conn) {
+	return clock.Server{Roots: roots(t, ca), Host: listen(t, func(raw net.Conn) {
 		conn := tls.Server(raw, cfg)
 		if conn.Handshake() == nil {
 			answer(conn)

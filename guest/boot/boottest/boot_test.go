@@ -166,9 +166,14 @@ func TestBootsThatMustFail(t *testing.T) {
 		{"a blob of noise", func() vm {
 			return vm{draft: goodDraft(b, t), raw: bytes.Repeat([]byte("noise..."), 512)}
 		}, "read-blob", "shared_malformed", false},
-		{"secure time (and an address from DHCP)", func() vm {
-			return vm{draft: change(func(d *manifest.Draft) { d.SecureTime = nil }), dhcp: true}
-		}, "time", "secure_time_unavailable", false},
+		{"secure time without servers in reach (and an address from DHCP)", func() vm {
+			return vm{draft: change(func(d *manifest.Draft) {
+				d.SecureTime = nil
+				for _, host := range []string{"10.0.2.2:1", "10.0.2.2:2", "10.0.2.2:3"} {
+					d.TimeServers = append(d.TimeServers, manifest.TimeServer{Host: host})
+				}
+			}), dhcp: true}
+		}, "time", "time_unproven", false},
 		{"a key provider that is not there", func() vm {
 			return vm{draft: change(func(d *manifest.Draft) { d.KeyProvider = "kms" })}
 		}, "key-provider", "key_provider_unavailable", false},

@@ -190,6 +190,7 @@ type vm struct {
 	noData  bool                // no data disk
 	memory  int                 // MiB
 	netdev  string              // instead of slirp
+	rtc     time.Time           // what the RTC shows at the start; zero for the truth
 }
 
 // running is a booted machine and its host.
@@ -376,6 +377,9 @@ func (v vm) start(t *testing.T, b *built) *running {
 	}
 	if !v.noData {
 		args = append(args, "-drive", "file="+filepath.Join(dir, "data.img")+",if=none,id=d,format=raw,cache=unsafe", "-device", "virtio-blk-pci,drive=d,serial=dstack-data")
+	}
+	if !v.rtc.IsZero() {
+		args = append(args, "-rtc", "base="+v.rtc.UTC().Format("2006-01-02T15:04:05"))
 	}
 	if !v.noLink {
 		args = append(args, "-device", "virtio-serial-pci", "-chardev", "socket,id=c,path="+linkSock+",server=on,wait=off",
