@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package certificate issues the certificates of the system: authorities of apps and
+// of a KMS, and the leaves of apps.
+//
+// Their fields are upstream's, so that its clients read them; what a client cannot
+// trip over is better: serial numbers are random where upstream's repeat with the
+// key, keys have identifiers by which TLS stacks build paths, a leaf ends no later
+// than its issuer, and begins an hour before it was made instead of in 1975.
+//
+// An issuer here signs what it is asked to. Names and dates of an app's certificate
+// are the app's choice: who relies on one looks at the app id in it, never at its
+// name (threats.md K03).
+//
+// Implements spec/guest-agent.md §9.3 and spec/kms.md §2.2.
+package certificate
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha1"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"time"
+	"unicode/utf8"
+
+	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys/csr"
+)
+
+// Lifetime is how long a certificate is valid if nobody says otherwise.
+const Lifetime = 3650 * 24 * time.Hour
+
+const (
+	// backdate spares a new certificate the clocks that are slow.
+	backdate = time.Hour
+	maxNames = 256
+)
+
+// caStart is the first day of authorities, upstream's: their keys are older than
+// any of their certificates.
+var caStart = time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// Authority is a certificate that may issue others, and its key.
+type Authority struct {
+	Certificate *x509.Certificate
+	key         *ecdsa.PrivateKey
+}
+
+// Subject names an authority. Path is how many authorities may follow it.
+type Subject struct {
+	Organization, Name string
+	Path               int
+}
+
+// Open reads an authority from PEM: the certificate and a PKCS #8 key. Code
+// authority_malformed; the key must be that of the certificate.
+func Open(certPEM, keyPEM []byte) (*Authority, error) {
+	fail := func(err error, what string) (*Authority, error) {
+		return nil, fault.Wrap(err, "authority_malformed", "the certificate authority: %s", what)
+	}
+	cert, err := Parse(certPEM)
+	if err != nil {
+		return fail(err, "its certificate")
+	}
+	block, _ := pem.Decode(keyPEM)
+	if block == nil {
+		return fail(fmt.Errorf("not PEM"), "its key")
+	}
+	defer clear(block.Bytes)
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return fail(err, "its key")
+	}
+	key, ok := parsed.(*ecdsa.PrivateKey)
+	if !ok || !key.PublicKey.Equal(cert.PublicKey) {
+		return fail(fmt.Errorf("it is not the key of the certificate"), "its key")
+	}
+	if !cert.IsCA {
+		return fail(fmt.Errorf("it is not one of an authority"), "its certificate")
+	}
+	return &Authority{cert, key}, nil
+}
+
+// Parse reads the first certificate of a PEM text.
+func Parse(text []byte) (*x509.Certificate, error) {
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, fmt.Errorf("not a certificate in PEM form")
+	}
+	return x509.ParseCertificate(block.Bytes)
+}
+
+// PEM returns the authority's certificate.
+func (a *Authority) PEM() string { return Encode(a.Certificate.Raw) }
+
+// Encode returns a certificate as PEM.
+func Encode(der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// Self makes an authority that signs itself. evidence, if any, was made over
+// ratls.ReportData of its key.
+func Self(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, evidence []byte, now time.Time) (*Authority, error) {
+	return authority(key, s, issued, evidence, now, nil)
+}
+
+// Authority issues the certificate of another authority.
+func (a *Authority) Authority(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, now time.Time) (*Authority, error) {
+	return authority(key, s, issued, nil, now, a)
+}
+
+func authority(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, evidence []byte, now time.Time, by *Authority) (*Authority, error) {
+	extensions, err := ratls.Extensions(issued, evidence)
+	if err != nil {
+		return nil, err
+	}
+	t, err := template(key.Public(), s.Organization, s.Name)
+	if err != nil {
+		return nil, err
+	}
+	t.NotBefore, t.NotAfter = caStart, now.Add(Lifetime)
+	t.KeyUsage = x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign | x509.KeyUsageCRLSign
+	t.IsCA, t.BasicConstraintsValid, t.MaxPathLen, t.MaxPathLenZero = true, true, s.Path, s.Path == 0
+	t.ExtraExtensions = extensions
+	parent, signer := t, key
+	if by != nil {
+		parent, signer = by.Certificate, by.key
+		if t.NotAfter.After(parent.NotAfter) {
+			t.NotAfter = parent.NotAfter
+		}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, parent, key.Public(), signer)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	return &Authority{cert, key}, err
+}
+
+// Leaf is the certificate of an app, or of a program of the system.
+type Leaf struct {
+	csr.Config // its WithEvidence and WithAppInfo are the caller's to act on
+	Public     *ecdsa.PublicKey
+	Issued     ratls.Issued
+	Evidence   []byte // to embed, made over ratls.ReportData of the key; nil: none
+	// MaxLifetime bounds the validity from now on; zero: [Lifetime].
+	MaxLifetime time.Duration
+}
+
+// Codes of Issue: certificate_validity, certificate_name, ratls_too_large.
+func (a *Authority) Issue(l Leaf, now time.Time) (der []byte, err error) {
+	t, err := template(l.Public, l.Organization, l.Subject)
+	if err != nil {
+		return nil, err
+	}
+	if t.NotBefore, t.NotAfter, err = a.validity(l, now); err != nil {
+		return nil, err
+	}
+	custom, err := ratls.Extensions(l.Issued, l.Evidence)
+	if err != nil {
+		return nil, err
+	}
+	names, err := subjectAltNames(l.Names)
+	if err != nil {
+		return nil, err
+	}
+	t.DNSNames, t.IPAddresses = names.DNSNames, names.IPAddresses
+	t.KeyUsage = x509.KeyUsageDigitalSignature
+	if l.ServerAuth {
+		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+	}
+	if l.ClientAuth {
+		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
+	}
+	t.ExtraExtensions = custom
+	return x509.CreateCertificate(rand.Reader, t, a.Certificate, l.Public, a.key)
+}
+
+// validity is what was asked for, or the default, within that of the issuer.
+func (a *Authority) validity(l Leaf, now time.Time) (from, to time.Time, err error) {
+	lifetime := l.MaxLifetime
+	if lifetime == 0 {
+		lifetime = Lifetime
+	}
+	from, to = now.Add(-backdate), now.Add(lifetime)
+	year9999 := uint64(time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC).Unix()) // RFC 5280 §4.1.2.5
+	if l.NotBefore != nil {
+		from = time.Unix(int64(min(*l.NotBefore, year9999)), 0)
+	}
+	if l.NotAfter != nil {
+		if asked := time.Unix(int64(min(*l.NotAfter, year9999)), 0); asked.Before(to) || l.MaxLifetime == 0 {
+			to = asked
+		}
+	}
+	if to.After(a.Certificate.NotAfter) {
+		to = a.Certificate.NotAfter
+	}
+	if from.Before(a.Certificate.NotBefore) {
+		from = a.Certificate.NotBefore
+	}
+	if !from.Before(to) {
+		// Upstream's words, as far as they say it.
+		return from, to, fault.New("certificate_validity", "not_before must be earlier than not_after: the certificate would be valid from %s to %s",
+			from.UTC().Format(time.RFC3339), to.UTC().Format(time.RFC3339))
+	}
+	return from.UTC(), to.UTC(), nil
+}
+
+// subjectAltNames sorts names into addresses and DNS names.
+func subjectAltNames(names []string) (*x509.Certificate, error) {
+	if len(names) > maxNames {
+		return nil, fault.New("certificate_name", "a certificate for %d names, more than %d", len(names), maxNames)
+	}
+	t := new(x509.Certificate)
+	for _, n := range names {
+		if ip := net.ParseIP(n); ip != nil {
+			t.IPAddresses = append(t.IPAddresses, ip)
+			continue
+		}
+		if n == "" || len(n) > 253 {
+			return nil, fault.New("certificate_name", "a DNS name has 1 to 253 characters, not %d", len(n))
+		}
+		for _, c := range []byte(n) {
+			if c <= ' ' || c >= 0x7f {
+				return nil, fault.New("certificate_name", "%.100q is not a DNS name: it has other characters than visible ASCII", n).
+					WithFix("write international names in their ASCII form (xn--…)")
+			}
+		}
+		t.DNSNames = append(t.DNSNames, n)
+	}
+	return t, nil
+}
+
+// template has what all certificates have: a random serial number, the identifier of
+// the key (RFC 5280 §4.2.1.2, method 1), and a subject with a common name even where
+// that is empty, as upstream writes it.
+func template(public crypto.PublicKey, organization, name string) (*x509.Certificate, error) {
+	key, ok := public.(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("a certificate for a %T", public)
+	}
+	point, err := key.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	id := sha1.Sum(point)
+	var serial [20]byte
+	if _, err := rand.Read(serial[:]); err != nil {
+		return nil, err
+	}
+	serial[0] = serial[0]&0x7f | 0x40 // positive, and always 20 bytes
+	subject, err := rawSubject(organization, name)
+	if err != nil {
+		return nil, err
+	}
+	return &x509.Certificate{SerialNumber: new(big.Int).SetBytes(serial[:]), RawSubject: subject, SubjectKeyId: id[:]}, nil
+}
+
+// rawSubject encodes O, if there is one, and CN, as UTF8String.
+func rawSubject(organization, name string) ([]byte, error) {
+	attribute := func(arc int, text string) (pkix.AttributeTypeAndValue, error) {
+		if !utf8.ValidString(text) {
+			return pkix.AttributeTypeAndValue{}, fmt.Errorf("%.100q is not UTF-8", text)
+		}
+		value, err := asn1.MarshalWithParams(text, "utf8")
+		return pkix.AttributeTypeAndValue{Type: asn1.ObjectIdentifier{2, 5, 4, arc}, Value: asn1.RawValue{FullBytes: value}}, err
+	}
+	var sequence pkix.RDNSequence
+	if organization != "" {
+		o, err := attribute(10, organization)
+		if err != nil {
+			return nil, fault.Wrap(err, "certificate_name", "the organization of a certificate")
+		}
+		sequence = append(sequence, pkix.RelativeDistinguishedNameSET{o})
+	}
+	cn, err := attribute(3, name)
+	if err != nil {
+		return nil, fault.Wrap(err, "certificate_name", "the subject of a certificate")
+	}
+	return asn1.Marshal(append(sequence, pkix.RelativeDistinguishedNameSET{cn}))
+}
