@@ -31,7 +31,7 @@ func TestThreat_F01_AVMWithAWrongRTC(t *testing.T) {
 	}{
 		{"2019", time.Date(2019, 1, 1, 0, 0, 0, 0, time.UTC), []time.Duration{0, 0, day}, ""},
 		{"2035", time.Date(2035, 1, 1, 0, 0, 0, 0, time.UTC), []time.Duration{0, 0, -day}, ""},
-		{"2035, and two lie", time.Date(2035, 1, 1, 0, 0, 0, 0, time.UTC), []time.Duration{0, day, -day}, "time_disagreement"},
+		{"2035 with two that lie", time.Date(2035, 1, 1, 0, 0, 0, 0, time.UTC), []time.Duration{0, day, -day}, "time_disagreement"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d := goodDraft(b, t)
