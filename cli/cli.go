@@ -53,6 +53,7 @@ type grammar struct {
 	Resize  resizeCmd  `cmd:"" help:"Make an app's data disk larger."`
 	Ps      psCmd      `cmd:"" help:"List the apps."`
 	Logs    logsCmd    `cmd:"" help:"Show an app's console."`
+	Events  eventsCmd  `cmd:"" help:"Show what happened to an app, also to one that was removed."`
 	Info    infoCmd    `cmd:"" help:"Show one app in full."`
 	Stop    stopCmd    `cmd:"" help:"Stop an app."`
 	Start   startCmd   `cmd:"" help:"Start a stopped app."`

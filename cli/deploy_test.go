@@ -59,6 +59,16 @@ func newDesk(t *testing.T) *desk {
 	mux := http.NewServeMux()
 	mux.Handle("/prpc/", prpc.NewMux(nil, d.methods()...))
 	mux.HandleFunc("/logs", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "console") })
+	mux.HandleFunc("/history", func(w http.ResponseWriter, r *http.Request) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.calls = append(d.calls, "history "+r.URL.RawQuery)
+		if r.URL.Query().Get("kind") == "audit" {
+			fmt.Fprintln(w, `{"time_ms":1000,"who":"uid 0 pid 1","method":"StopVm","vm":"x","outcome":"ok"}`)
+			return
+		}
+		fmt.Fprintln(w, `{"vm":"x","time_ms":1000,"event":"boot.progress","body":"\u001b[31mdone"}`)
+	})
 	mux.HandleFunc("/blobs/", func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodHead {
 			return // has all
@@ -525,5 +535,26 @@ func TestDeployStoresVolumes(t *testing.T) {
 	d.refused("file_missing", "deploy", "-c", c, "-n", "other", "--volume", "model=/nonexistent")
 	for _, text := range []string{"model", "=x", "../x=" + image, "model="} {
 		d.refused("usage", "deploy", "-c", c, "-n", "other", "--volume", text)
+	}
+}
+
+func TestEvents(t *testing.T) {
+	d := newDesk(t)
+	d.must("deploy", "-c", d.file("c.yaml", composeFile("")), "-n", "app")
+	d.calls = nil
+	if o := d.must("events", "app"); o.out != "1970-01-01T00:00:01Z  boot.progress      ?[31mdone\n" {
+		t.Errorf("%q", o.out)
+	}
+	if o := d.must("--json", "events", "app", "--audit", "--since", "1970-01-01T00:00:02Z", "-n", "7"); !strings.Contains(o.out, `"method": "StopVm"`) {
+		t.Error(o.out)
+	}
+	gone := "01234567-89ab-4def-8123-456789abcdef"
+	d.must("events", gone, "--since", "1h")
+	if d.calls[0] != "history id=vm-app&kind=events&limit=200" || d.calls[1] != "history id=vm-app&kind=audit&limit=7&since=2000" || !strings.HasPrefix(d.calls[2], "history id="+gone) {
+		t.Errorf("%q", d.calls)
+	}
+	d.refused("app_unknown", "events", "nobody")
+	for _, since := range []string{"yesterday", "-1h", "1969-01-01T00:00:00Z"} {
+		d.refused("usage", "events", "app", "--since="+since)
 	}
 }

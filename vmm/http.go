@@ -24,13 +24,17 @@ import (
 //	/guest/<Method>         guest_api.ProxiedGuestApi
 //	/logs?id&follow&ansi&lines&ch
 //	/events?id&follow       ours: JSON lines of {time_ms, event, body}
+//	/history?kind&id&since&limit
+//	                        ours: JSON lines of package history, also of removed VMs;
+//	                        kind is events, audit or samples, since Unix milliseconds
 //	/blobs/sha256/<hex>     ours: GET, HEAD, PUT
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/prpc/", prpc.NewMux([]string{"Vmm.", "Teepod."}, s.methods()...))
-	mux.Handle("/guest/", prpc.NewMux([]string{"ProxiedGuestApi.", "GuestApi."}, s.guestMethods()...))
+	mux.Handle("/prpc/", prpc.NewMux([]string{"Vmm.", "Teepod."}, s.audited(s.methods())...))
+	mux.Handle("/guest/", prpc.NewMux([]string{"ProxiedGuestApi.", "GuestApi."}, s.audited(s.guestMethods())...))
 	mux.HandleFunc("GET /logs", s.logs)
 	mux.HandleFunc("GET /events", s.events)
+	mux.HandleFunc("GET /history", s.history)
 	mux.Handle("/blobs/", s.blobs.Handler(httpError))
 	return s.guard(mux)
 }
@@ -60,36 +64,37 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			httpError(w, http.StatusForbidden, fault.New("browser_refused", "this API is not for web pages"))
 			return
 		}
-		if !s.allowed(r) {
+		token, ok := s.allowed(r)
+		if !ok {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="dstack-vmm API"`)
 			httpError(w, http.StatusUnauthorized, fault.New("unauthorized", "a token is needed").
 				WithFix("send one of auth.tokens as Authorization: Bearer"))
 			return
 		}
-		next.ServeHTTP(w, r)
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), tokenKey{}, token)))
 	})
 }
 
 // allowed compares tokens as hashes and looks at all of them, so that time tells
-// nothing.
-func (s *Server) allowed(r *http.Request) bool {
+// nothing. It returns which one was given, from 1, or 0 where none is needed.
+func (s *Server) allowed(r *http.Request) (token int, ok bool) {
 	if len(s.config.Auth.Tokens) == 0 {
-		return true // only over the unix socket: see Config.Check
+		return 0, true // only over the unix socket: see Config.Check
 	}
 	given := r.Header.Get("X-Admin-Token")
 	if auth := r.Header.Get("Authorization"); auth != "" {
 		scheme, rest, _ := strings.Cut(auth, " ")
 		if !strings.EqualFold(scheme, "Bearer") {
-			return false
+			return 0, false
 		}
 		given = rest
 	}
-	sum, ok := sha256.Sum256([]byte(given)), 0
-	for _, t := range s.config.Auth.Tokens {
+	sum := sha256.Sum256([]byte(given))
+	for i, t := range s.config.Auth.Tokens {
 		want := sha256.Sum256([]byte(t.Reveal()))
-		ok |= subtle.ConstantTimeCompare(sum[:], want[:])
+		token = subtle.ConstantTimeSelect(subtle.ConstantTimeCompare(sum[:], want[:]), i+1, token)
 	}
-	return ok == 1 && given != ""
+	return token, token != 0 && given != ""
 }
 
 // flag reads a boolean of a query, false when absent.

@@ -49,6 +49,7 @@ import (
 	"github.com/dstack-go/dstack/osimage"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/vmm/blob"
+	"github.com/dstack-go/dstack/vmm/history"
 	"github.com/dstack-go/dstack/vmm/keyprovider"
 	"github.com/dstack-go/dstack/vmm/qemu"
 )
@@ -82,6 +83,7 @@ type Server struct {
 	lock   *os.File
 	blobs  *blob.Store
 	sealer *keyprovider.Client // nil: there is no local key provider
+	past   *history.Store      // nil: it could not be opened
 	pkiMu  sync.Mutex
 
 	createMu sync.Mutex // held while a VM is made, for names and ports
@@ -133,10 +135,16 @@ func Open(config Config, opt Options) (*Server, error) {
 		return nil, err
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	// VMs do not depend on it.
+	var err error
+	if s.past, err = history.Open(s.ctx, filepath.Join(config.StateDir, "history.db"), history.DefaultLimits); err != nil {
+		s.log.Error("no history is kept", "error", err, "fix", fault.Fix(err))
+	}
 	if err := s.load(); err != nil {
 		s.Close()
 		return nil, err
 	}
+	s.group.Go(func() { s.sample(s.ctx) })
 	s.group.Go(func() { s.host(s.ctx) }) // the probe takes a while; let it be done by the first start
 	return s, nil
 }
@@ -370,6 +378,7 @@ func (s *Server) Listen() (net.Listener, error) {
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := prpc.Server(s.Handler())
 	srv.BaseContext = func(net.Listener) context.Context { return s.ctx }
+	srv.ConnContext = withPeer
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -401,6 +410,11 @@ func (s *Server) Close() error {
 		v.mu.Unlock()
 		if c != nil {
 			c.close()
+		}
+	}
+	if s.past != nil {
+		if err := s.past.Close(); err != nil {
+			s.log.Warn("close the history", "error", err)
 		}
 	}
 	return s.lock.Close()

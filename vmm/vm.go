@@ -22,6 +22,7 @@ import (
 	"github.com/dstack-go/dstack/internal/fsm"
 	"github.com/dstack-go/dstack/internal/process"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/vmm/history"
 	"github.com/dstack-go/dstack/vmm/lifecycle"
 	"github.com/dstack-go/dstack/vmm/proc"
 )
@@ -187,6 +188,9 @@ func (v *vm) event(name, body string) {
 	v.mu.Lock()
 	v.report.absorb(e)
 	v.mu.Unlock()
+	if v.server.past != nil {
+		v.server.past.Event(history.Event{VM: v.spec().ID, TimeMS: e.TimeMS, Event: e.Event, Body: e.Body})
+	}
 	v.signal()
 }
 
