@@ -134,28 +134,3 @@ func redact(err error, env map[string]string) error {
 	}
 	return errors.New(text)
 }
-
-// secretFile returns an unnamed file in memory with the content, sealed against
-// change. Whoever inherits its descriptor can read it, and nobody else but a process
-// that may look into those of others.
-func secretFile(name string, content []byte) (*os.File, error) {
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_NOEXEC_SEAL)
-	if err != nil {
-		return nil, fmt.Errorf("make a file in memory: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), name)
-	if _, err := f.Write(content); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if err := f.Chmod(0o400); err != nil {
-		f.Close()
-		return nil, err
-	}
-	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("seal a file in memory: %w", err)
-	}
-	return f, nil
-}
