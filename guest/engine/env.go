@@ -86,8 +86,8 @@ func shellQuote(v string) string {
 
 // composeEnv writes the variables in the syntax of compose's --env-file, so that every
 // value arrives byte for byte: in double quotes, where compose-go undoes \\, \", \$
-// and \r, and takes all else as it is. A bare carriage return would be lost before
-// a newline. Code env_value: a value that no environment can hold.
+// and \r, and takes all else as it is; a carriage return is escaped lest a reader
+// take it for a part of the line's end. Code env_value: a value that no environment can hold.
 func composeEnv(env map[string]string) ([]byte, error) {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, `$`, `\$`, "\r", `\r`)
 	var out bytes.Buffer

@@ -633,15 +633,17 @@ func TestDisarmFollowsNothing(t *testing.T) {
 }
 
 func TestDisarmRefusesALinkedDirectory(t *testing.T) {
-	data := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(data, "docker"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(t.TempDir(), filepath.Join(data, "docker/containers")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Disarm(data, false); fault.Code(err) != "container_state" {
-		t.Fatal(err)
+	for _, target := range []string{t.TempDir(), "volumes"} {
+		data := t.TempDir()
+		if err := os.MkdirAll(filepath.Join(data, "docker/volumes"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(target, filepath.Join(data, "docker/containers")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Disarm(data, false); fault.Code(err) != "container_state" {
+			t.Errorf("linked to %s: %v", target, err)
+		}
 	}
 }
 

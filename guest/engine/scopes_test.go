@@ -120,6 +120,7 @@ func TestThreat_J06_ScopesThatCanBeGotAroundAreRefused(t *testing.T) {
 		"privileges of what it extends": web("    extends: db\n  db: {image: \"a:1\", privileged: true}\n"),
 		"a second document":             web("    tty: true\n") + "---\nservices:\n  web:\n    volumes: [\"/run:/r\"]\n",
 		"devices":                       web("    devices: [\"/dev/vda:/dev/vda\"]\n"),
+		"a target that merging misses":  web("    volumes: [{type: bind, source: /run/dstack.sock, target: /a//b/}]\n"),
 		"an include":                    "include: [x.yaml]\n" + web("    tty: true\n"),
 		"no YAML":                       web("    tty: [\n"),
 	} {
