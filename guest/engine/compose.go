@@ -147,7 +147,7 @@ func (c *Compose) command(args ...string) (supervise.Command, error) {
 	}
 	// inherit hands a file in memory down and returns its path in the child.
 	inherit := func(name string, content []byte) (string, error) {
-		f, err := secretFile(name, content)
+		f, err := supervise.SecretFile(name, content)
 		if err != nil {
 			return "", err
 		}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstack-go/dstack/guest/boot/supervise"
@@ -99,6 +100,7 @@ type Engine struct {
 	Config
 	*Client
 	sup        *supervise.Supervisor
+	restarts   atomic.Int64
 	Containerd *Daemon
 	Dockerd    *Daemon
 }
@@ -151,10 +153,17 @@ func (e *Engine) keep(name string, args []string, report func(string, error, tim
 		defer close(d.done)
 		e.sup.Keep(ctx, nil, stopGrace, func() (supervise.Command, error) {
 			return supervise.Command{Path: path, Args: append([]string{name}, args...), Env: e.daemonEnv(), Output: d.Log}, nil
-		}, func(err error, wait time.Duration) { report(name, err, wait) })
+		}, func(err error, wait time.Duration) {
+			e.restarts.Add(1)
+			report(name, err, wait)
+		})
 	}()
 	return d
 }
+
+// Restarts counts the ends of daemons since Start. When it has changed, what the
+// daemons were told before may be lost.
+func (e *Engine) Restarts() int64 { return e.restarts.Load() }
 
 // WaitReady waits until the engine's API answers; the error tells what the daemons
 // said last. Code engine_start.

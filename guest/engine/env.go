@@ -86,8 +86,8 @@ func shellQuote(v string) string {
 
 // composeEnv writes the variables in the syntax of compose's --env-file, so that every
 // value arrives byte for byte: in double quotes, where compose-go undoes \\, \", \$
-// and \r, and takes all else as it is. A bare carriage return would be lost before
-// a newline. Code env_value: a value that no environment can hold.
+// and \r, and takes all else as it is; a carriage return is escaped lest a reader
+// take it for a part of the line's end. Code env_value: a value that no environment can hold.
 func composeEnv(env map[string]string) ([]byte, error) {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, `$`, `\$`, "\r", `\r`)
 	var out bytes.Buffer
@@ -133,29 +133,4 @@ func redact(err error, env map[string]string) error {
 		return err
 	}
 	return errors.New(text)
-}
-
-// secretFile returns an unnamed file in memory with the content, sealed against
-// change. Whoever inherits its descriptor can read it, and nobody else but a process
-// that may look into those of others.
-func secretFile(name string, content []byte) (*os.File, error) {
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_NOEXEC_SEAL)
-	if err != nil {
-		return nil, fmt.Errorf("make a file in memory: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), name)
-	if _, err := f.Write(content); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if err := f.Chmod(0o400); err != nil {
-		f.Close()
-		return nil, err
-	}
-	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("seal a file in memory: %w", err)
-	}
-	return f, nil
 }

@@ -56,11 +56,14 @@ var scenes = map[string]func(ctx context.Context, l *lab) error{
 	"start without gates":                   sceneUngated,
 	"start with a lock":                     sceneLocked,
 	"start as upstream":                     sceneUpstream,
+	"compose with a secret":                 sceneCompose,
+	"lose the daemon":                       sceneLoseDaemon,
 	"stop after disarming":                  func(context.Context, *lab) error { return nil },
 }
 
 type lab struct {
 	cfg    Config
+	sup    *supervise.Supervisor
 	engine *Engine
 	gates  *Gates
 }
@@ -168,6 +171,7 @@ func (l *lab) boot(scene string) error {
 	if err != nil || scene == "stop after disarming" {
 		return err
 	}
+	l.sup = sup
 	l.engine, err = Start(sup, l.cfg, func(d string, err error, _ time.Duration) { fmt.Println(d, err) })
 	if err != nil {
 		return err
@@ -385,6 +389,105 @@ func sceneUpstream(ctx context.Context, l *lab) error {
 	return nil
 }
 
+// sceneCompose brings a project up with a value of the decrypted environment.
+func sceneCompose(ctx context.Context, l *lab) error {
+	if err := os.MkdirAll("/var/lib/marks", 0o777); err != nil {
+		return err
+	}
+	if err := l.importProbe(ctx); err != nil {
+		return err
+	}
+	const secret = "canary $HOME \"'#\\n\nlast"
+	c := &Compose{Config: l.cfg, Dir: "/tmp/dstack", Runner: l.sup, NeverPull: true, Env: map[string]string{"SECRET": secret}}
+	if err := c.Write("services:\n  web:\n    image: probe:1\n    network_mode: none\n    command: [/probe, /marks/mark]\n    environment: {S: '${SECRET}'}\n    volumes: ['/var/lib/marks:/marks']\n"); err != nil {
+		return err
+	}
+	// While compose is at work, nothing but the container has the value.
+	stop, seen := make(chan struct{}), make(chan string)
+	go func() {
+		for {
+			if where := l.canary("canary"); where != "" {
+				seen <- where
+				return
+			}
+			select {
+			case <-stop:
+				seen <- ""
+				return
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
+	}()
+	err := c.Up(ctx)
+	close(stop)
+	if where := <-seen; where != "" {
+		return fmt.Errorf("the secret is in %s", where)
+	}
+	if err != nil {
+		return err
+	}
+	var info struct{ Config struct{ Env []string } }
+	if err := l.engine.json(ctx, http.MethodGet, "/containers/dstack-web-1/json", nil, &info); err != nil || !slices.Contains(info.Config.Env, "S="+secret) {
+		return fmt.Errorf("the container has %q, %v", info.Config.Env, err)
+	}
+	// An image that is not there is not fetched.
+	if err := c.Write("services:\n  web:\n    image: other:1\n    pull_policy: always\n"); err != nil {
+		return err
+	}
+	if err := c.Up(ctx); fault.Code(err) != "compose_failed" || !strings.Contains(err.Error(), "No such image") {
+		return fmt.Errorf("an image outside of the lock: %w", err)
+	}
+	return nil
+}
+
+// canary looks for a text in the arguments and environments of all processes but
+// the container's.
+func (l *lab) canary(text string) string {
+	procs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range procs {
+		if comm, _ := os.ReadFile(p + "/comm"); strings.TrimSpace(string(comm)) == "probe" {
+			continue
+		}
+		for _, f := range []string{"/cmdline", "/environ"} {
+			if data, _ := os.ReadFile(p + f); bytes.Contains(data, []byte(text)) {
+				return p + f
+			}
+		}
+	}
+	return ""
+}
+
+// sceneLoseDaemon ends the daemon as a crash would.
+func sceneLoseDaemon(ctx context.Context, l *lab) error {
+	procs, _ := filepath.Glob("/proc/[0-9]*/comm")
+	killed := 0
+	for _, p := range procs {
+		if comm, _ := os.ReadFile(p); strings.TrimSpace(string(comm)) == "dockerd" {
+			var pid int
+			if _, err := fmt.Sscanf(p, "/proc/%d/comm", &pid); err != nil {
+				return err
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				return err
+			}
+			killed++
+		}
+	}
+	if killed != 1 {
+		return fmt.Errorf("%d daemons", killed)
+	}
+	return waitFor(ctx, func() bool { return l.engine.Restarts() == 1 && l.engine.Ping(ctx) == nil }, "the daemon to come back")
+}
+
+// The real engine and its compose: a value reaches the container and no process
+// list; an image that is not in the store is not fetched, whatever the file says.
+func TestComposeInTheRealEngine(t *testing.T) {
+	root, probe := builtRoot(t), buildProbe(t)
+	data := newLabData(t)
+	bootLab(t, root, data, probe, "compose with a secret")
+	bootLab(t, root, data, probe, "lose the daemon")
+}
+
 func newLabData(t *testing.T) string {
 	t.Helper()
 	data := t.TempDir()
@@ -530,15 +633,17 @@ func TestDisarmFollowsNothing(t *testing.T) {
 }
 
 func TestDisarmRefusesALinkedDirectory(t *testing.T) {
-	data := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(data, "docker"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(t.TempDir(), filepath.Join(data, "docker/containers")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Disarm(data, false); fault.Code(err) != "container_state" {
-		t.Fatal(err)
+	for _, target := range []string{t.TempDir(), "volumes"} {
+		data := t.TempDir()
+		if err := os.MkdirAll(filepath.Join(data, "docker/volumes"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(target, filepath.Join(data, "docker/containers")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Disarm(data, false); fault.Code(err) != "container_state" {
+			t.Errorf("linked to %s: %v", target, err)
+		}
 	}
 }
 

@@ -197,6 +197,38 @@ func LoadWith(data []byte, name string, opt Options) (c *Compose, err error) {
 	return c, nil
 }
 
+// MountSources loads a compose file with another merged over it, as compose does,
+// and returns what each service, and each container run before it, then mounts.
+func MountSources(base, over []byte) (sources map[string][]string, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			sources, err = nil, notYAML("the merged compose file", fmt.Errorf("%v", r))
+		}
+	}()
+	d := details(base, "docker-compose.yaml", nil)
+	d.ConfigFiles = append(d.ConfigFiles, types.ConfigFile{Filename: "override.yaml", Content: over})
+	p, err := loader.LoadWithContext(context.Background(), d, func(o *loader.Options) {
+		offline(o)
+		o.Profiles, o.SkipConsistencyCheck = []string{"*"}, true
+		// A required variable says nothing about mounts.
+		o.Interpolate.Substitute = (&linter{unset: map[string]bool{}, anyVariable: true}).substitute
+	})
+	if err != nil {
+		return nil, notYAML("the merged compose file", err)
+	}
+	sources = map[string][]string{}
+	for name, s := range p.Services {
+		volumes := slices.Clone(s.Volumes)
+		for _, h := range s.PreStart {
+			volumes = append(volumes, h.Volumes...)
+		}
+		for _, v := range volumes {
+			sources[name] = append(sources[name], v.Source)
+		}
+	}
+	return sources, nil
+}
+
 // details never leaves Environment nil: compose-go would still not read the
 // process's, but an empty map says so.
 func details(data []byte, name string, env map[string]string) types.ConfigDetails {
@@ -278,10 +310,12 @@ func members(v any) func(func(string, any) bool) {
 }
 
 type linter struct {
-	opt   Options
-	raw   map[string]any
-	unset map[string]bool
-	out   *Compose
+	opt Options
+	// anyVariable gives every variable without a value a stand-in.
+	anyVariable bool
+	raw         map[string]any
+	unset       map[string]bool
+	out         *Compose
 }
 
 // substitute interpolates as compose does, and notes the variables that have no
@@ -292,7 +326,7 @@ func (l *linter) substitute(text string, lookup template.Mapping) (string, error
 		v, ok := lookup(name)
 		if !ok {
 			l.unset[name] = true
-			if slices.Contains(l.opt.AllowedEnvs, name) {
+			if l.anyVariable || slices.Contains(l.opt.AllowedEnvs, name) {
 				return "0", true
 			}
 		}

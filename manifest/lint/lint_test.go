@@ -338,6 +338,15 @@ services:
 			t.Errorf("%s is not in %q", want, c.Images)
 		}
 	}
+	variables := 0
+	for _, f := range c.Findings {
+		if f.Code == "compose_image_variable" && f.Level == Error {
+			variables++
+		}
+	}
+	if variables < 3 {
+		t.Errorf("images by variables are not refused: %+v", c.Findings)
+	}
 	if slices.Contains(c.Images, "db") {
 		t.Error("a service is taken for an image")
 	}

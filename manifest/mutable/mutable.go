@@ -75,6 +75,7 @@ type Mount struct {
 // Service is what the file says of one service.
 type Service struct {
 	Mounts      []Mount
+	HookMounts  []Mount  // of containers run before it
 	VolumesFrom []string // as written
 	PID         []string // pid: as written
 }
@@ -83,6 +84,8 @@ type Service struct {
 type File struct {
 	Name     string // of the project; the last one given
 	Services map[string]*Service
+	// Paths are those of the guest for which configs, secrets and volumes stand.
+	Paths    []string
 	Findings []Finding // by service, rule and text, without repetition
 }
 
@@ -173,7 +176,7 @@ func (r *reader) read(text []byte) {
 					r.entries(v, func(name string, def *yaml.Node) {
 						r.entries(def, func(k string, f *yaml.Node) {
 							if k == "file" {
-								r.hostPath("", r.scalar(f))
+								r.path("", r.scalar(f))
 							}
 						})
 					})
@@ -331,7 +334,11 @@ func (r *reader) service(name string, s *Service, def *yaml.Node) {
 			}
 		case "pre_start":
 			for _, hook := range r.list(v) {
-				r.service(name, s, hook)
+				var h Service
+				r.service(name, &h, hook)
+				s.HookMounts = append(s.HookMounts, h.Mounts...)
+				s.VolumesFrom = append(s.VolumesFrom, h.VolumesFrom...)
+				s.PID = append(s.PID, h.PID...)
 			}
 		case "post_start", "pre_stop":
 			for _, hook := range r.list(v) {
@@ -462,6 +469,12 @@ var systemPaths = []string{"/proc", "/sys", "/dev", "/etc", "/run", "/var", "/tm
 
 func under(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
 
+// path is hostPath for what has a name of its own in the file.
+func (r *reader) path(service, source string) {
+	r.file.Paths = append(r.file.Paths, resolve(source))
+	r.hostPath(service, source)
+}
+
 // hostPath adds a finding when a path of the guest, mounted into a container, gives
 // it more than a directory of its own.
 func (r *reader) hostPath(service, source string) {
@@ -536,7 +549,7 @@ func (r *reader) namedVolume(name string, def *yaml.Node) {
 		case hasVariable(kind) || hasVariable(device):
 			r.add(s, HostPath, "lets a variable decide what the volume "+clip(name)+" is")
 		case isPath(device) && (kind == "none" || kind == ""):
-			r.hostPath(s, device)
+			r.path(s, device)
 		default:
 			r.add(s, HostPath, "mounts a file system of its own choice by the volume "+clip(name)+" ("+clip(kind)+")")
 		}
