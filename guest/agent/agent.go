@@ -6,8 +6,9 @@
 // It serves four listeners, all bound by init (guest-agent.md §1):
 //
 //	dstack.sock  DstackGuest at /<Method>           apps of this guest
-//	tappd.sock   Tappd at /prpc/<Method>            apps of old
-//	scope:<name> both of these                      one service of the app
+//	tappd.sock   the same, and Tappd at             apps of old
+//	             /prpc/<Method>
+//	scope:<name> as tappd.sock                      one service of the app
 //	external     Worker at /prpc/<Method>, pages,   anyone
 //	             POST /.well-known/dstack/attest
 //	guestapi     GuestApi at /api/<Method>          the host, through init
@@ -76,6 +77,7 @@ type Options struct {
 	EvidenceBurst int              // 0 means 10
 	Now           func() time.Time // nil means time.Now
 	Log           *slog.Logger     // nil discards
+	WholeLog      bool             // GetQuote gives digests, too, as upstream's simulator does
 
 	// Of tests: where the GPUs' evidence is, and the configuration in the fixture of
 	// upstream's simulator, whose log knows neither its manifest nor a channel key.
@@ -104,6 +106,7 @@ type Agent struct {
 
 	gpuEvidence    string
 	evidenceConfig string // the vm_config in evidence
+	wholeLog       bool
 	now            func() time.Time
 
 	manifest *manifest.Manifest
@@ -156,7 +159,7 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	a := &Agent{
 		init: init, log: opt.Log, version: cfg.Version, revision: cfg.Revision, tee: cfg.TEE,
 		disks: cfg.DataDisks, vmConfig: cfg.VMConfig, scopes: cfg.Scopes,
-		gpuEvidence: opt.gpuEvidence, now: opt.Now, logs: make(chan struct{}, maxLogStreams),
+		gpuEvidence: opt.gpuEvidence, now: opt.Now, wholeLog: opt.WholeLog, logs: make(chan struct{}, maxLogStreams),
 	}
 	if a.gpuEvidence == "" {
 		a.gpuEvidence = gpuEvidence
@@ -306,7 +309,7 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		case initrpc.ListenDstack:
 			start(name, a.caller(nil).dstackHandler(), on(ln))
 		case initrpc.ListenTappd:
-			start(name, a.caller(nil).tappdHandler(), on(ln))
+			start(name, a.caller(nil).bothHandler(), on(ln))
 		case initrpc.ListenLocal:
 			start(name, a.localHandler(), on(ln))
 		case initrpc.ListenGuestAPI:
