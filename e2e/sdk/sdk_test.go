@@ -64,7 +64,7 @@ func start(t *testing.T, state string, args ...string) *simulator {
 	t.Helper()
 	s := &simulator{env: map[string]string{}, exited: make(chan error, 1)}
 	s.cmd = exec.Command(filepath.Join(bin, "dstack"), append([]string{"simulator"}, args...)...)
-	s.cmd.Env = append(os.Environ(), "DSTACK_STATE="+state, "TMPDIR="+t.TempDir())
+	s.cmd.Env = append(os.Environ(), "DSTACK_STATE="+state, "TMPDIR="+shortDir(t))
 	s.cmd.Stderr = &s.stderr
 	out, err := s.cmd.StdoutPipe()
 	if err != nil {
@@ -348,7 +348,7 @@ func refuse(t *testing.T, state, code string, args ...string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "dstack"), append([]string{"--json", "simulator"}, args...)...)
-	cmd.Env = append(os.Environ(), "DSTACK_STATE="+state, "TMPDIR="+t.TempDir())
+	cmd.Env = append(os.Environ(), "DSTACK_STATE="+state, "TMPDIR="+shortDir(t))
 	out, err := cmd.Output()
 	var reply struct{ Code, Fix string }
 	if json.Unmarshal(out, &reply); err == nil || reply.Code != code || reply.Fix == "" {

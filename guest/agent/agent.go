@@ -124,6 +124,8 @@ type Agent struct {
 	state     atomic.Pointer[state]
 	appCert   atomic.Pointer[[]string] // PEM, leaf first
 
+	appCertDue time.Duration // when the first one is renewed
+
 	cert tls.Certificate // self-signed by the system channel key
 	spki []byte          // its SubjectPublicKeyInfo, DER
 
@@ -220,8 +222,9 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	// A KMS that cannot be reached now is asked again while the agent serves.
 	start, cancel := context.WithTimeout(ctx, appCertPatience)
 	defer cancel()
-	if _, err := a.renewAppCert(start); err != nil {
+	if a.appCertDue, err = a.renewAppCert(start); err != nil {
 		a.log.Warn("certificate of the app", "error", err)
+		a.appCertDue = appCertRetry
 	}
 	return a, nil
 }
