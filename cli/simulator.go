@@ -124,7 +124,7 @@ func (c *simulatorCmd) Run(a *app) (err error) {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	ag, err := agent.New(ctx, cfg, tee, agent.Options{Log: log})
+	ag, err := agent.New(ctx, cfg, tee, agent.Options{Log: log, WholeLog: true})
 	if err != nil {
 		return err
 	}

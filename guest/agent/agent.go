@@ -6,8 +6,9 @@
 // It serves four listeners, all bound by init (guest-agent.md §1):
 //
 //	dstack.sock  DstackGuest at /<Method>           apps of this guest
-//	tappd.sock   Tappd at /prpc/<Method>            apps of old
-//	scope:<name> both of these                      one service of the app
+//	tappd.sock   the same, and Tappd at             apps of old
+//	             /prpc/<Method>
+//	scope:<name> as tappd.sock                      one service of the app
 //	external     Worker at /prpc/<Method>, pages,   anyone
 //	             POST /.well-known/dstack/attest
 //	guestapi     GuestApi at /api/<Method>          the host, through init
@@ -76,6 +77,7 @@ type Options struct {
 	EvidenceBurst int              // 0 means 10
 	Now           func() time.Time // nil means time.Now
 	Log           *slog.Logger     // nil discards
+	WholeLog      bool             // GetQuote gives digests, too, as upstream's simulator does
 
 	// Of tests: where the GPUs' evidence is, and the configuration in the fixture of
 	// upstream's simulator, whose log knows neither its manifest nor a channel key.
@@ -104,6 +106,7 @@ type Agent struct {
 
 	gpuEvidence    string
 	evidenceConfig string // the vm_config in evidence
+	wholeLog       bool
 	now            func() time.Time
 
 	manifest *manifest.Manifest
@@ -120,6 +123,8 @@ type Agent struct {
 	logLost   bool // the log may not explain the register
 	state     atomic.Pointer[state]
 	appCert   atomic.Pointer[[]string] // PEM, leaf first
+
+	appCertDue time.Duration // when the first one is renewed
 
 	cert tls.Certificate // self-signed by the system channel key
 	spki []byte          // its SubjectPublicKeyInfo, DER
@@ -156,7 +161,7 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	a := &Agent{
 		init: init, log: opt.Log, version: cfg.Version, revision: cfg.Revision, tee: cfg.TEE,
 		disks: cfg.DataDisks, vmConfig: cfg.VMConfig, scopes: cfg.Scopes,
-		gpuEvidence: opt.gpuEvidence, now: opt.Now, logs: make(chan struct{}, maxLogStreams),
+		gpuEvidence: opt.gpuEvidence, now: opt.Now, wholeLog: opt.WholeLog, logs: make(chan struct{}, maxLogStreams),
 	}
 	if a.gpuEvidence == "" {
 		a.gpuEvidence = gpuEvidence
@@ -217,8 +222,9 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	// A KMS that cannot be reached now is asked again while the agent serves.
 	start, cancel := context.WithTimeout(ctx, appCertPatience)
 	defer cancel()
-	if _, err := a.renewAppCert(start); err != nil {
+	if a.appCertDue, err = a.renewAppCert(start); err != nil {
 		a.log.Warn("certificate of the app", "error", err)
+		a.appCertDue = appCertRetry
 	}
 	return a, nil
 }
@@ -306,7 +312,7 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		case initrpc.ListenDstack:
 			start(name, a.caller(nil).dstackHandler(), on(ln))
 		case initrpc.ListenTappd:
-			start(name, a.caller(nil).tappdHandler(), on(ln))
+			start(name, a.caller(nil).bothHandler(), on(ln))
 		case initrpc.ListenLocal:
 			start(name, a.localHandler(), on(ln))
 		case initrpc.ListenGuestAPI:

@@ -3,9 +3,8 @@
 package agent
 
 import (
-	"strings"
-
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
 )
 
 // scope says which keys the callers of one listener may derive. nil is the whole
@@ -17,7 +16,7 @@ import (
 // from: "a/../b" is a path of its own and no way to "b".
 type scope struct {
 	service string
-	paths   []string // one that ends in "/" is a prefix, any other is a path
+	paths   []string // as manifest.InScope reads them
 }
 
 // signPath is the path of the key by which Sign signs (guest-agent.md §8.3).
@@ -25,13 +24,8 @@ const signPath = "vms"
 
 // allow refuses a path outside the scope; code key_scope.
 func (s *scope) allow(path string) error {
-	if s == nil {
+	if s == nil || manifest.InScope(s.paths, path) {
 		return nil
-	}
-	for _, p := range s.paths {
-		if path == p || strings.HasSuffix(p, "/") && strings.HasPrefix(path, p) {
-			return nil
-		}
 	}
 	shown := path
 	if len(shown) > 100 {

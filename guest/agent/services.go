@@ -113,7 +113,8 @@ func (c *caller) tappdHandler() http.Handler {
 	return mux
 }
 
-// bothHandler is a service's own socket: whichever client it has finds its mount.
+// bothHandler is tappd.sock, where the SDKs' legacy clients ask for methods of
+// DstackGuest without the mount, and a service's own socket.
 func (c *caller) bothHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/prpc/", c.tappdHandler())
@@ -270,7 +271,7 @@ func (a *Agent) quoteResponse(ev *attest.Evidence) (*agentpb.GetQuoteResponse, e
 		return resp, err
 	}
 	resp.Quote = ev.Quote
-	resp.EventLog, err = strippedLog(ev.EventLog)
+	resp.EventLog, err = a.quoteLog(ev.EventLog)
 	return resp, err
 }
 
@@ -334,6 +335,15 @@ func (c *caller) attest(ctx context.Context, req *agentpb.RawQuoteArgs) (*agentp
 	return &agentpb.AttestResponse{Attestation: encoded}, err
 }
 
+// quoteLog is the event_log of an answer.
+func (a *Agent) quoteLog(events []eventlog.Event) (string, error) {
+	if a.wholeLog {
+		text, err := eventlog.MarshalJSON(events)
+		return string(text), err
+	}
+	return strippedLog(events)
+}
+
 // strippedLog is the event_log of GetQuote: boot events keep their digest and
 // lose their payload, but for the marker of ACPI tables; runtime events of the
 // first form keep their payload and lose their digest, which follows from it.
@@ -392,7 +402,7 @@ func (c *caller) tdxQuote(ctx context.Context, req *agentpb.TdxQuoteArgs) (*agen
 		return resp, nil // no quote and no error, as upstream
 	}
 	resp.Quote = ev.Quote
-	resp.EventLog, err = strippedLog(ev.EventLog)
+	resp.EventLog, err = c.quoteLog(ev.EventLog)
 	return resp, err
 }
 

@@ -523,3 +523,109 @@ func FuzzReadFrame(f *testing.F) {
 		}
 	})
 }
+
+func TestLogsArePulled(t *testing.T) {
+	var closed atomic.Int32
+	f := &fakeInit{logs: func(ctx context.Context, r LogsRequest) (Logs, error) {
+		if r != (LogsRequest{Container: "web", Since: 1, Until: 2, Tail: -1, Follow: true, Timestamps: true}) {
+			t.Errorf("request %+v", r)
+		}
+		return Logs{Framed: true, Stream: &closeCounter{Reader: bytes.NewReader(bytes.Repeat([]byte("0123456789"), 20_000)), closed: &closed}}, nil
+	}}
+	conn, _ := pair(t, f, nil)
+	c := NewClient(conn)
+	defer c.Close()
+	ctx := context.Background()
+	logs, err := c.Logs(ctx, LogsRequest{Container: "web", Since: 1, Until: 2, Tail: -1, Follow: true, Timestamps: true})
+	if err != nil || !logs.Framed {
+		t.Fatal(logs, err)
+	}
+	data, err := io.ReadAll(logs.Stream)
+	if err != nil || !bytes.Equal(data, bytes.Repeat([]byte("0123456789"), 20_000)) {
+		t.Errorf("%d bytes, %v", len(data), err)
+	}
+	if err := logs.Stream.Close(); err != nil || closed.Load() != 1 {
+		t.Errorf("Close: %v, closed %d times", err, closed.Load())
+	}
+	if _, err := logs.Stream.(*logStream).client.Containers(ctx); err != nil {
+		t.Error(err)
+	}
+	var r logsReadResult
+	if err := c.call(ctx, methodLogsRead, logsParams{1}, &r); fault.Code(err) != "logs_closed" {
+		t.Errorf("a closed stream: %v", err)
+	}
+}
+
+type closeCounter struct {
+	io.Reader
+	closed *atomic.Int32
+}
+
+func (c *closeCounter) Close() error { c.closed.Add(1); return nil }
+
+// waiting is a stream on which nothing comes until it is closed.
+type waiting struct {
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (w *waiting) Read([]byte) (int, error) { <-w.closed; return 0, io.EOF }
+func (w *waiting) Close() error             { w.once.Do(func() { close(w.closed) }); return nil }
+
+func TestLogStreamsAreFewAndEnd(t *testing.T) {
+	var streams []*waiting
+	var mu sync.Mutex
+	f := &fakeInit{logs: func(ctx context.Context, r LogsRequest) (Logs, error) {
+		w := &waiting{closed: make(chan struct{})}
+		mu.Lock()
+		streams = append(streams, w)
+		mu.Unlock()
+		return Logs{Stream: w}, nil
+	}}
+	conn, wait := pair(t, f, nil)
+	c := NewClient(conn)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var all []Logs
+	for range MaxLogs {
+		logs, err := c.Logs(ctx, LogsRequest{Container: "web"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, logs)
+	}
+	if _, err := c.Logs(ctx, LogsRequest{Container: "web"}); fault.Code(err) != "logs_busy" {
+		t.Errorf("one too many: %v", err)
+	}
+	// A read that is cancelled ends its stream, and makes room.
+	read, give := context.WithCancel(ctx)
+	all[0].Stream.(*logStream).ctx = read
+	ended := make(chan error, 1)
+	go func() { _, err := all[0].Stream.Read(make([]byte, 1)); ended <- err }()
+	time.Sleep(50 * time.Millisecond)
+	give()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("a cancelled read: %v", err)
+	}
+	<-streams[0].closed
+	if _, err := c.Logs(ctx, LogsRequest{Container: "web"}); err != nil {
+		t.Errorf("after one ended: %v", err)
+	}
+	for _, name := range []string{"", "a/b", "../x", "a?b", "a b", strings.Repeat("x", 256)} {
+		if _, err := c.Logs(ctx, LogsRequest{Container: name}); fault.Code(err) != "container_unknown" {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	// The end of the connection ends the rest, one of them while it is read.
+	go all[1].Stream.Read(make([]byte, 1))
+	time.Sleep(50 * time.Millisecond)
+	c.Close()
+	wait()
+	for _, s := range streams {
+		select {
+		case <-s.closed:
+		case <-time.After(5 * time.Second):
+			t.Fatal("a stream outlives the connection")
+		}
+	}
+}
