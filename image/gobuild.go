@@ -21,10 +21,11 @@ var engineModules = map[string]string{
 	"github.com/moby/moby/v2":             "github.com/moby/moby/v2/dockerversion.Version",
 	"github.com/containerd/containerd/v2": "github.com/containerd/containerd/v2/version.Version",
 	"github.com/docker/compose/v5":        "github.com/docker/compose/v5/internal.Version",
+	"github.com/docker/cli":               "github.com/docker/cli/cli/version.Version",
 }
 
-// engine builds containerd, dockerd and docker-compose (one binary) and the
-// shim from the module image/engine.
+// engine builds containerd, dockerd, docker-compose and docker (one binary) and
+// the shim from the module image/engine.
 func (b *build) engine(ctx context.Context, p *artifacts) (bool, error) {
 	src := filepath.Join(b.Source, "image", "engine")
 	inputs, err := goSources(src)
@@ -62,7 +63,7 @@ func engineFlags(mod string) (string, error) {
 		if m == nil {
 			return "", fmt.Errorf("image/engine/go.mod does not require %s", module)
 		}
-		flags = append(flags, fmt.Sprintf("-X %s=%s", variable, m[1]))
+		flags = append(flags, fmt.Sprintf("-X %s=%s", variable, strings.TrimSuffix(m[1], "+incompatible")))
 		if strings.HasSuffix(module, "/compose/v5") {
 			flags = append(flags, "-X main.composeVersion="+m[1])
 		}

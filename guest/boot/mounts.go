@@ -157,10 +157,11 @@ func hugePages(sys string, memory uint64) error {
 
 // openRoot maps the root partition under the measured hash and mounts it.
 func openRoot(cmdline string, finder *disk.Finder, mapper *disk.Mapper) error {
-	verity, err := parseCmdline(cmdline)
+	on, err := parseCmdline(cmdline)
 	if err != nil {
 		return err
 	}
+	verity := on.root
 	part, err := finder.Root()
 	if err != nil {
 		return err

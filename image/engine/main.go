@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command engine is the container engine of dstack-os: containerd, dockerd and
-// docker-compose in one static binary, told apart by the name it is called by.
+// Command engine is the container engine of dstack-os: containerd, dockerd,
+// docker-compose and docker in one static binary, told apart by the name it is
+// called by.
 //
 // They are one file because they share most of their code: one file is smaller
 // in the image, and inside the VM a page of shared code is read, checked
-// against the verity tree and (under emulation) translated once, not three
-// times. The image holds it under its three names as hard links, so that a
-// program that starts itself again by path keeps its name.
+// against the verity tree and (under emulation) translated once, not four
+// times. The image holds it under the names of the first three as hard links, so
+// that a program that starts itself again by path keeps its name. Nothing in the
+// image is called docker: the guest mounts the engine under that name for the
+// scripts of a manifest alone.
 //
 // The shim that stays beside each container is a program of its own (shim/):
 // containerd's plugin registry is global, and a shim must not load the
@@ -32,6 +35,7 @@ var programs = map[string]func(ctx context.Context) error{
 	"containerd":     containerd,
 	"dockerd":        dockerd,
 	"docker-compose": compose,
+	"docker":         docker,
 }
 
 func main() {
@@ -42,7 +46,7 @@ func main() {
 	name := filepath.Base(os.Args[0])
 	run, ok := programs[name]
 	if !ok {
-		fmt.Fprintf(os.Stderr, "engine: called as %q; it answers to containerd, dockerd and docker-compose\n", name)
+		fmt.Fprintf(os.Stderr, "engine: called as %q; it answers to containerd, dockerd, docker-compose and docker\n", name)
 		os.Exit(2)
 	}
 	signal.Ignore(syscall.SIGPIPE) // a reader of our logs may go away; that is not our end
