@@ -61,6 +61,12 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 	m.secrets.mu.Lock()
 	key := slices.Clone(m.secrets.channelKey)
 	m.secrets.mu.Unlock()
+	// Not the disk's key nor the environment's: the agent has no use for them. Its copy
+	// is wiped with the configuration, since an agent that crashes gets it again.
+	appKeys, err := m.appKeys().ForAgent().Encode()
+	if err != nil {
+		return nil, err
+	}
 	a := &agentKeeper{
 		m: m, stopped: make(chan struct{}), ready: make(chan struct{}), listeners: map[string]*os.File{},
 		config: &initrpc.Config{
@@ -68,7 +74,8 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 			// Only an image that says prod is one; the root is measured.
 			IsDev:    release["VARIANT_ID"] != "prod",
 			Manifest: m.manifest.Raw, SysConfig: m.files[hostshare.SysConfigName], VMConfig: m.sysConfig.VMConfig,
-			Events: m.log.Log(), ChannelKey: key, DataDisks: []string{"/", persistent},
+			Events: m.log.Log(), ChannelKey: key, AppKeys: appKeys, Scopes: m.manifest.KeyScopes,
+			DataDisks: []string{"/", persistent},
 		},
 	}
 	if v := release["VERSION_ID"]; v != "" {
@@ -94,6 +101,17 @@ func (a *agentKeeper) listen() error {
 			return err
 		}
 		a.listeners[name] = f
+	}
+	for service := range a.m.manifest.KeyScopes {
+		dir := filepath.Join(engine.ScopesDir, service)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		f, err := initrpc.ListenUnix(filepath.Join(dir, engine.ScopedSocket))
+		if err != nil {
+			return err
+		}
+		a.listeners[initrpc.ListenScope+service] = f
 	}
 	// The host's door is init's to open, not a container's.
 	if err := os.Chmod(guestAPISocket, 0o600); err != nil {
@@ -189,6 +207,7 @@ func (a *agentKeeper) runOnce(ctx context.Context) error {
 			a.m.console.Log("agent: " + line)
 		}
 	}
+	a.config.Events = a.m.log.Log() // with what the app added since the last start
 	p, err := initrpc.Spawn(ctx, initrpc.SpawnOptions{
 		Path: "/proc/self/exe", Args: []string{"agent"}, UID: agentUser, GID: agentUser,
 		Config: a.config, Init: rpcInit{a.m}, Listeners: maps.Clone(a.listeners), Log: tail, Start: a.start,
@@ -287,7 +306,9 @@ func (i rpcInit) Shutdown(_ context.Context, r initrpc.ShutdownRequest) error {
 func (i rpcInit) Status(context.Context) (initrpc.Status, error) {
 	i.m.statusMu.Lock()
 	defer i.m.statusMu.Unlock()
-	return i.m.status, nil
+	status := i.m.status
+	status.Health = i.m.health
+	return status, nil
 }
 
 // readOSRelease reads KEY=VALUE lines; a file that is not there has none.

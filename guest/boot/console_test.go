@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/dstack-go/dstack/keys"
 )
 
 func TestConsoleLinesCannotBeForged(t *testing.T) {
@@ -36,11 +38,20 @@ func TestRation(t *testing.T) {
 }
 
 func TestSecretsAreWiped(t *testing.T) {
-	key := [64]byte{1, 2, 3}
+	raw := bytes.Repeat([]byte{7}, keys.Size)
+	app := new(keys.AppKeys)
+	var err error
+	if app.Disk, err = keys.NewDiskKey(raw); err != nil {
+		t.Fatal(err)
+	}
+	if app.App, err = keys.NewAppKey(raw); err != nil {
+		t.Fatal(err)
+	}
+	app.Provider.CAKey = []byte{1, 2, 3}
 	der := []byte{4, 5, 6}
-	s := secrets{diskKey: &key, channelKey: der}
+	s := secrets{app: app, channelKey: der}
 	s.Wipe()
-	if key != [64]byte{} || !bytes.Equal(der, make([]byte, 3)) || s.channelKey != nil {
-		t.Fatalf("left %v %v", key, der)
+	if !app.Disk.IsZero() || !app.App.IsZero() || !bytes.Equal(app.Provider.CAKey, make([]byte, 3)) || !bytes.Equal(der, make([]byte, 3)) || s.channelKey != nil {
+		t.Fatalf("left %v %v", app, der)
 	}
 }

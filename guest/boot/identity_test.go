@@ -192,7 +192,7 @@ func TestUnsupportedManifests(t *testing.T) {
 		"an older OS":                  {manifest.Draft{Requirements: json.RawMessage(`{"os_version":">=0.5.3, <1"}`)}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := supported(parsed(t, c.draft), dstack.TDX, "0.7.0")
+			err := Supported(parsed(t, c.draft), dstack.TDX, "0.7.0")
 			if fault.Code(err) != c.code {
 				t.Fatalf("error %v, want code %q", err, c.code)
 			}

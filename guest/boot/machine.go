@@ -9,13 +9,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"net"
 	"os"
-	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -32,8 +27,10 @@ import (
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/engine"
 	"github.com/dstack-go/dstack/guest/firewall"
+	"github.com/dstack-go/dstack/guest/script"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/manifest"
 )
 
@@ -77,32 +74,42 @@ type Machine struct {
 	log       *recorder
 	secrets   secrets
 	clock     *clock.Clock // nil: the host's clock is believed
+	volume    *disk.Volume // nil: the data disk does not outlive the boot
+	swap      *disk.Swap
+	variables map[string]string // the decrypted environment, for the compose file
+	layers    layers            // of the measured command line
 
-	agent     *agentKeeper
-	engine    *engine.Engine
-	compose   *engine.Compose
-	shutdowns chan string // reasons
+	imageHash []byte // of the OS image, by the KMS; empty: no KMS
+
+	agent      *agentKeeper
+	scriptRoom *script.Room // nil: the manifest has no scripts
+	engine     *engine.Engine
+	gates      *engine.Gates // nil: no earlier boot left anything
+	compose    *engine.Compose
+	stopWatch  context.CancelFunc // nil: nobody watches the app
+	shutdowns  chan string        // reasons
 
 	statusMu sync.Mutex
 	status   initrpc.Status
+	health   string // JSON, empty before the first report
 }
 
 // secrets are the keys in init's memory.
 type secrets struct {
 	mu         sync.Mutex
-	diskKey    *[disk.CryptKeySize]byte
-	channelKey []byte // PKCS#8 DER
+	app        *keys.AppKeys // from the key provider
+	channelKey []byte        // PKCS#8 DER
 }
 
 // Wipe overwrites every key.
 func (s *secrets) Wipe() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.diskKey != nil {
-		clear(s.diskKey[:])
+	if s.app != nil {
+		s.app.Wipe()
 	}
 	clear(s.channelKey)
-	s.diskKey, s.channelKey = nil, nil
+	s.channelKey = nil
 }
 
 // Paths in the guest.
@@ -203,7 +210,7 @@ func (m *Machine) openRoot(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := openRoot(string(cmdline), m.finder, m.mapper); err != nil {
+	if m.layers, err = openRoot(string(cmdline), m.finder, m.mapper); err != nil {
 		return err
 	}
 	return switchRoot()
@@ -272,7 +279,7 @@ func (m *Machine) parse(context.Context) error {
 	if err = m.manifest.CheckSupported(); err != nil {
 		return err
 	}
-	if err := supported(m.manifest, m.tee.Kind(), readOSRelease("/etc/os-release")["VERSION_ID"]); err != nil {
+	if err := Supported(m.manifest, m.tee.Kind(), readOSRelease("/etc/os-release")["VERSION_ID"]); err != nil {
 		return err
 	}
 	if m.sysConfig, err = hostshare.ParseSysConfig(m.files[hostshare.SysConfigName]); err != nil {
@@ -385,103 +392,6 @@ func (m *Machine) network(ctx context.Context) error {
 	return nil
 }
 
-func (m *Machine) keyProvider(context.Context) error {
-	if kind := m.manifest.KeyProviderKind(); kind != manifest.KeyProviderNone {
-		return fault.New("key_provider_unavailable", "the manifest asks for the key provider %s, which this image does not have yet", kind).
-			WithFix(`use the key provider "none"; its data disk does not outlive a reboot`)
-	}
-	key := new([disk.CryptKeySize]byte)
-	if err := fillRandom(key[:]); err != nil {
-		return err
-	}
-	m.secrets.mu.Lock()
-	m.secrets.diskKey = key
-	m.secrets.mu.Unlock()
-	return nil
-}
-
-func (m *Machine) runtimeEvents(ctx context.Context) error {
-	// Field order and compactness are measured (spec/attestation.md §5.4).
-	if err := m.log.System(ctx, eventlog.KeyProvider, []byte(`{"name":"none","id":""}`)); err != nil {
-		return err
-	}
-	return m.log.System(ctx, eventlog.StorageFS, []byte("ext4"))
-}
-
-// dataDisk maps the data disk under the key and makes a file system on it. With a
-// fresh key whatever was there before is noise, so it is made anew each boot.
-func (m *Machine) dataDisk(ctx context.Context) error {
-	dev, err := m.finder.Disk(disk.SerialData)
-	if err != nil {
-		return err
-	}
-	m.secrets.mu.Lock()
-	key := m.secrets.diskKey
-	m.secrets.mu.Unlock()
-	node, err := m.mapper.OpenCrypt(dataMapping, dev.Path, dev.Size, key)
-	if err != nil {
-		return fault.Wrap(err, "data_disk", "encrypt the data disk %s", dev.Name)
-	}
-	clear(key[:]) // the kernel has it now, and nobody else needs it
-	args := disk.Mke2fsArgs("/usr/bin/mke2fs", node)
-	if err := m.sup.Run(ctx, supervise.Command{Path: args[0], Args: args, Env: []string{"PATH=/usr/bin"}}); err != nil {
-		return fault.Wrap(err, "data_disk", "make a file system on the data disk")
-	}
-	// Not nosuid: container images, whose files live here, have set-user-id
-	// programs. nodev, since device nodes of containers are on their own tmpfs. No
-	// barriers, no lazy initialisation: the content dies with the boot.
-	if err := unix.Mount(node, persistent, "ext4", nodev|unix.MS_NOATIME, "nobarrier,noinit_itable"); err != nil {
-		return fault.Wrap(err, "data_disk", "mount the data disk")
-	}
-	// The root is read-only; its empty /var/lib shows the disk's.
-	for _, dir := range []string{"/var/lib/docker", "/var/lib/containerd"} {
-		if err := os.MkdirAll(filepath.Join(persistent, dir), 0o710); err != nil {
-			return fault.Wrap(err, "data_disk", "make %s", dir)
-		}
-	}
-	if err := unix.Mount(filepath.Join(persistent, "/var/lib"), "/var/lib", "", unix.MS_BIND, ""); err != nil {
-		return fault.Wrap(err, "data_disk", "bind /var/lib")
-	}
-	// The work directory holds what is made anew each boot: RAM.
-	if err := unix.Mount("tmpfs", workDir, "tmpfs", nosuid|nodev, "mode=0755"); err != nil {
-		return fault.Wrap(err, "data_disk", "mount the work directory")
-	}
-	if err := os.WriteFile(filepath.Join(workDir, "app-compose.json"), m.manifest.Raw, 0o644); err != nil {
-		return err
-	}
-	if text, ok := m.files[hostshare.UserConfigName]; ok {
-		if err := os.WriteFile(filepath.Join(workDir, "user_config"), text, 0o644); err != nil {
-			return err
-		}
-	}
-	m.host.Notify(eventInstance, m.instanceInfo())
-	return nil
-}
-
-// instanceInfo is .instance_info as upstream's host stores it.
-func (m *Machine) instanceInfo() string {
-	info := hostshare.InstanceInfo{InstanceIDSeed: m.identity.seed, AppID: &m.identity.appID}
-	if len(m.identity.instanceID) > 0 {
-		id := dstack.InstanceID(m.identity.instanceID)
-		info.InstanceID = &id
-	}
-	text, err := json.Marshal(info)
-	if err != nil {
-		return "{}"
-	}
-	return string(text)
-}
-
-// env refuses what it could not decrypt: with the key provider none there is no
-// key that a client could have encrypted for.
-func (m *Machine) env(context.Context) error {
-	if len(m.files[hostshare.EncryptedEnvName]) > 0 {
-		return fault.New("env_without_key_provider", "there is an encrypted environment, but the key provider none has no key to decrypt it").
-			WithFix("deploy without encrypted variables, or with a key provider")
-	}
-	return nil
-}
-
 // channelKey makes the key of the instance's own TLS certificates and commits to
 // it before system-ready, so that evidence names the key of the connection.
 func (m *Machine) channelKey(ctx context.Context) error {
@@ -526,104 +436,15 @@ func (m *Machine) ingress(context.Context) error {
 	return nil
 }
 
-func (m *Machine) scripts(context.Context) error {
-	if m.manifest.RunsScripts() {
-		return fault.New("scripts_unsupported", "the manifest has scripts, which this image cannot run yet").
-			WithFix("move what init_script and pre_launch_script do into a container of the compose file")
-	}
-	return nil
-}
-
-func (m *Machine) startEngine(ctx context.Context) error {
-	if err := applySysctls("/proc", forwarding); err != nil {
-		return err
-	}
-	m.logMemory("before-engine")
-	cfg := engine.Default()
-	cfg.Nosync = true // the data disk dies with its key at power off
-	cfg.GCPercent = 400
-	e, err := engine.Start(m.sup, cfg, func(daemon string, err error, wait time.Duration) {
-		m.console.Log(fmt.Sprintf("%s: %v; starting it again in %s", daemon, err, wait))
-	})
-	if err != nil {
-		return fault.Wrap(err, "engine_start", "start the container engine")
-	}
-	m.statusMu.Lock()
-	m.engine = e
-	m.statusMu.Unlock()
-	ctx, cancel := context.WithTimeoutCause(ctx, 4*time.Minute, errors.New("no answer for 4 minutes"))
-	defer cancel()
-	return e.WaitReady(ctx)
-}
-
-// images fetches what the manifest locks. With the image policy digest nothing
-// else may run: compose never pulls, and an image of the compose file that the
-// lock lacks is refused by name.
-func (m *Machine) images(ctx context.Context) error {
-	if m.manifest.ImagePolicy == manifest.ImagePolicyDigest {
-		if err := allLocked(m.manifest); err != nil {
-			return err
-		}
-	}
-	if len(m.manifest.ImageLock) == 0 {
-		return nil
-	}
-	registry, err := engine.ServeRegistry(engine.RegistryAddr, func(ctx context.Context) (net.Conn, error) {
-		return m.dial(ctx, "registry")
-	})
-	if err != nil {
-		return fault.Wrap(err, "registry_failed", "serve the loopback registry")
-	}
-	defer registry.Close()
-	if m.hostlink() == nil {
-		_, err := m.dial(ctx, "registry")
-		return err
-	}
-	return engine.PullLocked(ctx, m.engine, registry.Addr, m.manifest.ImageLock, nil)
-}
-
-func (m *Machine) composeUp(ctx context.Context) error {
-	m.compose = &engine.Compose{
-		Config: m.engine.Config, Dir: workDir, Runner: m.sup,
-		NeverPull: m.manifest.ImagePolicy == manifest.ImagePolicyDigest,
-		Retries:   engine.DefaultRetries(),
-		Report: func(attempt int, err error, wait time.Duration) {
-			m.console.Log(fmt.Sprintf("compose up, attempt %d: %v; again in %s", attempt, err, wait))
-		},
-	}
-	if err := m.compose.Write(m.manifest.DockerComposeFile); err != nil {
-		return err
-	}
-	return m.compose.Up(ctx)
-}
-
 // done waits for the agent, which has started beside the engine.
 func (m *Machine) done(ctx context.Context) error {
 	if err := m.agent.WaitReady(ctx); err != nil {
 		return err
 	}
 	m.logMemory("app-up")
+	m.watch()
 	m.statusMu.Lock()
 	m.status.Ready = true
 	m.statusMu.Unlock()
-	return nil
-}
-
-// allLocked refuses a compose file with an image that the lock lacks.
-func allLocked(m *manifest.Manifest) error {
-	refs, err := composeImages(m.DockerComposeFile)
-	if err != nil {
-		return fault.Wrap(err, "compose_malformed", "the compose file of the manifest")
-	}
-	var missing []string
-	for _, ref := range refs {
-		if _, ok := m.ImageLock[ref]; !ok {
-			missing = append(missing, ref)
-		}
-	}
-	if len(missing) > 0 {
-		return fault.New("image_not_locked", "image_lock of the manifest lacks %s", strings.Join(missing, ", ")).
-			WithFix("deploy again with dstack deploy, which locks every image")
-	}
 	return nil
 }

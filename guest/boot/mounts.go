@@ -156,31 +156,31 @@ func hugePages(sys string, memory uint64) error {
 }
 
 // openRoot maps the root partition under the measured hash and mounts it.
-func openRoot(cmdline string, finder *disk.Finder, mapper *disk.Mapper) error {
+func openRoot(cmdline string, finder *disk.Finder, mapper *disk.Mapper) (layers, error) {
 	on, err := parseCmdline(cmdline)
 	if err != nil {
-		return err
+		return on, err
 	}
 	verity := on.root
 	part, err := finder.Root()
 	if err != nil {
-		return err
+		return on, err
 	}
 	if part.Size <= verity.DataSize {
-		return fault.New("root_truncated", "root partition %s has %d bytes, but the root needs more than %d", part.Name, part.Size, verity.DataSize)
+		return on, fault.New("root_truncated", "root partition %s has %d bytes, but the root needs more than %d", part.Name, part.Size, verity.DataSize)
 	}
 	node, err := mapper.OpenVerity(rootMapping, part.Path, verity)
 	if err != nil {
-		return fault.Wrap(err, "root_verity", "open the root on %s under its measured hash", part.Name)
+		return on, fault.Wrap(err, "root_verity", "open the root on %s under its measured hash", part.Name)
 	}
 	if err := os.MkdirAll(newRoot, 0o755); err != nil {
-		return err
+		return on, err
 	}
 	// The first read checks the superblock's path up to the root hash.
 	if err := unix.Mount(node, newRoot, "squashfs", unix.MS_RDONLY|nodev, ""); err != nil {
-		return fault.Wrap(err, "root_verity", "mount the root on %s: its content does not match the measured hash, or is no squashfs", part.Name)
+		return on, fault.Wrap(err, "root_verity", "mount the root on %s: its content does not match the measured hash, or is no squashfs", part.Name)
 	}
-	return nil
+	return on, nil
 }
 
 // switchRoot makes the mounted root the root of this process, taking the mounts

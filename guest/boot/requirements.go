@@ -16,10 +16,10 @@ import (
 // platformNames is how requirements.platforms calls the TEEs.
 var platformNames = map[dstack.TEE]string{dstack.TDX: "dstack-tdx", dstack.SEVSNP: "dstack-amd-sev-snp"}
 
-// supported refuses what a manifest demands and this system cannot give, before
+// Supported refuses what a manifest demands and this system cannot give, before
 // anything is measured. Codes: manifest_unsupported, requirement_platform,
 // requirement_os_version.
-func supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
+func Supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
 	unsupported := func(format string, args ...any) error {
 		return fault.New("manifest_unsupported", format, args...).WithFix("remove it from the manifest, or use an image that has it")
 	}
@@ -32,8 +32,6 @@ func supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
 		return fault.New("manifest_field", "manifest field bash_script is empty")
 	case len(m.VerityVolumes) > 0:
 		return unsupported("verity_volumes are not available in this image")
-	case m.SwapSize > 0:
-		return unsupported("swap_size is not available in this image")
 	case len(m.KeyScopes) > 0 && m.Runner != manifest.RunnerDockerCompose:
 		return unsupported("key_scopes are for the services of a compose file, and the runner is %s", m.Runner)
 	}

@@ -73,6 +73,9 @@ func (m *Machine) shutdown(reason string) {
 	off := time.AfterFunc(shutdownBound, m.off)
 	defer off.Stop()
 	m.host.Notify(eventShutdown, "powering off")
+	if m.stopWatch != nil {
+		m.stopWatch() // it must not bring up again what is being stopped
+	}
 	if m.compose != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), stopGraceApp+10*time.Second)
 		if err := m.compose.Stop(ctx, stopGraceApp); err != nil {
@@ -123,10 +126,16 @@ func others(proc string) bool {
 	return false
 }
 
-// endDisks unmounts the data disk and removes its mapping, which takes the key out
-// of the kernel. Errors are of no consequence: the key dies with the power too.
+// endDisks unmounts the data disk and removes its mappings, which takes the keys out
+// of the kernel. Errors are of no consequence but for a file system that is checked at
+// the next boot: the keys die with the power too.
 func (m *Machine) endDisks() {
 	unix.Sync()
+	if m.swap != nil {
+		if err := m.swap.Close(); err != nil {
+			m.console.Log("end the swap space: " + err.Error())
+		}
+	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		return
@@ -141,6 +150,12 @@ func (m *Machine) endDisks() {
 	slices.Reverse(targets)
 	for _, t := range targets {
 		_ = unix.Unmount(t, unix.MNT_DETACH)
+	}
+	if m.volume != nil {
+		if err := m.volume.Close(); err != nil {
+			m.console.Log("close the data disk: " + err.Error())
+		}
+		return
 	}
 	for range 20 {
 		if err := m.mapper.Remove(dataMapping); err == nil || errors.Is(err, unix.ENXIO) || !errors.Is(err, unix.EBUSY) {
