@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -98,6 +99,7 @@ func (c *imageLsCmd) Run(a *app) error {
 		Version string `json:"version,omitempty"`
 		Dev     bool   `json:"is_dev"`
 		Hash    string `json:"os_image_hash,omitempty"`
+		Scripts bool   `json:"scripts"`
 		Error   string `json:"error,omitempty"`
 	}
 	rows := []row{}
@@ -110,7 +112,7 @@ func (c *imageLsCmd) Run(a *app) error {
 		if err != nil {
 			r.Error = err.Error()
 		} else {
-			r.Version, r.Dev, r.Hash = img.Metadata.Version, img.Metadata.IsDev, img.Hash.String()
+			r.Version, r.Dev, r.Hash, r.Scripts = img.Metadata.Version, img.Metadata.IsDev, img.Hash.String(), img.Scripts.Size > 0
 		}
 		rows = append(rows, r)
 	}
@@ -118,13 +120,13 @@ func (c *imageLsCmd) Run(a *app) error {
 		return a.result(rows)
 	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NAME\tVERSION\tDEV\tOS_IMAGE_HASH")
+	fmt.Fprintln(w, "NAME\tVERSION\tDEV\tSCRIPTS\tOS_IMAGE_HASH")
 	for _, r := range rows {
 		if r.Error != "" {
 			fmt.Fprintf(w, "%s\tbroken: %s\n", r.Name, r.Error)
 			continue
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\n", r.Name, r.Version, r.Dev, r.Hash)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\n", r.Name, r.Version, r.Dev, r.Scripts, r.Hash)
 	}
 	return w.Flush()
 }
@@ -147,8 +149,15 @@ func (c *imageVerifyCmd) Run(a *app) error {
 	if err := img.VerifyRootfs(); err != nil {
 		return err
 	}
-	a.printf("%s is whole\nos_image_hash %s\n", dir, img.Hash)
-	return a.result(map[string]any{"dir": dir, "os_image_hash": img.Hash, "ok": true})
+	a.printf("%s is whole\nos_image_hash %s\nroot          %x\n", dir, img.Hash, img.RootHash)
+	res := map[string]any{"dir": dir, "os_image_hash": img.Hash, "root_hash": hex.EncodeToString(img.RootHash[:]), "ok": true}
+	if img.Scripts.Size > 0 {
+		a.printf("scripts layer %x\n", img.Scripts.Hash)
+		res["scripts_hash"] = hex.EncodeToString(img.Scripts.Hash[:])
+	} else {
+		a.printf("scripts layer none: manifests with scripts do not run on this image\n")
+	}
+	return a.result(res)
 }
 
 type imageLockCmd struct {

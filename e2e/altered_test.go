@@ -266,7 +266,7 @@ func paddingOffset(t *testing.T, path string) int64 {
 func idMessage(id string) *vmmpb.Id { return &vmmpb.Id{Id: id} }
 
 // growRoot lengthens the root's data by one block of zeros and builds a new tree:
-// the same files under another root hash.
+// the same files under another root hash. The scripts layer stays as it is.
 func growRoot(t *testing.T, dir string) (hash string, size int64) {
 	t.Helper()
 	img, err := osimage.Load(dir)
@@ -278,12 +278,12 @@ func growRoot(t *testing.T, dir string) (hash string, size int64) {
 		t.Fatal(err)
 	}
 	defer disk.Close()
-	part, err := gpt.Find(disk)
+	parts, err := gpt.Find(disk)
 	if err != nil {
 		t.Fatal(err)
 	}
 	data := make([]byte, img.RootSize+verity.BlockSize)
-	if _, err := io.ReadFull(io.NewSectionReader(disk, part.Start, img.RootSize), data[:img.RootSize]); err != nil {
+	if _, err := io.ReadFull(io.NewSectionReader(disk, parts.Root.Start, img.RootSize), data[:img.RootSize]); err != nil {
 		t.Fatal(err)
 	}
 	tree, root, err := verity.Tree(bytes.NewReader(data), int64(len(data)))
@@ -292,7 +292,8 @@ func growRoot(t *testing.T, dir string) (hash string, size int64) {
 	}
 	content := append(data, tree...)
 	var out bytes.Buffer
-	if err := gpt.Write(&out, bytes.NewReader(content), int64(len(content))); err != nil {
+	scripts := gpt.Content{Data: io.NewSectionReader(disk, parts.Scripts.Start, parts.Scripts.Size), Size: parts.Scripts.Size}
+	if err := gpt.Write(&out, gpt.Content{Data: bytes.NewReader(content), Size: int64(len(content))}, scripts); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(img.Rootfs(), out.Bytes(), 0o644); err != nil {
@@ -330,12 +331,12 @@ func TestAlteredRootAloneStopsInOpenRoot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		part, err := gpt.Find(disk)
+		parts, err := gpt.Find(disk)
 		disk.Close()
 		if err != nil {
 			t.Fatal(err)
 		}
-		flip(t, img.Rootfs(), part.Start+8) // in the file system's superblock
+		flip(t, img.Rootfs(), parts.Root.Start+8) // in the file system's superblock
 	})
 	id, _ := create(t, "altered-root", image, nil)
 	reason := awaitBootError(t, id)

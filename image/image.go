@@ -169,6 +169,8 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 		{"engine", b.engine},
 		{"guest", b.guest},
 		{"initramfs", b.initramfs},
+		{"unpack", b.unpack},
+		{"scripts", b.scripts},
 		{"root", b.root},
 		{"firmware", b.firmware},
 		{"release", b.release},
@@ -205,6 +207,7 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 	}
 	b.logf("image: %s", res.Dir)
 	b.logf("image: os_image_hash %s", res.Hash)
+	b.logf("image: root %.1f MB, scripts layer %.1f MB", float64(img.RootSize)/1e6, float64(img.Scripts.Size)/1e6)
 	b.logf("image: %.1f MB compressed (aim 120), %s build in %.1fs (aim %s)",
 		float64(res.CompressedBytes)/1e6, temperature, res.Elapsed.Seconds(), map[bool]string{true: "1500", false: "60"}[res.Cold])
 	return res, nil
@@ -214,7 +217,8 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 type artifacts struct {
 	kernel, firmware, initramfs []byte
 	engine, shim, guest         string // paths
-	verity                      verityImage
+	pool                        *pool
+	scripts, rootfs             layer
 	dir                         string
 	compressed                  int64
 }

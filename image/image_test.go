@@ -6,7 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"crypto/sha256"
-	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -174,50 +174,85 @@ func TestCpioIsWhatTheToolReads(t *testing.T) {
 	}
 }
 
-func TestPackedRootIsTheSameWhateverTheHost(t *testing.T) {
+// packDisk packs the sample twice, as root and as scripts layer, and returns the disk
+// and what the command line would say of it.
+func packDisk(t *testing.T, comp []string, v variation) (disk []byte, root, scripts layer) {
+	t.Helper()
+	dir := t.TempDir()
+	pack := func(name string, tr tree) layer {
+		l, err := squash(t.Context(), tr, comp, filepath.Join(dir, name), v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	small := tree{}
+	small.add("usr/bin/bash", node{kind: file, mode: 0o755, data: []byte("shell")})
+	root, scripts = pack("root", sample()), pack("scripts", small)
+	path := filepath.Join(dir, "disk")
+	if err := writeDisk(path, root, scripts); err != nil {
+		t.Fatal(err)
+	}
+	disk, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return disk, root, scripts
+}
+
+func verifyLayer(disk []byte, part gpt.Partition, l layer) error {
+	return verity.Verify(io.NewSectionReader(bytes.NewReader(disk), part.Start, part.Size), l.size, l.hash)
+}
+
+func TestPackedDiskIsTheSameWhateverTheHost(t *testing.T) {
 	if _, err := exec.LookPath("mksquashfs"); err != nil {
 		t.Skip("SKIP: mksquashfs is not installed")
 	}
-	pack := func(comp []string, v variation) []byte {
-		dir := t.TempDir()
-		if err := packRoot(t.Context(), sample(), comp, dir, v); err != nil {
-			t.Fatal(err)
-		}
-		data, err := os.ReadFile(filepath.Join(dir, "rootfs.img.parted.verity"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var hash string
-		var size int64
-		meta, err := os.ReadFile(filepath.Join(dir, "verity"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := fmt.Sscanf(string(meta), "%s %d", &hash, &size); err != nil {
-			t.Fatal(err)
-		}
-		root, err := hex.DecodeString(hash)
-		if err != nil {
-			t.Fatal(err)
-		}
-		part, err := gpt.Find(bytes.NewReader(data))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := verity.Verify(io.NewSectionReader(bytes.NewReader(data), part.Start, part.Size), size, [32]byte(root)); err != nil {
-			t.Fatal(err)
-		}
-		return data
-	}
 	for _, flavour := range []string{Sim, Prod} {
 		comp := (&build{Options: Options{Flavour: flavour}}).compression()
-		first := pack(comp, variation{})
+		first, root, scripts := packDisk(t, comp, variation{})
+		parts, err := gpt.Find(bytes.NewReader(first))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := verifyLayer(first, parts.Root, root); err != nil {
+			t.Fatal(err)
+		}
+		if err := verifyLayer(first, parts.Scripts, scripts); err != nil {
+			t.Fatal(err)
+		}
 		old := syscall.Umask(0o077)
-		second := pack(comp, variation{env: map[string]string{"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8"}})
+		second, _, _ := packDisk(t, comp, variation{env: map[string]string{"TZ": "Asia/Kathmandu", "LANG": "tr_TR.UTF-8"}})
 		syscall.Umask(old)
 		if !bytes.Equal(first, second) {
 			t.Errorf("%s: two packings differ", flavour)
 		}
+	}
+}
+
+func TestAnAlteredLayerDoesNotMatchItsHash(t *testing.T) {
+	if _, err := exec.LookPath("mksquashfs"); err != nil {
+		t.Skip("SKIP: mksquashfs is not installed")
+	}
+	disk, root, scripts := packDisk(t, []string{"-comp", "lz4"}, variation{})
+	parts, err := gpt.Find(bytes.NewReader(disk))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, at := range map[string]int64{"content": 10, "tree": scripts.size + verity.BlockSize - 4000} {
+		t.Run(name, func(t *testing.T) {
+			altered := bytes.Clone(disk)
+			altered[parts.Scripts.Start+at] ^= 1
+			if err := verifyLayer(altered, parts.Scripts, scripts); !errors.Is(err, verity.ErrMismatch) {
+				t.Fatalf("error %v", err)
+			}
+			if err := verifyLayer(altered, parts.Root, root); err != nil {
+				t.Fatalf("the root is not altered: %v", err)
+			}
+		})
+	}
+	if err := verifyLayer(disk, parts.Scripts, layer{size: scripts.size, hash: root.hash}); !errors.Is(err, verity.ErrMismatch) {
+		t.Fatalf("under the root's hash: %v", err)
 	}
 }
 
@@ -226,11 +261,12 @@ func TestPackedRootHoldsModesLinksAndOwners(t *testing.T) {
 	if err != nil {
 		t.Skip("SKIP: unsquashfs is not installed")
 	}
-	dir := t.TempDir()
-	if err := packRoot(t.Context(), sample(), []string{"-comp", "lz4"}, dir, variation{}); err != nil {
+	disk, _, _ := packDisk(t, []string{"-comp", "lz4"}, variation{})
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command(tool, "-o", fmt.Sprint(gpt.Align), "-lln", "-UTC", filepath.Join(dir, "rootfs.img.parted.verity")).CombinedOutput()
+	out, err := exec.Command(tool, "-o", fmt.Sprint(gpt.Align), "-lln", "-UTC", path).CombinedOutput()
 	if err != nil {
 		t.Fatalf("unsquashfs: %v: %s", err, out)
 	}
@@ -247,9 +283,12 @@ func TestPackedRootHoldsModesLinksAndOwners(t *testing.T) {
 		}
 	}
 	// One content, three names: it must be stored once.
-	st, err := os.Stat(filepath.Join(dir, "rootfs.img.parted.verity"))
-	if err != nil || st.Size() != 3*gpt.Align {
-		t.Errorf("disk of %d bytes", st.Size())
+	if len(disk) != 4*gpt.Align {
+		t.Errorf("disk of %d bytes", len(disk))
+	}
+	out, err = exec.Command(tool, "-o", fmt.Sprint(2*gpt.Align), "-lln", "-UTC", path).CombinedOutput()
+	if err != nil || !strings.Contains(strings.Join(strings.Fields(string(out)), " "), "-rwxr-xr-x 0/0 5 2026-01-01 00:00 squashfs-root/usr/bin/bash") {
+		t.Errorf("the scripts layer is not in the second partition: %v: %s", err, out)
 	}
 }
 
@@ -257,25 +296,25 @@ func TestFileListDifferenceFailsTheBuild(t *testing.T) {
 	dir := t.TempDir()
 	b := &build{Options: Options{Flavour: Sim, Source: dir}, cache: cache(dir)}
 	tr := sample()
-	wantCode(t, b.compareFileList(tr), "image_files_differ", "committed file list")
+	wantCode(t, b.compareFileList(Sim, tr), "image_files_differ", "committed file list")
 	if err := os.MkdirAll(filepath.Dir(b.recipe("x")), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	b.UpdateFileList = true
-	if err := b.compareFileList(tr); err != nil {
+	if err := b.compareFileList(Sim, tr); err != nil {
 		t.Fatal(err)
 	}
 	b.UpdateFileList = false
-	if err := b.compareFileList(tr); err != nil {
+	if err := b.compareFileList(Sim, tr); err != nil {
 		t.Fatalf("the list just written: %v", err)
 	}
 	tr.add("usr/bin/sneaked-in", node{kind: file, mode: 0o755})
-	wantCode(t, b.compareFileList(tr), "image_files_differ", "+ f 0755 /usr/bin/sneaked-in")
+	wantCode(t, b.compareFileList(Sim, tr), "image_files_differ", "+ f 0755 /usr/bin/sneaked-in")
 	delete(tr, "usr/bin/sneaked-in")
 	tr["usr/bin/one"] = node{kind: file, mode: 0o4755}
-	wantCode(t, b.compareFileList(tr), "image_files_differ", "+ f 4755 /usr/bin/one")
+	wantCode(t, b.compareFileList(Sim, tr), "image_files_differ", "+ f 4755 /usr/bin/one")
 	delete(tr, "usr/bin/one")
-	wantCode(t, b.compareFileList(tr), "image_files_differ", "- f 0755 /usr/bin/one")
+	wantCode(t, b.compareFileList(Sim, tr), "image_files_differ", "- f 0755 /usr/bin/one")
 }
 
 // The flavours differ in what the lists say and in nothing else: sim has the
@@ -310,6 +349,74 @@ func TestFlavoursHaveTheFilesTheyPromise(t *testing.T) {
 			t.Errorf("set-id or writable by others: %s", l)
 		}
 	}
+}
+
+// The scripts layer has the shell that the root must not have, and nothing by which
+// a script could gain a right.
+func TestTheScriptsLayerHasWhatScriptsMayUse(t *testing.T) {
+	data, err := os.ReadFile(filepath.Join(testkit.Root(), "image/recipe/files.scripts.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := string(data)
+	for _, want := range []string{
+		"f 0755 /usr/bin/bash\n", "h 0755 /usr/bin/sh -> usr/bin/bash\n", "l 0777 /bin -> usr/bin\n",
+		"f 0755 /usr/bin/curl\n", "f 0755 /usr/bin/jq\n", "f 0755 /usr/bin/cat\n", "f 0755 /usr/bin/sha256sum\n", "f 0755 /usr/bin/env\n",
+		"f 0755 /usr/bin/grep\n", "f 0755 /usr/bin/sed\n", "h 0755 /usr/bin/awk -> usr/bin/mawk\n", "f 0755 /usr/bin/find\n", "f 0755 /usr/bin/xargs\n",
+		"f 0755 /usr/bin/tar\n", "f 0755 /usr/bin/gzip\n",
+		"f 0644 /usr/bin/docker\n", "f 0644 /usr/bin/docker-compose\n",
+		"f 0644 /etc/ssl/certs/ca-certificates.crt\n",
+		"d 0755 /dstack\n", "d 0755 /dev\n", "d 0555 /proc\n", "d 0555 /sys\n", "d 0755 /run\n", "d 1777 /tmp\n", "l 0777 /var/run -> ../run\n",
+	} {
+		if !strings.Contains(list, want) {
+			t.Errorf("the scripts layer lacks %q", strings.TrimSpace(want))
+		}
+	}
+	for l := range strings.Lines(list) {
+		var kind string
+		var mode int
+		fmt.Sscanf(l, "%s %o", &kind, &mode)
+		if mode&0o6000 != 0 || kind == "f" && mode&0o022 != 0 {
+			t.Errorf("set-id or writable by others: %s", l)
+		}
+		for _, word := range []string{"busybox", "sudo", "/su\n", "ssh-", "python", "perl", "containerd", "crun", "/nft\n"} {
+			if strings.Contains(l, word) {
+				t.Errorf("the scripts layer has %s", strings.TrimSpace(l))
+			}
+		}
+	}
+}
+
+func TestTheScriptsLayerNamesAMissingPackage(t *testing.T) {
+	p := &pool{files: map[string][]byte{}, libs: map[string][]byte{}}
+	for _, f := range scriptsFiles {
+		p.files[f.pkg+":"+f.from] = []byte("program")
+	}
+	for _, pkg := range scriptsPrograms {
+		p.files[pkg+":usr/bin/"+pkg] = []byte("program")
+	}
+	full := func() tree {
+		tr := tree{}
+		if err := p.addScripts(tr); err != nil {
+			t.Fatal(err)
+		}
+		return tr
+	}
+	// A program from each package, as a file; the mount points are no programs.
+	tr := full()
+	for name, mode := range map[string]uint32{"usr/bin/bash": 0o755, "usr/bin/sed": 0o755, "usr/bin/docker": 0o644} {
+		if tr[name].kind != file || tr[name].mode != mode {
+			t.Errorf("%s: %+v", name, tr[name])
+		}
+	}
+	for _, missing := range []string{"curl:usr/bin/curl", "coreutils:usr/bin/coreutils"} {
+		data := p.files[missing]
+		delete(p.files, missing)
+		pkg, _, _ := strings.Cut(missing, ":")
+		wantCode(t, p.addScripts(tree{}), "image_input_incomplete", "package "+pkg)
+		p.files[missing] = data
+	}
+	full()
 }
 
 func TestClosureNamesTheMissingLibrary(t *testing.T) {
@@ -462,7 +569,7 @@ func TestEngineVersionsComeFromItsModule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"dockerversion.Version=2.", "containerd/v2/version.Version=2.", "main.composeVersion=5."} {
+	for _, want := range []string{"dockerversion.Version=2.", "containerd/v2/version.Version=2.", "main.composeVersion=5.", "docker/cli/cli/version.Version=29."} {
 		if !strings.Contains(flags, want) {
 			t.Errorf("no %q in %q", want, flags)
 		}

@@ -74,7 +74,8 @@ func (b *build) release(_ context.Context, p *artifacts) (bool, error) {
 		return false, err
 	}
 
-	cmdline := fmt.Sprintf("%s dstack.rootfs_hash=%x dstack.rootfs_size=%d", cmdlineBase, p.verity.root, p.verity.size)
+	cmdline := fmt.Sprintf("%s dstack.rootfs_hash=%x dstack.rootfs_size=%d dstack.scripts_hash=%x dstack.scripts_size=%d",
+		cmdlineBase, p.rootfs.hash, p.rootfs.size, p.scripts.hash, p.scripts.size)
 	meta := osimage.Metadata{
 		BIOS: osimage.FirmwareName, Kernel: osimage.KernelName, Initrd: osimage.InitrdName, Rootfs: osimage.RootfsName,
 		Cmdline: cmdline, Version: Version, GitRevision: b.Revision, SharedRO: true, IsDev: devImage(b.Flavour),
@@ -121,8 +122,8 @@ func (b *build) release(_ context.Context, p *artifacts) (bool, error) {
 	// The cached disk is shared by link where the file system allows it; both
 	// sides are written once and only read after.
 	rootfs := filepath.Join(work, osimage.RootfsName)
-	if err := os.Link(p.verity.disk, rootfs); err != nil {
-		if err := copyFile(p.verity.disk, rootfs); err != nil {
+	if err := os.Link(p.rootfs.file, rootfs); err != nil {
+		if err := copyFile(p.rootfs.file, rootfs); err != nil {
 			return false, diskFull(err)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"debug/elf"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -17,9 +18,11 @@ import (
 	"runtime"
 	"sort"
 	"strings"
+	"sync"
 
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/osimage"
 	"github.com/dstack-go/dstack/osimage/gpt"
 	"github.com/dstack-go/dstack/osimage/verity"
 )
@@ -27,22 +30,17 @@ import (
 const libraries = "usr/lib/x86_64-linux-gnu"
 
 // root assembles the root file system, holds it against the committed list,
-// and packs it with its verity tree.
+// and packs it, with its verity tree and the scripts layer, into the root disk.
 func (b *build) root(ctx context.Context, p *artifacts) (bool, error) {
 	t, err := b.rootTree(p)
 	if err != nil {
 		return false, err
 	}
-	if err := b.compareFileList(t); err != nil {
+	if err := b.compareFileList(b.Flavour, t); err != nil {
 		return false, err
 	}
-	digest, err := t.digest()
-	if err != nil {
-		return false, err
-	}
-	comp := b.compression()
 	var cached bool
-	p.verity, cached, err = b.pack(ctx, t, digest, comp)
+	p.rootfs, cached, err = b.packRoot(ctx, t, p.scripts)
 	return cached, err
 }
 
@@ -56,26 +54,13 @@ func (b *build) compression() []string {
 }
 
 func (b *build) rootTree(p *artifacts) (tree, error) {
-	wanted := debianFiles
-	if b.Flavour == Debug {
-		wanted = append(append(wanted[:0:0], wanted...), debugFiles...)
-	}
-	pool, err := b.unpack(wanted)
-	if err != nil {
-		return nil, err
-	}
-
 	t := tree{}
-	for _, m := range mountPoints {
-		t.add(m.path, node{kind: dir, mode: m.mode})
-	}
-	for name, target := range links {
-		t.add(name, node{kind: symlink, mode: 0o777, target: target})
+	if err := b.skeleton(t); err != nil {
+		return nil, err
 	}
 	for name, text := range texts {
 		t.add(name, node{kind: file, mode: 0o644, data: []byte(text)})
 	}
-	t.add("usr/lib/os-release", node{kind: file, mode: 0o644, data: []byte(b.osRelease())})
 
 	// One file under three names; see engine/main.go.
 	t.add("usr/bin/containerd", node{kind: file, mode: 0o755, from: p.engine})
@@ -83,10 +68,132 @@ func (b *build) rootTree(p *artifacts) (tree, error) {
 	t.add("usr/bin/docker-compose", node{kind: hardlink, mode: 0o755, target: "usr/bin/containerd"})
 	t.add("usr/bin/containerd-shim-runc-v2", node{kind: file, mode: 0o755, from: p.shim})
 
-	for _, f := range wanted {
-		data, ok := pool.files[f.pkg+":"+f.from]
+	if err := p.pool.addFiles(t, debianFiles); err != nil {
+		return nil, err
+	}
+	for name, target := range aliases {
+		t.add(name, node{kind: hardlink, mode: 0o755, target: target})
+	}
+	if b.Flavour == Debug {
+		if err := p.pool.addFiles(t, debugFiles); err != nil {
+			return nil, err
+		}
+		for _, a := range debugApplets {
+			t.add("usr/bin/"+a, node{kind: hardlink, mode: 0o755, target: "usr/bin/busybox"})
+		}
+	}
+	return t, p.pool.closure(t)
+}
+
+// skeleton adds what root and scripts layer have alike: mount points, the usual
+// links, the certificates of the public CAs and the name of the system.
+func (b *build) skeleton(t tree) error {
+	for _, m := range mountPoints {
+		t.add(m.path, node{kind: dir, mode: m.mode})
+	}
+	for name, target := range links {
+		t.add(name, node{kind: symlink, mode: 0o777, target: target})
+	}
+	t.add("usr/lib/os-release", node{kind: file, mode: 0o644, data: []byte(b.osRelease())})
+	certs, err := b.certificates()
+	if err != nil {
+		return err
+	}
+	t.add("etc/ssl/certs/ca-certificates.crt", node{kind: file, mode: 0o644, data: certs})
+	return nil
+}
+
+func (b *build) osRelease() string {
+	return fmt.Sprintf("NAME=\"dstack-os\"\nID=dstack\nPRETTY_NAME=\"dstack-os %s (%s)\"\nVERSION_ID=%s\nVARIANT_ID=%s\n", Version, b.Flavour, Version, b.Flavour)
+}
+
+// pool is what was read from packages: files by "package:path", and every shared
+// library by the name that programs ask for.
+type pool struct {
+	files map[string][]byte
+	libs  map[string][]byte
+}
+
+// unpack reads the files that the recipe takes, and all shared libraries, from the
+// packages.
+func (b *build) unpack(ctx context.Context, p *artifacts) (bool, error) {
+	want := map[string]bool{}
+	for _, list := range [][]debianFile{debianFiles, debugFiles, scriptsFiles} {
+		for _, f := range list {
+			want[f.pkg+":"+f.from] = true
+		}
+	}
+	whole := map[string]bool{}
+	for _, pkg := range scriptsPrograms {
+		whole[pkg] = true
+	}
+	p.pool = &pool{files: map[string][]byte{}, libs: map[string][]byte{}}
+	var mu sync.Mutex
+	read := func(pkg string) error {
+		f, err := b.openDeb(pkg)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		err = debFiles(f, func(h *tar.Header, r io.Reader) error {
+			lib := path.Dir(h.Name) == libraries && strings.Contains(path.Base(h.Name), ".so")
+			program := whole[pkg] && path.Dir(h.Name) == "usr/bin"
+			if h.Typeflag != tar.TypeReg || !lib && !program && !want[pkg+":"+h.Name] {
+				return nil
+			}
+			data, err := io.ReadAll(io.LimitReader(r, h.Size))
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			p.pool.files[pkg+":"+h.Name] = data
+			if lib {
+				if name := soname(data); name != "" {
+					p.pool.libs[name] = data
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("package %s: %w", pkg, err)
+		}
+		return nil
+	}
+
+	// Decompression is the time this takes: one package for each processor.
+	todo := make(chan string)
+	errs := make([]error, runtime.NumCPU())
+	var wg sync.WaitGroup
+	for i := range errs {
+		wg.Go(func() {
+			for pkg := range todo {
+				if errs[i] == nil {
+					errs[i] = read(pkg)
+				}
+			}
+		})
+	}
+	for _, pkg := range debianPackages {
+		if pkg == "ovmf" || pkg == "ca-certificates" || pkg == "busybox-static" && b.Flavour != Debug {
+			continue
+		}
+		todo <- pkg
+	}
+	close(todo)
+	wg.Wait()
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	return false, errors.Join(errs...)
+}
+
+// addFiles adds files of packages to the tree: programs to usr/bin, with mode 0755.
+func (p *pool) addFiles(t tree, list []debianFile) error {
+	for _, f := range list {
+		data, ok := p.files[f.pkg+":"+f.from]
 		if !ok {
-			return nil, fault.New("image_input_incomplete", "package %s has no file /%s", f.pkg, f.from).WithFix("the package changed: adapt image/recipe.go")
+			return fault.New("image_input_incomplete", "package %s has no file /%s", f.pkg, f.from).WithFix("the package changed: adapt image/recipe.go")
 		}
 		mode := uint32(0o644)
 		if strings.HasPrefix(f.to, "usr/bin/") {
@@ -94,75 +201,7 @@ func (b *build) rootTree(p *artifacts) (tree, error) {
 		}
 		t.add(f.to, node{kind: file, mode: mode, data: data})
 	}
-	for name, target := range aliases {
-		t.add(name, node{kind: hardlink, mode: 0o755, target: target})
-	}
-	if b.Flavour == Debug {
-		for _, a := range debugApplets {
-			t.add("usr/bin/"+a, node{kind: hardlink, mode: 0o755, target: "usr/bin/busybox"})
-		}
-	}
-	if err := pool.closure(t); err != nil {
-		return nil, err
-	}
-
-	certs, err := b.certificates()
-	if err != nil {
-		return nil, err
-	}
-	t.add("etc/ssl/certs/ca-certificates.crt", node{kind: file, mode: 0o644, data: certs})
-	return t, nil
-}
-
-func (b *build) osRelease() string {
-	return fmt.Sprintf("NAME=\"dstack-os\"\nID=dstack\nPRETTY_NAME=\"dstack-os %s (%s)\"\nVERSION_ID=%s\nVARIANT_ID=%s\n", Version, b.Flavour, Version, b.Flavour)
-}
-
-// pool is what was read from packages: wanted files by "package:path", and
-// every shared library by the name that programs ask for.
-type pool struct {
-	files map[string][]byte
-	libs  map[string][]byte
-}
-
-// unpack reads wanted files, and all shared libraries, from the packages.
-func (b *build) unpack(wanted []struct{ pkg, from, to string }) (*pool, error) {
-	want := map[string]bool{}
-	for _, f := range wanted {
-		want[f.pkg+":"+f.from] = true
-	}
-	p := &pool{files: map[string][]byte{}, libs: map[string][]byte{}}
-	for _, pkg := range debianPackages {
-		if pkg == "ovmf" || pkg == "ca-certificates" || pkg == "busybox-static" && b.Flavour != Debug {
-			continue
-		}
-		f, err := b.openDeb(pkg)
-		if err != nil {
-			return nil, err
-		}
-		err = debFiles(f, func(h *tar.Header, r io.Reader) error {
-			lib := path.Dir(h.Name) == libraries && strings.Contains(path.Base(h.Name), ".so")
-			if h.Typeflag != tar.TypeReg || !lib && !want[pkg+":"+h.Name] {
-				return nil
-			}
-			data, err := io.ReadAll(io.LimitReader(r, h.Size))
-			if err != nil {
-				return err
-			}
-			p.files[pkg+":"+h.Name] = data
-			if lib {
-				if name := soname(data); name != "" {
-					p.libs[name] = data
-				}
-			}
-			return nil
-		})
-		f.Close()
-		if err != nil {
-			return nil, fmt.Errorf("package %s: %w", pkg, err)
-		}
-	}
-	return p, nil
+	return nil
 }
 
 // soname returns the name by which a library is asked for, or "".
@@ -291,10 +330,10 @@ func (b *build) certificates() ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// compareFileList holds the tree against the committed list of the flavour, so
-// that nothing enters or leaves an image without a line in a change.
-func (b *build) compareFileList(t tree) error {
-	file := b.recipe("files." + b.Flavour + ".txt")
+// compareFileList holds a tree against the committed list of its name, a flavour or
+// "scripts", so that nothing enters or leaves an image without a line in a change.
+func (b *build) compareFileList(name string, t tree) error {
+	file := b.recipe("files." + name + ".txt")
 	have := t.list()
 	if b.UpdateFileList {
 		return durable.WriteFile(file, []byte(have), 0o644)
@@ -308,7 +347,7 @@ func (b *build) compareFileList(t tree) error {
 		if err := os.WriteFile(found, []byte(have), 0o644); err != nil {
 			return diskFull(err)
 		}
-		return fault.New("image_files_differ", "the files of the %s root are not those of %s:\n%s", b.Flavour, filepath.Base(file), diff).
+		return fault.New("image_files_differ", "the files of the %s file system are not those of %s:\n%s", name, filepath.Base(file), diff).
 			WithFix("if the change is meant: cp %s %s", found, file)
 	}
 	return nil
@@ -335,39 +374,71 @@ func diffLines(want, have string) string {
 	return strings.Join(out, "\n")
 }
 
-// verityImage is a packed root: path of the disk image, size in bytes of the
-// data before the tree, and root hash.
-type verityImage struct {
-	disk string
-	size int64
-	root [32]byte
+// layer is a packed file system in a file of its own or, for the root, in the
+// partition of a disk: a squashfs, and its verity tree behind it.
+type layer struct {
+	file string
+	size int64 // bytes of the squashfs, a multiple of the block size
+	hash [32]byte
 }
 
-// pack makes the squashfs, its verity tree and the disk around both, cached by
-// the digest of the tree.
-func (b *build) pack(ctx context.Context, t tree, digest string, comp []string) (v verityImage, cached bool, err error) {
-	k := key(struct {
-		Tree       string
-		Args       []string
-		Mksquashfs string
-	}{digest, squashArgs(comp), b.tools.Mksquashfs})
-	dir, cached, err := b.cache.part("root", k, func(dir string) error {
-		return packRoot(ctx, t, comp, dir, b.vary)
+// layerPart returns a part of the cache that holds a layer, which fill makes.
+func (b *build) layerPart(kind, key, file string, fill func(dir string) (layer, error)) (l layer, cached bool, err error) {
+	dir, cached, err := b.cache.part(kind, key, func(dir string) error {
+		l, err := fill(dir)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, "verity"), fmt.Appendf(nil, "%x %d\n", l.hash, l.size), 0o644)
 	})
 	if err != nil {
-		return v, false, err
+		return l, false, err
 	}
-	v.disk = filepath.Join(dir, "rootfs.img.parted.verity")
+	l.file = filepath.Join(dir, file)
 	meta, err := os.ReadFile(filepath.Join(dir, "verity"))
 	if err != nil {
-		return v, false, err
+		return l, false, err
 	}
 	var hash string
-	if _, err := fmt.Sscanf(string(meta), "%s %d\n", &hash, &v.size); err != nil {
-		return v, false, fmt.Errorf("cached root %s: %w", dir, err)
+	if _, err := fmt.Sscanf(string(meta), "%s %d\n", &hash, &l.size); err != nil {
+		return l, false, fmt.Errorf("cached part %s: %w", dir, err)
 	}
-	_, err = hex.Decode(v.root[:], []byte(hash))
-	return v, cached, err
+	_, err = hex.Decode(l.hash[:], []byte(hash))
+	return l, cached, err
+}
+
+// packKey names what a packed tree depends on.
+type packKey struct {
+	Tree       string
+	Args       []string
+	Mksquashfs string
+	Scripts    string `json:",omitempty"` // verity root hash of the layer on the same disk
+}
+
+func (b *build) packKey(t tree) (packKey, error) {
+	digest, err := t.digest()
+	return packKey{Tree: digest, Args: squashArgs(b.compression()), Mksquashfs: b.tools.Mksquashfs}, err
+}
+
+// packRoot packs the root and the disk around it and the scripts layer, cached by
+// the digest of the tree.
+func (b *build) packRoot(ctx context.Context, t tree, scripts layer) (l layer, cached bool, err error) {
+	k, err := b.packKey(t)
+	if err != nil {
+		return l, false, err
+	}
+	k.Scripts = hex.EncodeToString(scripts.hash[:])
+	return b.layerPart("root", key(k), osimage.RootfsName, func(dir string) (layer, error) {
+		squashed := filepath.Join(dir, "root.squashfs.verity")
+		l, err := squash(ctx, t, b.compression(), squashed, b.vary)
+		if err != nil {
+			return l, err
+		}
+		if err := writeDisk(filepath.Join(dir, osimage.RootfsName), l, scripts); err != nil {
+			return l, err
+		}
+		return l, os.Remove(squashed)
+	})
 }
 
 // squashArgs are the options of mksquashfs that decide the bytes. It takes the
@@ -377,51 +448,75 @@ func squashArgs(comp []string) []string {
 		"-mkfs-time", fmt.Sprint(epoch), "-all-time", fmt.Sprint(epoch)}, comp...)
 }
 
-func packRoot(ctx context.Context, t tree, comp []string, dir string, vary variation) error {
-	squash := filepath.Join(dir, "root.squashfs")
-	args := append([]string{"-", squash, "-processors", fmt.Sprint(runtime.NumCPU()), "-quiet", "-no-progress"}, squashArgs(comp)...)
+// squash writes a squashfs of the tree, padded to whole blocks, and its verity tree
+// behind it to a new file.
+func squash(ctx context.Context, t tree, comp []string, out string, vary variation) (layer, error) {
+	l := layer{file: out}
+	args := append([]string{"-", out, "-processors", fmt.Sprint(runtime.NumCPU()), "-quiet", "-no-progress"}, squashArgs(comp)...)
 	cmd := exec.CommandContext(ctx, "mksquashfs", args...)
 	cmd.Env = buildEnv(vary.env) // SOURCE_DATE_EPOCH would clash with -mkfs-time
 	pr, pw, err := os.Pipe()
 	if err != nil {
-		return err
+		return l, err
 	}
 	cmd.Stdin = pr
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
+	var text bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &text, &text
 	if err := cmd.Start(); err != nil {
 		pr.Close()
 		pw.Close()
-		return err
+		return l, err
 	}
 	pr.Close()
 	werr := t.writeTar(pw)
 	pw.Close()
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("mksquashfs: %w: %s", err, lastLines(out.String(), 6))
+		return l, fmt.Errorf("mksquashfs: %w: %s", err, lastLines(text.String(), 6))
 	}
 	if werr != nil {
-		return fmt.Errorf("write the root for mksquashfs: %w", werr)
+		return l, fmt.Errorf("write the files for mksquashfs: %w", werr)
 	}
 
-	f, err := os.OpenFile(squash, os.O_RDWR, 0)
+	f, err := os.OpenFile(out, os.O_RDWR, 0)
 	if err != nil {
-		return err
+		return l, err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return err
+		return l, err
 	}
-	size := (st.Size() + verity.BlockSize - 1) / verity.BlockSize * verity.BlockSize
-	if err := f.Truncate(size); err != nil {
-		return err
+	l.size = (st.Size() + verity.BlockSize - 1) / verity.BlockSize * verity.BlockSize
+	if err := f.Truncate(l.size); err != nil {
+		return l, err
 	}
-	vtree, root, err := verity.Tree(io.NewSectionReader(f, 0, size), size)
+	vtree, hash, err := verity.Tree(io.NewSectionReader(f, 0, l.size), l.size)
 	if err != nil {
-		return err
+		return l, err
 	}
-	disk, err := os.OpenFile(filepath.Join(dir, "rootfs.img.parted.verity"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	l.hash = hash
+	if _, err := f.WriteAt(vtree, l.size); err != nil {
+		return l, err
+	}
+	return l, f.Close()
+}
+
+// writeDisk writes the root disk: a partition for each of the two layers.
+func writeDisk(out string, root, scripts layer) error {
+	var contents [2]gpt.Content
+	for i, l := range []layer{root, scripts} {
+		f, err := os.Open(l.file)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		contents[i] = gpt.Content{Data: f, Size: st.Size()}
+	}
+	disk, err := os.OpenFile(out, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
@@ -429,16 +524,9 @@ func packRoot(ctx context.Context, t tree, comp []string, dir string, vary varia
 		disk.Close()
 		return err
 	}
-	content := io.MultiReader(io.NewSectionReader(f, 0, size), bytes.NewReader(vtree))
-	if err := gpt.Write(disk, content, size+int64(len(vtree))); err != nil {
+	if err := gpt.Write(disk, contents[0], contents[1]); err != nil {
 		disk.Close()
 		return err
 	}
-	if err := disk.Close(); err != nil {
-		return err
-	}
-	if err := os.Remove(squash); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, "verity"), fmt.Appendf(nil, "%x %d\n", root, size), 0o644)
+	return disk.Close()
 }

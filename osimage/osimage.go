@@ -5,9 +5,10 @@
 //
 // A release is named by its image hash: the SHA-256 of sha256sum.txt, which
 // lists firmware, kernel, initramfs, metadata and launch measurements by hash;
-// the root file system is bound by the verity root hash on the command line in
-// the metadata. [Load] checks all of that except the root's content, which the
-// guest's kernel checks as it reads, and which [Image.VerifyRootfs] checks at once.
+// the root file system, and the scripts layer where there is one (design.md §6), are
+// bound by the verity root hashes on the command line in the metadata. [Load]
+// checks all of that except the content of the two, which the guest's kernel
+// checks as it reads, and which [Image.VerifyRootfs] checks at once.
 //
 // The directory is attacker-controlled: every file is bounded, names are fixed,
 // and nothing in it can name a path outside of it. Which hash is the right one
@@ -93,6 +94,13 @@ type Image struct {
 
 	RootHash [32]byte // verity root hash of the command line
 	RootSize int64    // bytes of the root before its verity tree
+	Scripts  Layer    // zero in an image without a scripts layer
+}
+
+// Layer is what the command line says of the scripts layer.
+type Layer struct {
+	Hash [32]byte // verity root hash
+	Size int64    // bytes before the verity tree; 0 where there is none
 }
 
 // Firmware returns the path of the firmware.
@@ -164,7 +172,15 @@ func Load(dir string) (*Image, error) {
 		return nil, err
 	}
 	img.Metadata = *m
-	if img.RootHash, img.RootSize, err = rootOf(m.Cmdline); err != nil {
+	root, err := layerOf(m.Cmdline, "rootfs")
+	if err != nil {
+		return nil, err
+	}
+	if root.Size == 0 {
+		return nil, malformed(MetadataName, "cmdline has no dstack.rootfs_hash")
+	}
+	img.RootHash, img.RootSize = root.Hash, root.Size
+	if img.Scripts, err = layerOf(m.Cmdline, "scripts"); err != nil {
 		return nil, err
 	}
 	if err := img.checkRootShape(); err != nil {
@@ -248,75 +264,85 @@ func ParseMetadata(data []byte) (*Metadata, error) {
 	return &m, nil
 }
 
-// rootOf reads the verity arguments of a command line; each must be there once,
-// so that reader and guest cannot take different ones.
-func rootOf(cmdline string) (root [32]byte, size int64, err error) {
-	arg := func(key string) (string, error) {
-		value, n := "", 0
-		for _, w := range strings.Fields(cmdline) {
-			if v, ok := strings.CutPrefix(w, key+"="); ok {
-				value = v
-				n++
-			}
-		}
-		if n != 1 {
-			return "", malformed(MetadataName, "cmdline has %d of %s, not one", n, key)
-		}
-		return value, nil
+// layerOf reads the verity arguments dstack.<name>_hash and dstack.<name>_size of a
+// command line: each once, so that reader and guest cannot take different ones, or
+// neither, which gives the zero Layer.
+func layerOf(cmdline, name string) (Layer, error) {
+	var none, l Layer
+	args := map[string][]string{}
+	for _, w := range strings.Fields(cmdline) {
+		key, value, _ := strings.Cut(w, "=")
+		args[key] = append(args[key], value)
 	}
-	text, err := arg("dstack.rootfs_hash")
-	if err != nil {
-		return root, 0, err
+	hashKey, sizeKey := "dstack."+name+"_hash", "dstack."+name+"_size"
+	hashes, sizes := args[hashKey], args[sizeKey]
+	if len(hashes) == 0 && len(sizes) == 0 {
+		return none, nil
 	}
-	sum, err := hex.DecodeString(text)
+	if len(hashes) != 1 {
+		return none, malformed(MetadataName, "cmdline has %d of %s, not one", len(hashes), hashKey)
+	}
+	if len(sizes) != 1 {
+		return none, malformed(MetadataName, "cmdline has %d of %s, not one", len(sizes), sizeKey)
+	}
+	sum, err := hex.DecodeString(hashes[0])
 	if err != nil || len(sum) != 32 {
-		return root, 0, malformed(MetadataName, "cmdline: dstack.rootfs_hash is not 64 hexadecimal digits")
+		return none, malformed(MetadataName, "cmdline: %s is not 64 hexadecimal digits", hashKey)
 	}
-	if text, err = arg("dstack.rootfs_size"); err != nil {
-		return root, 0, err
+	l.Hash = [32]byte(sum)
+	l.Size, err = strconv.ParseInt(sizes[0], 10, 64)
+	if err != nil || l.Size <= 0 || l.Size%verity.BlockSize != 0 || l.Size > 16<<30 {
+		return none, malformed(MetadataName, "cmdline: %s=%s is not a size of whole blocks", sizeKey, sizes[0])
 	}
-	size, err = strconv.ParseInt(text, 10, 64)
-	if err != nil || size <= 0 || size%verity.BlockSize != 0 || size > 16<<30 {
-		return root, 0, malformed(MetadataName, "cmdline: dstack.rootfs_size=%s is not a size of whole blocks", text)
-	}
-	return [32]byte(sum), size, nil
+	return l, nil
 }
 
 // checkRootShape checks that the root disk is there, whole in length, and has
-// the partition in which the guest looks.
+// the partitions in which the guest looks.
 func (i *Image) checkRootShape() error {
 	f, st, err := open(i.Dir, RootfsName)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	part, err := gpt.Find(f)
+	disk, err := gpt.Find(f)
 	if err != nil {
 		return i.rootError(err)
 	}
-	if want := part.Start + part.Size + gpt.Align; st.Size() < want {
+	if want := gpt.DiskSize(disk.Root.Size, disk.Scripts.Size); st.Size() < want {
 		return truncated(RootfsName, st.Size(), want)
 	}
-	if part.Size <= i.RootSize {
-		return fault.New("image_altered", "%s: its partition has %d bytes, the root alone %d", RootfsName, part.Size, i.RootSize).WithFix(rebuild)
+	if disk.Root.Size <= i.RootSize {
+		return fault.New("image_altered", "%s: its partition has %d bytes, the root alone %d", RootfsName, disk.Root.Size, i.RootSize).WithFix(rebuild)
+	}
+	// A layer that nothing measures is none of ours, nor is one that is missing.
+	if (disk.Scripts.Size > 0) != (i.Scripts.Size > 0) || i.Scripts.Size > 0 && disk.Scripts.Size <= i.Scripts.Size {
+		return fault.New("image_altered", "%s: partition %s has %d bytes, by the command line the scripts layer alone has %d", RootfsName, gpt.ScriptsLabel, disk.Scripts.Size, i.Scripts.Size).WithFix(rebuild)
 	}
 	return nil
 }
 
-// VerifyRootfs reads the whole root disk and checks it against the verity root
-// hash, including the stored tree. It takes about a second per 500 MB.
+// VerifyRootfs reads the whole root disk and checks root and scripts layer against
+// their verity root hashes, including the stored trees. It takes about a second
+// per 500 MB.
 func (i *Image) VerifyRootfs() error {
 	f, _, err := open(i.Dir, RootfsName)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	part, err := gpt.Find(f)
+	disk, err := gpt.Find(f)
 	if err != nil {
 		return i.rootError(err)
 	}
-	if err := verity.Verify(io.NewSectionReader(f, part.Start, part.Size), i.RootSize, i.RootHash); err != nil {
+	if err := verity.Verify(io.NewSectionReader(f, disk.Root.Start, disk.Root.Size), i.RootSize, i.RootHash); err != nil {
 		return i.rootError(err)
+	}
+	if i.Scripts.Size == 0 {
+		return nil
+	}
+	if err := verity.Verify(io.NewSectionReader(f, disk.Scripts.Start, disk.Scripts.Size), i.Scripts.Size, i.Scripts.Hash); err != nil {
+		return i.rootError(fmt.Errorf("partition %s: %w", gpt.ScriptsLabel, err))
 	}
 	return nil
 }

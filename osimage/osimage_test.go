@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,9 +18,18 @@ import (
 	"github.com/dstack-go/dstack/osimage/verity"
 )
 
-// writeRelease writes a small but whole release and returns its directory.
-// edit may change the metadata before it is listed.
+// writeRelease writes a small but whole release without a scripts layer, as older
+// ones are, and returns its directory. edit may change the metadata before it is
+// listed.
 func writeRelease(t testing.TB, edit func(*Metadata)) string {
+	t.Helper()
+	return writeReleaseOf(t, nil, edit)
+}
+
+// scriptsLayer is the content of a scripts layer of 3 blocks.
+var scriptsLayer = bytes.Repeat([]byte("file of scripts "), 3*4096/16)
+
+func writeReleaseOf(t testing.TB, layer []byte, edit func(*Metadata)) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "dstack-sim-1.2.3")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -32,11 +42,21 @@ func writeRelease(t testing.TB, edit func(*Metadata)) string {
 	}
 	var disk bytes.Buffer
 	content := append(bytes.Clone(root), tree...)
-	if err := gpt.Write(&disk, bytes.NewReader(content), int64(len(content))); err != nil {
+	cmdline := fmt.Sprintf("console=ttyS0 dstack.rootfs_hash=%x dstack.rootfs_size=%d", hash, len(root))
+	var scripts gpt.Content
+	if layer != nil {
+		tree, hash, err := verity.Tree(bytes.NewReader(layer), int64(len(layer)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmdline += fmt.Sprintf(" dstack.scripts_hash=%x dstack.scripts_size=%d", hash, len(layer))
+		scripts = gpt.Content{Data: io.MultiReader(bytes.NewReader(layer), bytes.NewReader(tree)), Size: int64(len(layer) + len(tree))}
+	}
+	if err := gpt.Write(&disk, gpt.Content{Data: bytes.NewReader(content), Size: int64(len(content))}, scripts); err != nil {
 		t.Fatal(err)
 	}
 	m := Metadata{BIOS: FirmwareName, Kernel: KernelName, Initrd: InitrdName, Rootfs: RootfsName, Version: "1.2.3", SharedRO: true,
-		Flavour: "sim", IsDev: true, SecurityEpoch: 1, Cmdline: fmt.Sprintf("console=ttyS0 dstack.rootfs_hash=%x dstack.rootfs_size=%d", hash, len(root))}
+		Flavour: "sim", IsDev: true, SecurityEpoch: 1, Cmdline: cmdline}
 	if edit != nil {
 		edit(&m)
 	}
@@ -90,6 +110,66 @@ func TestLoadReadsAWholeRelease(t *testing.T) {
 	}
 	if err := img.VerifyRootfs(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestLoadReadsAReleaseWithAScriptsLayer(t *testing.T) {
+	img, err := Load(writeReleaseOf(t, scriptsLayer, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, hash, err := verity.Tree(bytes.NewReader(scriptsLayer), int64(len(scriptsLayer)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if img.Scripts != (Layer{Hash: hash, Size: int64(len(scriptsLayer))}) || img.RootSize != 4096*40 {
+		t.Fatalf("image %+v", img)
+	}
+	if err := img.VerifyRootfs(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The layer on the disk and the one on the command line must be one.
+func TestLoadRefusesAScriptsLayerThatIsNotTheMeasuredOne(t *testing.T) {
+	zeros := strings.Repeat("00", 32)
+	cut := func(m *Metadata) { m.Cmdline, _, _ = strings.Cut(m.Cmdline, " dstack.scripts_") }
+	for _, c := range []struct {
+		name, code, says string
+		layer            []byte
+		edit             func(*Metadata)
+	}{
+		{"measured, not there", "image_altered", "partition dstack-scripts has 0 bytes", nil, func(m *Metadata) {
+			m.Cmdline += " dstack.scripts_hash=" + zeros + " dstack.scripts_size=4096"
+		}},
+		{"there, not measured", "image_altered", "partition dstack-scripts has 1048576 bytes", scriptsLayer, cut},
+		{"measured as larger than its partition", "image_altered", "alone has 1048576", scriptsLayer, func(m *Metadata) {
+			m.Cmdline = strings.Replace(m.Cmdline, "scripts_size=12288", "scripts_size=1048576", 1)
+		}},
+		{"a hash alone", "image_malformed", "0 of dstack.scripts_size", scriptsLayer, func(m *Metadata) {
+			cut(m)
+			m.Cmdline += " dstack.scripts_hash=" + zeros
+		}},
+		{"a size alone", "image_malformed", "0 of dstack.scripts_hash", scriptsLayer, func(m *Metadata) {
+			cut(m)
+			m.Cmdline += " dstack.scripts_size=4096"
+		}},
+		{"two hashes", "image_malformed", "2 of dstack.scripts_hash", scriptsLayer, func(m *Metadata) { m.Cmdline += " dstack.scripts_hash=" + zeros }},
+		{"two sizes", "image_malformed", "2 of dstack.scripts_size", scriptsLayer, func(m *Metadata) { m.Cmdline += " dstack.scripts_size=12288" }},
+		{"a short hash", "image_malformed", "64 hexadecimal", scriptsLayer, func(m *Metadata) {
+			cut(m)
+			m.Cmdline += " dstack.scripts_hash=00 dstack.scripts_size=12288"
+		}},
+		{"a size of no whole blocks", "image_malformed", "whole blocks", scriptsLayer, func(m *Metadata) {
+			m.Cmdline = strings.Replace(m.Cmdline, "scripts_size=12288", "scripts_size=12287", 1)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := Load(writeReleaseOf(t, c.layer, c.edit))
+			if fault.Code(err) != c.code || !strings.Contains(fmt.Sprint(err), c.says) {
+				t.Fatalf("error %v (code %q), want code %q and %q", err, fault.Code(err), c.code, c.says)
+			}
+		})
 	}
 }
 
@@ -232,9 +312,11 @@ func TestLoadRefusesMetadataThatNoBuilderWrites(t *testing.T) {
 }
 
 func TestVerifyRootfsRefuses(t *testing.T) {
-	for name, at := range map[string]int{"data": gpt.Align + 5000, "tree": gpt.Align + 4096*41} {
+	// The root's partition is one Align long, so the layer's begins at two.
+	for name, at := range map[string]int{"data": gpt.Align + 5000, "tree": gpt.Align + 4096*41,
+		"scripts layer": 2*gpt.Align + 5000, "scripts tree": 2*gpt.Align + 4096*4, "bytes behind the scripts tree": 3*gpt.Align - 1} {
 		t.Run("altered "+name, func(t *testing.T) {
-			dir := writeRelease(t, nil)
+			dir := writeReleaseOf(t, scriptsLayer, nil)
 			d := read(t, dir, RootfsName)
 			d[at] ^= 1
 			write(t, dir, RootfsName, d)
@@ -251,6 +333,7 @@ func TestVerifyRootfsRefuses(t *testing.T) {
 
 func FuzzParseMetadata(f *testing.F) {
 	f.Add(read(f, writeRelease(f, nil), MetadataName))
+	f.Add(read(f, writeReleaseOf(f, scriptsLayer, nil), MetadataName))
 	f.Add([]byte(`{"bios":"ovmf.fd","cmdline":"dstack.rootfs_hash= dstack.rootfs_size="}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := ParseMetadata(data)
@@ -260,7 +343,11 @@ func FuzzParseMetadata(f *testing.F) {
 			}
 			return
 		}
-		rootOf(m.Cmdline)
+		for _, name := range []string{"rootfs", "scripts"} {
+			if l, err := layerOf(m.Cmdline, name); err == nil && (l.Size < 0 || l.Size == 0 && l != (Layer{})) {
+				t.Fatalf("%q gave %+v", m.Cmdline, l)
+			}
+		}
 	})
 }
 

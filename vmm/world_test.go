@@ -205,7 +205,7 @@ func makeImage(t testing.TB, dir string) {
 	}
 	var disk bytes.Buffer
 	content := append(root, tree...)
-	if err := gpt.Write(&disk, bytes.NewReader(content), int64(len(content))); err != nil {
+	if err := gpt.Write(&disk, gpt.Content{Data: bytes.NewReader(content), Size: int64(len(content))}, gpt.Content{}); err != nil {
 		t.Fatal(err)
 	}
 	meta, _ := json.Marshal(map[string]any{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initramfs.cpio.gz", "rootfs": "rootfs.img.parted.verity",

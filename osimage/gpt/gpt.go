@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package gpt writes and reads the envelope of a root image: a disk with a GUID
-// partition table (UEFI 2.10 §5) and exactly one partition, named
-// "dstack-rootfs", by which the guest finds it (guest-os.md §2.1).
+// partition table (UEFI 2.10 §5) and a partition named "dstack-rootfs", by which
+// the guest finds it (guest-os.md §2.1); behind it, where the image has a scripts
+// layer (design.md §6), one named "dstack-scripts"; no others.
 //
 // All identifiers are fixed, so that the same content gives the same bytes. The
 // table is not a source of trust: whoever can replace the disk can write any
-// table, and the verity root hash on the command line decides what is mounted.
+// table, and the verity root hashes on the command line decide what is mounted.
 package gpt
 
 import (
@@ -20,11 +21,13 @@ import (
 
 const (
 	sector = 512
-	// Align is where the partition starts, the unit its size is rounded up to,
-	// and the room left after it, in bytes.
+	// Align is where the first partition starts, the unit that sizes are rounded
+	// up to, and the room left after the last partition, in bytes.
 	Align = 1 << 20
-	// Label is the name of the one partition.
+	// Label is the name of the root's partition.
 	Label = "dstack-rootfs"
+	// ScriptsLabel is the name of the scripts layer's partition.
+	ScriptsLabel = "dstack-scripts"
 
 	entries   = 128
 	entrySize = 128
@@ -33,11 +36,13 @@ const (
 )
 
 // The fixed identifiers of guest-os.md §2.1, in their on-disk byte order
-// (first three groups little endian), and the type "Linux filesystem data".
+// (first three groups little endian), and the type "Linux filesystem data". The
+// scripts layer has the next number that upstream does not use: 2 is its ESP.
 var (
-	diskGUID  = [16]byte{0x00, 0xc0, 0xac, 0xd5, 0x00, 0x00, 0x00, 0x40, 0x80, 0, 0, 0, 0, 0, 0, 0}
-	partGUID  = [16]byte{0x00, 0xc0, 0xac, 0xd5, 0x00, 0x00, 0x00, 0x40, 0x80, 0, 0, 0, 0, 0, 0, 1}
-	linuxData = [16]byte{0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4}
+	diskGUID    = [16]byte{0x00, 0xc0, 0xac, 0xd5, 0x00, 0x00, 0x00, 0x40, 0x80, 0, 0, 0, 0, 0, 0, 0}
+	rootGUID    = [16]byte{0x00, 0xc0, 0xac, 0xd5, 0x00, 0x00, 0x00, 0x40, 0x80, 0, 0, 0, 0, 0, 0, 1}
+	scriptsGUID = [16]byte{0x00, 0xc0, 0xac, 0xd5, 0x00, 0x00, 0x00, 0x40, 0x80, 0, 0, 0, 0, 0, 0, 3}
+	linuxData   = [16]byte{0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4}
 )
 
 type header struct {
@@ -64,29 +69,52 @@ type entry struct {
 	Name        [36]uint16
 }
 
-// Partition is where the content lies within the disk, in bytes.
+// slots are the entries of the table, in their order.
+var slots = []struct {
+	label string
+	id    [16]byte
+}{{Label, rootGUID}, {ScriptsLabel, scriptsGUID}}
+
+// Partition is where a content lies within the disk, in bytes.
 type Partition struct{ Start, Size int64 }
 
-// DiskSize returns the size in bytes of a disk that holds content of the given size.
-func DiskSize(content int64) int64 { return 2*Align + roundUp(content) }
+// Layout is what lies on a disk. Scripts has size 0 where there is none.
+type Layout struct{ Root, Scripts Partition }
 
-// Write writes a disk whose partition holds size bytes from content, padded
-// with zeros to a multiple of Align.
-func Write(w io.Writer, content io.Reader, size int64) error {
-	if size <= 0 || DiskSize(size) > maxDisk {
-		return fmt.Errorf("gpt: content of %d bytes; must be between 1 and %d", size, int64(maxDisk-2*Align))
+// Content is what fills a partition: Size bytes from Data. The zero value is no
+// partition.
+type Content struct {
+	Data io.Reader
+	Size int64
+}
+
+// DiskSize returns the size in bytes of a disk with contents of the given sizes;
+// scripts is 0 where there is none.
+func DiskSize(root, scripts int64) int64 { return 2*Align + roundUp(root) + roundUp(scripts) }
+
+// Write writes a disk with the root and, unless it is zero, the scripts layer
+// behind it, each padded with zeros to a multiple of Align.
+func Write(w io.Writer, root, scripts Content) error {
+	if root.Size <= 0 || scripts.Size < 0 || root.Size > maxDisk || scripts.Size > maxDisk || DiskSize(root.Size, scripts.Size) > maxDisk {
+		return fmt.Errorf("gpt: contents of %d and %d bytes; must be positive, at most %d together", root.Size, scripts.Size, int64(maxDisk-2*Align))
 	}
-	total := DiskSize(size)
+	total := DiskSize(root.Size, scripts.Size)
 	last := uint64(total/sector) - 1
 
-	var e entry
-	e.Type, e.ID = linuxData, partGUID
-	e.First = Align / sector
-	e.Last = uint64((Align+roundUp(size))/sector) - 1
-	copy(e.Name[:], utf16.Encode([]rune(Label)))
 	table := make([]byte, tableSize)
-	if _, err := binary.Encode(table, binary.LittleEndian, e); err != nil {
-		return err
+	contents := []Content{root}
+	if scripts.Size > 0 {
+		contents = append(contents, scripts)
+	}
+	at := int64(Align)
+	for i, c := range contents {
+		e := entry{Type: linuxData, ID: slots[i].id, First: uint64(at / sector)}
+		at += roundUp(c.Size)
+		e.Last = uint64(at/sector) - 1
+		copy(e.Name[:], utf16.Encode([]rune(slots[i].label)))
+		if _, err := binary.Encode(table[i*entrySize:], binary.LittleEndian, e); err != nil {
+			return err
+		}
 	}
 
 	head := header{Revision: 0x10000, HeaderSize: 92, Current: 1, Backup: last,
@@ -108,22 +136,24 @@ func Write(w io.Writer, content io.Reader, size int64) error {
 	if _, err := w.Write(front); err != nil {
 		return err
 	}
-	if n, err := io.Copy(w, io.LimitReader(content, size)); err != nil {
-		return err
-	} else if n != size {
-		return fmt.Errorf("gpt: content ended after %d of %d bytes", n, size)
-	}
-	if _, err := w.Write(make([]byte, roundUp(size)-size)); err != nil {
-		return err
+	for _, c := range contents {
+		if n, err := io.Copy(w, io.LimitReader(c.Data, c.Size)); err != nil {
+			return err
+		} else if n != c.Size {
+			return fmt.Errorf("gpt: content ended after %d of %d bytes", n, c.Size)
+		}
+		if _, err := w.Write(make([]byte, roundUp(c.Size)-c.Size)); err != nil {
+			return err
+		}
 	}
 	_, err := w.Write(back)
 	return err
 }
 
-// Find returns the partition of a disk that Write made. It refuses a disk with
-// a damaged table or other partitions than the one: a root image has no others.
-func Find(disk io.ReaderAt) (Partition, error) {
-	var none Partition
+// Find returns the partitions of a disk that Write made. It refuses a disk with
+// a damaged table or with others than these: a root image has no others.
+func Find(disk io.ReaderAt) (Layout, error) {
+	var none, found Layout
 	buf := make([]byte, 2*sector+tableSize)
 	if _, err := disk.ReadAt(buf, 0); err != nil {
 		return none, fmt.Errorf("read partition table: %w", err)
@@ -144,20 +174,29 @@ func Find(disk io.ReaderAt) (Partition, error) {
 	if head.TableAt != 2 || head.Entries != entries || head.EntrySize != entrySize || crc32.ChecksumIEEE(table) != head.TableCRC {
 		return none, fmt.Errorf("partition table: entries do not match the header")
 	}
-	var e entry
-	if _, err := binary.Decode(table[:entrySize], binary.LittleEndian, &e); err != nil {
-		return none, err
+	next := uint64(Align)
+	for i, p := range []*Partition{&found.Root, &found.Scripts} {
+		raw, want := table[i*entrySize:(i+1)*entrySize], slots[i]
+		if i > 0 && len(bytes.Trim(raw, "\x00")) == 0 {
+			break
+		}
+		var e entry
+		if _, err := binary.Decode(raw, binary.LittleEndian, &e); err != nil {
+			return none, err
+		}
+		if name := string(utf16.Decode(e.Name[:len(want.label)])); name != want.label || e.Name[len(want.label)] != 0 {
+			return none, fmt.Errorf("partition %d is not named %s", i+1, want.label)
+		}
+		if e.First*sector != next || e.Last < e.First || e.Last > maxDisk/sector || (e.Last+1-e.First)*sector%Align != 0 {
+			return none, fmt.Errorf("partition %d covers sectors %d to %d; not one of ours", i+1, e.First, e.Last)
+		}
+		*p = Partition{Start: int64(next), Size: int64(e.Last+1-e.First) * sector}
+		next = (e.Last + 1) * sector
 	}
-	if name := string(utf16.Decode(e.Name[:len(Label)])); name != Label || e.Name[len(Label)] != 0 {
-		return none, fmt.Errorf("first partition is not named %s", Label)
+	if len(bytes.Trim(table[len(slots)*entrySize:], "\x00")) != 0 {
+		return none, fmt.Errorf("more than %d partitions", len(slots))
 	}
-	if len(bytes.Trim(table[entrySize:], "\x00")) != 0 {
-		return none, fmt.Errorf("more than one partition")
-	}
-	if e.First*sector != Align || e.Last < e.First || e.Last > maxDisk/sector || (e.Last+1-e.First)*sector%Align != 0 {
-		return none, fmt.Errorf("partition covers sectors %d to %d; not one of ours", e.First, e.Last)
-	}
-	return Partition{Start: Align, Size: int64(e.Last+1-e.First) * sector}, nil
+	return found, nil
 }
 
 // put writes the header with its checksum.
