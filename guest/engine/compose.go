@@ -6,13 +6,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack/guest/boot/supervise"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest/mutable"
 )
 
 // runner starts a program and waits for it.
@@ -47,6 +50,26 @@ func DefaultRetries() []time.Duration { return []time.Duration{2 * time.Second, 
 
 // attemptLimit bounds one compose up: an app may wait for health checks.
 const attemptLimit = 10 * time.Minute
+
+// DefaultProject is what compose calls a project whose file gives no name: the base
+// name of the guest's work directory.
+const DefaultProject = "dstack"
+
+// Project returns what compose calls the project of a file, and its services. There
+// are none when the file cannot be read in full: who removes what is none of them
+// must then remove nothing.
+func Project(compose string) (name string, services []string) {
+	file := mutable.Read([]byte(compose))
+	if name = file.Name; name == "" || strings.Contains(name, "$") {
+		name = DefaultProject
+	}
+	for _, f := range file.Findings {
+		if f.Rule == mutable.Unreadable || f.Rule == mutable.Outside && f.Service == "" {
+			return name, nil
+		}
+	}
+	return name, slices.Sorted(maps.Keys(file.Services))
+}
 
 // File is the path of the compose file.
 func (c *Compose) File() string { return filepath.Join(c.Dir, "docker-compose.yaml") }

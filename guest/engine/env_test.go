@@ -211,6 +211,22 @@ func TestValuesAreTakenOutOfErrors(t *testing.T) {
 	}
 }
 
+func TestProject(t *testing.T) {
+	for text, want := range map[string]string{
+		"services: {web: {}, db: {}}":                       "dstack [db web]",
+		"name: shop\nservices: {web: {}}":                   "shop [web]",
+		"name: ${N}\nservices: {web: {}}":                   "dstack [web]",
+		"include: [x.yaml]\nservices: {web: {}}":            "dstack []",
+		"services: {web: {extends: {file: x, service: y}}}": "dstack [web]",
+		"services: [": "dstack []",
+	} {
+		name, services := Project(text)
+		if got := fmt.Sprint(name, " ", services); got != want {
+			t.Errorf("%q: %s, want %s", text, got, want)
+		}
+	}
+}
+
 // What a container changed in the work directory does not reach the next start.
 func TestComposeFileIsWrittenAnew(t *testing.T) {
 	c := &Compose{Config: Default(), Dir: t.TempDir(), Runner: &fakeRunner{}}
