@@ -158,7 +158,7 @@ func (c *Compose) run(ctx context.Context, limit time.Duration, args ...string) 
 	if err != nil {
 		return err
 	}
-	return redact(c.Runner.Run(ctx, command), c.Env)
+	return redacted(c.Runner.Run(ctx, command), c.Env)
 }
 
 // command returns what to run. The caller closes the files, after an error too.

@@ -4,7 +4,6 @@ package engine
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,12 +11,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/redact"
 )
 
 // Files of the decrypted environment in the work directory (spec/guest-os.md §6).
@@ -101,34 +100,13 @@ func composeEnv(env map[string]string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// shortestSecret is the length in bytes from which a value is taken out of messages;
-// shorter ones would blank out ordinary words, and say little.
-const shortestSecret = 4
-
-// redact takes the values of the environment out of an error: compose quotes what
+// redacted takes the values of the environment out of an error: compose quotes what
 // it cannot make sense of, and errors go to the host's console.
-func redact(err error, env map[string]string) error {
-	if err == nil || len(env) == 0 {
-		return err
+func redacted(err error, env map[string]string) error {
+	if err == nil {
+		return nil
 	}
-	text := err.Error()
-	// Longest first, or a value that is part of another leaves the rest of it.
-	type word struct{ text, name string }
-	var words []word
-	for name, value := range env {
-		for _, v := range append(strings.Split(value, "\n"), value) {
-			quoted := strconv.Quote(v)
-			for _, form := range []string{v, strings.TrimSpace(v), quoted[1 : len(quoted)-1]} {
-				if len(form) >= shortestSecret {
-					words = append(words, word{form, name})
-				}
-			}
-		}
-	}
-	slices.SortFunc(words, func(a, b word) int { return cmp.Or(len(b.text)-len(a.text), strings.Compare(a.name, b.name)) })
-	for _, w := range words {
-		text = strings.ReplaceAll(text, w.text, "["+w.name+"]")
-	}
+	text := redact.New(env).Text(err.Error())
 	if text == err.Error() {
 		return err
 	}

@@ -44,6 +44,9 @@ type Gates struct {
 	// Removed are entries of the containers' directory that the engine could not
 	// have made and that were deleted.
 	Removed []string
+	// NotStarted are containers outside the project that Rearm could not start, with
+	// the reasons. As with the engine itself, that is no reason to end the boot.
+	NotStarted []string
 
 	dir      string          // of the containers
 	starting map[string]bool // containers that the daemon would have started
@@ -352,7 +355,8 @@ func (g *Gates) Sweep(ctx context.Context, c *Client, p SweepPolicy) (Swept, err
 // Rearm gives the containers that are left their restart policies back, and starts
 // those outside the compose project that the daemon would have started; compose
 // starts its own. Call it when every gate has passed. After a Sweep with Locked
-// there is nothing to do. It goes through all of them and joins the errors.
+// there is nothing to do. It goes through all of them; an error says whose policy
+// could not be given back.
 func (g *Gates) Rearm(ctx context.Context, c *Client, project string) error {
 	if len(g.Policies) == 0 {
 		return nil
@@ -381,7 +385,7 @@ func (g *Gates) Rearm(ctx context.Context, c *Client, project string) error {
 		}
 		if g.starting[container.ID] && container.Labels[projectLabel] != project {
 			if err := c.StartContainer(ctx, container.ID); err != nil {
-				errs = append(errs, fmt.Errorf("start container %s: %w", container.ID, err))
+				g.NotStarted = append(g.NotStarted, fmt.Sprintf("container %s: %v", container.ID, err))
 			}
 		}
 	}

@@ -39,6 +39,7 @@ import (
 
 	"github.com/dstack-go/dstack/guest/boot/supervise"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/redact"
 	"github.com/dstack-go/dstack/manifest"
 )
 
@@ -105,8 +106,11 @@ type Room struct {
 	// Exe is this program, which is started again as a stage; see Stage.
 	Exe    string
 	Runner runner
-	// Log is told of each line that a script prints, at most maxLines of one.
-	Log func(script, line string)
+	// Log is told of each line that a script prints, at most maxLines of one, with the
+	// values of Secrets and of the script's environment taken out: lines and errors
+	// go to the host's console.
+	Log     func(script, line string)
+	Secrets map[string]string
 }
 
 // StageArg is the argument with which Room starts Exe again. Its main function must
@@ -165,7 +169,13 @@ func (r *Room) Run(ctx context.Context, s Script) error {
 		ctx, cancel = context.WithTimeoutCause(ctx, s.Limit, late)
 		defer cancel()
 	}
-	lines := &logger{room: r, name: s.Name}
+	known := maps.Clone(s.Env)
+	if known == nil {
+		known = map[string]string{}
+	}
+	maps.Copy(known, r.Secrets)
+	secrets := redact.New(known)
+	lines := &logger{room: r, name: s.Name, secrets: secrets}
 	output := supervise.NewTail(keep)
 	output.Line = lines.line
 	err = r.Runner.Run(ctx, supervise.Command{
@@ -181,11 +191,14 @@ func (r *Room) Run(ctx context.Context, s Script) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, late):
-		if last := output.LastLines(3); last != "" {
+		if last := secrets.Text(output.LastLines(3)); last != "" {
 			return fault.Wrap(errors.New(last), late.Code, "%s", late.Message)
 		}
 		return late
 	default:
+		if text := secrets.Text(err.Error()); text != err.Error() {
+			err = errors.New(text)
+		}
 		return fault.Wrap(err, "script_failed", "%s failed", s.Name).WithFix("`dstack logs` has what it printed; a script fails with its first failing command")
 	}
 }
@@ -210,10 +223,11 @@ func environment(env map[string]string) []string {
 
 // logger passes on the first lines of a script.
 type logger struct {
-	room *Room
-	name string
-	mu   sync.Mutex
-	n    int
+	room    *Room
+	name    string
+	secrets *redact.Redactor
+	mu      sync.Mutex
+	n       int
 }
 
 func (l *logger) line(text string) {
@@ -222,7 +236,7 @@ func (l *logger) line(text string) {
 	n := l.n
 	l.mu.Unlock()
 	if n <= maxLines && l.room.Log != nil {
-		l.room.Log(l.name, text)
+		l.room.Log(l.name, l.secrets.Text(text))
 	}
 }
 

@@ -324,6 +324,19 @@ func TestEnvironmentOfScripts(t *testing.T) {
 	}
 }
 
+// What a script prints goes to the host, and so does why it failed.
+func TestSecretsAreTakenOutOfWhatScriptsPrint(t *testing.T) {
+	r := newRoom(t, layer(t))
+	r.Secrets = map[string]string{"OTHER": "swordfish"}
+	err := r.Run(context.Background(), Script{Name: "s", Text: "set -x; : $TOKEN swordfish; echo \"got $TOKEN\"; exit 3", Env: map[string]string{"TOKEN": "hunter2"}})
+	time.Sleep(50 * time.Millisecond)
+	for _, text := range []string{fmt.Sprint(err), r.text()} {
+		if strings.Contains(text, "hunter2") || strings.Contains(text, "swordfish") || !strings.Contains(text, "got [TOKEN]") {
+			t.Errorf("%s", text)
+		}
+	}
+}
+
 // A script cannot flood the console, nor this process's memory.
 func TestOutputIsBounded(t *testing.T) {
 	r := newRoom(t, layer(t))
