@@ -84,6 +84,8 @@ func (f *fakeEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(201)
 	case path == "/containers/json":
 		io.WriteString(w, `[{"Id":"c1","Names":["/dstack-web-1"],"State":"running","Created":7}]`)
+	case path == "/containers/c1/update":
+		io.WriteString(w, `{"Warnings":null}`)
 	case path == "/containers/c1/logs":
 		w.Write([]byte("\x01\x00\x00\x00\x00\x00\x00\x04out\n\x02\x00\x00\x00\x00\x00\x00\x04err\n"))
 	default:

@@ -597,6 +597,48 @@ func TestDisarmReadsAsTheEngineDoes(t *testing.T) {
 	}
 }
 
+// What the daemon would have started is started after the gates, and no more.
+func TestDisarmKnowsWhatWouldHaveStarted(t *testing.T) {
+	for _, c := range []struct {
+		policy, state string
+		want          bool
+	}{
+		{"always", `{"HasBeenManuallyStopped":true,"State":{"Running":false}}`, true},
+		{"unless-stopped", `{"HasBeenManuallyStopped":false,"State":{"Running":true}}`, true},
+		{"unless-stopped", `{"HasBeenManuallyStopped":true,"State":{"Running":false}}`, false},
+		{"on-failure", `{"State":{"Running":true}}`, true},
+		{"on-failure", `{"State":{"Running":false}}`, false},
+		{"always", `not JSON`, false},
+	} {
+		data, _ := fakeContainers(t, map[string]string{
+			idOf("a") + "/" + hostConfigFile: `{"RestartPolicy":{"Name":"` + c.policy + `"}}`, idOf("a") + "/" + stateFile: c.state,
+		})
+		if g, err := Disarm(data, false); err != nil || g.starting[idOf("a")] != c.want {
+			t.Errorf("%s with %s: %v, %v", c.policy, c.state, g, err)
+		}
+	}
+}
+
+// A container that would not have started, and one that cannot be, do not end a boot.
+func TestRearmStartsNoMore(t *testing.T) {
+	f, client := newFake(t)
+	dir := t.TempDir()
+	g := &Gates{Policies: map[string]RestartPolicy{"c1": {Name: "always"}}, starting: map[string]bool{}, dir: dir}
+	if err := g.Rearm(context.Background(), client, "dstack"); err != nil {
+		t.Fatal(err)
+	}
+	started := func() bool {
+		return slices.ContainsFunc(f.calls, func(c string) bool { return strings.HasSuffix(c, "/containers/c1/start") })
+	}
+	if started() {
+		t.Error("a container was started that would not have been")
+	}
+	g.starting["c1"] = true
+	if err := g.Rearm(context.Background(), client, "dstack"); err != nil || !started() || len(g.NotStarted) != 1 {
+		t.Errorf("%v, started %v, %q", err, started(), g.NotStarted)
+	}
+}
+
 func TestDisarmFollowsNothing(t *testing.T) {
 	outside := filepath.Join(t.TempDir(), "outside.json")
 	const armed = `{"RestartPolicy":{"Name":"always"}}`
