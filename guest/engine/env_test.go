@@ -100,9 +100,9 @@ func composeBinary(t *testing.T) string {
 // execRunner runs with os/exec, inherited files included, and keeps what was said
 // and what could be seen of the process.
 type execRunner struct {
-	stdout       []byte
-	line         []string
-	env, cmdline string
+	stdout []byte
+	line   []string
+	env    string
 }
 
 func (r *execRunner) Run(ctx context.Context, c supervise.Command) error {
