@@ -99,6 +99,12 @@ var importTable = []importRule{
 		Never: []string{"attest/collect/sim"}, Except: []string{"cmd/dstack-simtee"},
 	},
 	{
+		Why:    "a KMS that verifies nothing is for tests alone",
+		From:   []string{"cmd", "cli", "stack", "guest", "kms", "keys", "simtee"},
+		Never:  []string{"guest/keyprovider/kmstest"},
+		Except: []string{"guest/keyprovider/kmstest"},
+	},
+	{
 		Why:   "the vocabulary needs nothing",
 		From:  []string{"."},
 		Never: []string{"api", "prpc", "internal", "attest", "net"},

@@ -15,6 +15,7 @@ import (
 	"github.com/dstack-go/dstack/api/agent"
 	"github.com/dstack-go/dstack/api/guestapi"
 	"github.com/dstack-go/dstack/api/hostapi"
+	"github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/api/vmm"
 )
 
@@ -25,7 +26,7 @@ var update = flag.Bool("update", false, "write testdata/wire.txt anew")
 func TestWireIsUpstreams(t *testing.T) {
 	var b strings.Builder
 	for _, f := range []protoreflect.FileDescriptor{vmm.File_vmm_vmm_proto, hostapi.File_hostapi_hostapi_proto,
-		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto} {
+		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto} {
 		for i := range f.Services().Len() {
 			s := f.Services().Get(i)
 			for j := range s.Methods().Len() {
@@ -69,7 +70,7 @@ func TestWireIsUpstreams(t *testing.T) {
 // follows the declaration.
 func TestFieldsAreDeclaredInOrderOfTheirNumbers(t *testing.T) {
 	for _, f := range []protoreflect.FileDescriptor{vmm.File_vmm_vmm_proto, hostapi.File_hostapi_hostapi_proto,
-		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto} {
+		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto} {
 		for i := range f.Messages().Len() {
 			fields := f.Messages().Get(i).Fields()
 			for j := 1; j < fields.Len(); j++ {

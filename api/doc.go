@@ -13,6 +13,7 @@
 //	api/guestapi  package guest_api     host to guest (guest-agent.md §6)
 //	api/agent     package dstack_guest  apps and the public to the guest agent
 //	                                    (guest-agent.md §3 to §5)
+//	api/kms       package kms           guests and clients to the KMS (kms.md §3.2)
 //
 // Everything in a message is attacker-controlled for its receiver: a message that
 // decoded is well formed, and nothing more.
@@ -23,4 +24,4 @@
 // run go generate.
 package api
 
-//go:generate protoc --go_out=. --go_opt=module=github.com/dstack-go/dstack/api vmm/vmm.proto hostapi/hostapi.proto guestapi/guestapi.proto agent/agent.proto
+//go:generate protoc --go_out=. --go_opt=module=github.com/dstack-go/dstack/api vmm/vmm.proto hostapi/hostapi.proto guestapi/guestapi.proto agent/agent.proto kms/kms.proto
