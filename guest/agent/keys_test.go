@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/decred/dcrd/dcrec/secp256k1/v4"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -195,6 +196,25 @@ func TestGetKeyIsUpstreams(t *testing.T) {
 	status, body, _ := get(t, g.client(t, initrpc.ListenDstack), "http://x/GetKey?path=%2F&purpose=test")
 	if status != 200 || !strings.Contains(body, v.GetKey[1].Key) {
 		t.Errorf("GET: %d %s", status, body)
+	}
+}
+
+// The address that upstream's tests know its simulator's wallet by.
+func TestTheWalletOfTheFixture(t *testing.T) {
+	var want struct {
+		Address string `json:"eth_test_address"`
+	}
+	if err := json.Unmarshal(testkit.Vectors(t, "guest-agent/crypto.json"), &want); err != nil {
+		t.Fatal(err)
+	}
+	g := fixture(t)
+	var got agentpb.GetKeyResponse
+	if err := g.dstack(t).Call(context.Background(), "GetKey", &agentpb.GetKeyArgs{Path: "eth/test", Purpose: "wallet"}, &got); err != nil {
+		t.Fatal(err)
+	}
+	point := secp256k1.PrivKeyFromBytes(got.Key).PubKey().SerializeUncompressed()[1:]
+	if address := "0x" + hex.EncodeToString(derive.Keccak256(point)[12:]); address != want.Address {
+		t.Errorf("address %s, want %s", address, want.Address)
 	}
 }
 
