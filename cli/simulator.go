@@ -32,11 +32,13 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/guest/agent"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
+	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/manifest"
 )
@@ -389,11 +391,11 @@ func simulatorKeys(path string) (*keys.AppKeys, error) {
 	if err != nil {
 		return nil, err
 	}
-	ca, err := rootCertificate(d.CA)
+	ca, err := certificate.Self(d.CA, certificate.Subject{Name: "App Root Cert", Path: 1}, ratls.Issued{}, nil, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	return &keys.AppKeys{App: d.App, Disk: d.Disk, CACert: ca, Provider: keys.Provider{Kind: keys.None, CAKey: text}}, nil
+	return &keys.AppKeys{App: d.App, Disk: d.Disk, CACert: ca.PEM(), Provider: keys.Provider{Kind: keys.None, CAKey: text}}, nil
 }
 
 // readSeed returns the seed in a file, which it makes when it is not there.

@@ -20,6 +20,9 @@ packages="$packages chromium chromium-driver"
 # The guest's clock is tested against real time servers, some of which lie.
 # As a package, chrony takes the place of another time daemon of the machine.
 packages="$packages chrony faketime"
+# Upstream's published SDKs are tested with whatever Node and Python are here.
+command -v node >/dev/null && command -v npm >/dev/null || packages="$packages nodejs npm"
+python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
 qemu="qemu-system-x86"
 qemu_least=10
 

@@ -459,6 +459,44 @@ func serve(t *testing.T, m *Machine) (collect.Env, string) {
 	}}, path
 }
 
+// A TEE without a machine has registers of zeros, and what it is extended with.
+func TestNoMachine(t *testing.T) {
+	spec, err := ParseLaunchSpec([]byte(`{"no_machine":true}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pki, err := NewPKI(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	m, err := Open(pki, spec, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mrtd, rtmr, err := m.Registers()
+	if err != nil || !mrtd.IsZero() || rtmr != [4]dstack.Measurement{} || len(m.BootLog()) != 0 {
+		t.Errorf("it begins with %s, %s and %d events, %v", mrtd, rtmr, len(m.BootLog()), err)
+	}
+	if err := m.Extend(3, dstack.Measurement{1}); err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+	again, err := Open(pki, spec, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if _, rtmr, _ := again.Registers(); rtmr[3].IsZero() {
+		t.Error("the register is lost")
+	}
+	for _, text := range []string{`{"no_machine":true,"firmware":"f"}`, `{"no_machine":true,"vcpus":1}`, `{"no_machine":true,"debug":true}`, `{"no_machine":false}`} {
+		if _, err := ParseLaunchSpec([]byte(text)); fault.Code(err) != "launch_malformed" {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 func TestGuestReachesTheTEE(t *testing.T) {
 	m := openMachine(t, testSpec(t), t.TempDir())
 	env, path := serve(t, m)

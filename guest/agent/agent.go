@@ -48,6 +48,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -69,6 +70,9 @@ const (
 	writeTimeout    = 120 * time.Second
 	maxHeader       = 32 << 10
 	shutdownTimeout = 2 * time.Second
+
+	gcPercent    = 20
+	memoryTarget = 6 << 20 // bytes; the collector works harder beyond it, and gives memory back
 )
 
 // Options tune an agent. The zero value is the production setting.
@@ -370,6 +374,10 @@ func (a *Agent) tlsConfig() *tls.Config {
 // Run is the agent's whole life as a process that init started: give up what it
 // does not need, take over what it inherited, serve until init ends or ctx does.
 func Run(ctx context.Context, log io.Writer) error {
+	// A guest's memory is the app's. The agent makes little garbage and can afford to
+	// look for it often.
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryTarget)
 	if err := Harden(); err != nil { // before the key is in memory
 		return err
 	}
@@ -397,6 +405,7 @@ func Run(ctx context.Context, log io.Writer) error {
 		cancel()
 		return errors.Join(err, <-served)
 	}
+	dropStartPages()
 	logger.Info("agent serves", "app", a.identity.AppID, "version", a.version)
 	return <-served
 }

@@ -90,7 +90,8 @@ type fakeInit struct {
 	logged     []initrpc.LogsRequest
 	openLogs   func(context.Context) (initrpc.Logs, error)
 	status     initrpc.Status
-	quoteFile  []byte // a quote whose report data is patched
+	quoteFile  []byte        // a quote whose report data is patched
+	takes      time.Duration // of a quote
 }
 
 func (f *fakeInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, error) {
@@ -108,6 +109,7 @@ func (f *fakeInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, e
 	if fail != nil {
 		return nil, fail
 	}
+	time.Sleep(f.takes)
 	if f.quoteFile != nil {
 		q := bytes.Clone(f.quoteFile)
 		copy(q[568:632], data[:]) // guest-agent.md §14
@@ -323,7 +325,7 @@ func (g *guest) client(t testing.TB, name string) *http.Client {
 }
 
 // post is what curl -d does; it returns status, body and headers.
-func post(t *testing.T, c *http.Client, url, body string) (int, string, http.Header) {
+func post(t testing.TB, c *http.Client, url, body string) (int, string, http.Header) {
 	t.Helper()
 	resp, err := c.Post(url, "application/json", strings.NewReader(body))
 	if err != nil {
@@ -340,7 +342,7 @@ func post(t *testing.T, c *http.Client, url, body string) (int, string, http.Hea
 	return resp.StatusCode, string(data), resp.Header
 }
 
-func get(t *testing.T, c *http.Client, url string) (int, string, http.Header) {
+func get(t testing.TB, c *http.Client, url string) (int, string, http.Header) {
 	t.Helper()
 	resp, err := c.Get(url)
 	if err != nil {
@@ -354,7 +356,7 @@ func get(t *testing.T, c *http.Client, url string) (int, string, http.Header) {
 	return resp.StatusCode, string(data), resp.Header
 }
 
-func reportData(t *testing.T, quote []byte) dstack.ReportData {
+func reportData(t testing.TB, quote []byte) dstack.ReportData {
 	t.Helper()
 	q, err := tdx.ParseQuote(quote)
 	if err != nil {

@@ -8,8 +8,13 @@ import (
 	"crypto/rand"
 
 	agentpb "github.com/dstack-go/dstack/api/agent"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/derive"
 )
+
+// maxSubject bounds a certificate's common name in bytes.
+const maxSubject = 1 << 10
 
 // randomP256 makes a key that nobody else has, as GetTlsKey returns it.
 func randomP256() (*ecdsa.PrivateKey, error) {
@@ -28,11 +33,10 @@ func (c *caller) getTLSKey(ctx context.Context, req *agentpb.GetTlsKeyArgs) (*ag
 	if err != nil {
 		return nil, err
 	}
-	r := certRequest{
-		subject: req.Subject, altNames: req.AltNames, serverAuth: req.UsageServerAuth, clientAuth: req.UsageClientAuth,
-		raTLS: req.UsageRaTls, appInfo: req.WithAppInfo, notBefore: req.NotBefore, notAfter: req.NotAfter,
-	}
-	return c.certified(ctx, key, r)
+	return c.certified(ctx, key, csr.Config{
+		Subject: req.Subject, Names: req.AltNames, ServerAuth: req.UsageServerAuth, ClientAuth: req.UsageClientAuth,
+		WithEvidence: req.UsageRaTls, WithAppInfo: req.WithAppInfo, NotBefore: req.NotBefore, NotAfter: req.NotAfter,
+	})
 }
 
 // deriveKey is Tappd's: one path, one key, which is the app's key of that path under
@@ -56,16 +60,20 @@ func (c *caller) deriveKey(ctx context.Context, req *agentpb.DeriveKeyArgs) (*ag
 	if err != nil {
 		return nil, err
 	}
-	return c.certified(ctx, key, certRequest{
-		subject: req.Subject, altNames: req.AltNames, serverAuth: req.UsageServerAuth, clientAuth: req.UsageClientAuth, raTLS: req.UsageRaTls,
+	return c.certified(ctx, key, csr.Config{
+		Subject: req.Subject, Names: req.AltNames, ServerAuth: req.UsageServerAuth, ClientAuth: req.UsageClientAuth, WithEvidence: req.UsageRaTls,
 	})
 }
 
 // certified answers with a key and its certificate. Each waits for its turn as a
 // quote does, since it costs one.
-func (c *caller) certified(ctx context.Context, key *ecdsa.PrivateKey, r certRequest) (*agentpb.GetTlsKeyResponse, error) {
-	if err := r.check(); err != nil {
-		return nil, err
+func (c *caller) certified(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) (*agentpb.GetTlsKeyResponse, error) {
+	// What no issuer would certify is refused before it costs a quote.
+	if r.NotBefore != nil && r.NotAfter != nil && *r.NotBefore >= *r.NotAfter {
+		return nil, fault.New("certificate_validity", "not_before must be earlier than not_after")
+	}
+	if len(r.Subject) > maxSubject {
+		return nil, fault.New("certificate_name", "a subject has at most %d bytes, got %d", maxSubject, len(r.Subject))
 	}
 	select {
 	case c.quotes <- struct{}{}:

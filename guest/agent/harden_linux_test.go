@@ -4,6 +4,8 @@ package agent
 
 import (
 	"context"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -165,9 +167,9 @@ func TestAPrivilegedAgentDoesNotStart(t *testing.T) {
 	}
 }
 
-// TestRunAsInitStartsIt is the whole path: spawned by init as a user of its own,
-// hardened, serving inherited sockets, ended with init.
-func TestRunAsInitStartsIt(t *testing.T) {
+// The whole path: spawned by init as a user of its own, hardened, serving inherited
+// sockets, ended with init; and no key where others may look (threats.md E06).
+func TestThreat_E06_RunAsInitStartsIt(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("SKIP: only root can start a process as another user")
 	}
@@ -223,6 +225,41 @@ func TestRunAsInitStartsIt(t *testing.T) {
 	}
 	if _, spki, err := channel.FetchEvidence(ctx, "https://"+addr, nonceOf(32)); err != nil || spki == nil {
 		t.Errorf("evidence: %v", err)
+	}
+	// Threat E06: where others may look, there are no keys.
+	var got struct{ Key string }
+	if code, body, _ := post(t, &c, "http://x/GetKey", `{"path":"canary"}`); code != 200 || json.Unmarshal([]byte(body), &got) != nil {
+		t.Errorf("GetKey: %d %s", code, body)
+	}
+	app := testKeys(t)
+	key, err := hex.DecodeString(got.Key)
+	if err != nil || len(key) != 32 {
+		t.Fatalf("key %q", got.Key)
+	}
+	seen := log.String()
+	for _, name := range []string{"cmdline", "environ", "status"} {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p.Pid, name))
+		if err != nil {
+			t.Error(err)
+		}
+		seen += string(text)
+	}
+	for _, secret := range [][]byte{key, app.App.Bytes(), app.Provider.CAKey} {
+		if strings.Contains(seen, string(secret)) || strings.Contains(seen, hex.EncodeToString(secret)) {
+			t.Error("a key is in the agent's command line, environment or log")
+		}
+	}
+	if left, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", p.Pid)); err != nil || strings.Contains(string(left), "dstack-agent-config") {
+		t.Errorf("the configuration with the keys is still mapped: %v", err)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.Pid))
+	if err != nil || len(fds) == 0 {
+		t.Errorf("descriptors: %v", err)
+	}
+	for _, fd := range fds {
+		if target, _ := os.Readlink(fd); strings.Contains(target, "dstack-agent-config") {
+			t.Errorf("the configuration with the keys is still open as %s", fd)
+		}
 	}
 	cancel() // init goes
 	err = p.Wait()

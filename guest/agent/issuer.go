@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -28,6 +27,8 @@ import (
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
+	"github.com/dstack-go/dstack/keys/certificate"
+	"github.com/dstack-go/dstack/keys/csr"
 )
 
 // Times of certificates and of the KMS that signs them.
@@ -44,22 +45,22 @@ const (
 // issuer signs certificates of the app.
 type issuer interface {
 	// issue returns the chain of PEM certificates, leaf first.
-	issue(ctx context.Context, key *ecdsa.PrivateKey, r certRequest) ([]string, error)
+	issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) ([]string, error)
 }
 
 // newIssuer returns the issuer that belongs to the app's key provider.
 func newIssuer(a *Agent) (issuer, error) {
 	p := a.keys.Provider
 	if p.Kind != keys.KMS {
-		ca, err := parseAuthority(a.keys.CACert, p.CAKey)
+		ca, err := certificate.Open([]byte(a.keys.CACert), p.CAKey)
 		if err != nil {
-			return nil, err
+			return nil, fault.Wrap(err, "app_keys_malformed", "the app's keys")
 		}
 		return &localIssuer{a, ca}, nil
 	}
-	ca, err := parseAuthority(p.TempCACert, p.TempCAKey)
+	ca, err := certificate.Open([]byte(p.TempCACert), p.TempCAKey)
 	if err != nil {
-		return nil, err
+		return nil, fault.Wrap(err, "app_keys_malformed", "the app's keys")
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM([]byte(a.keys.CACert)) {
@@ -131,19 +132,19 @@ func (a *Agent) certInfo() (*ratls.AppInfo, error) {
 // localIssuer signs with the app's own CA: providers none, local and tpm.
 type localIssuer struct {
 	*Agent
-	ca *authority
+	ca *certificate.Authority
 }
 
-func (i *localIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r certRequest) ([]string, error) {
+func (i *localIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) ([]string, error) {
 	claims := ratls.Issued{Usage: ratls.UsageApp}
 	var err error
-	if r.appInfo {
+	if r.WithAppInfo {
 		if claims.Info, err = i.certInfo(); err != nil {
 			return nil, err
 		}
 	}
 	var evidence []byte
-	if r.raTLS {
+	if r.WithEvidence {
 		spki, err := x509.MarshalPKIXPublicKey(key.Public())
 		if err != nil {
 			return nil, err
@@ -152,22 +153,18 @@ func (i *localIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r certRe
 			return nil, err
 		}
 	}
-	custom, err := ratls.Extensions(claims, evidence)
+	leaf, err := i.ca.Issue(certificate.Leaf{Config: r, Public: &key.PublicKey, Issued: claims, Evidence: evidence}, i.now())
 	if err != nil {
 		return nil, err
 	}
-	leaf, err := i.ca.sign(&key.PublicKey, r, custom, i.now())
-	if err != nil {
-		return nil, err
-	}
-	return []string{certPEM(leaf), certPEM(i.ca.cert.Raw)}, nil
+	return []string{certificate.Encode(leaf), i.ca.PEM()}, nil
 }
 
 // kmsIssuer has a KMS sign, over TLS that trusts the KMS's root alone and shows
 // evidence of this instance.
 type kmsIssuer struct {
 	*Agent
-	ca    *authority // the KMS's temporary CA, which everyone may use
+	ca    *certificate.Authority // the KMS's temporary CA, which everyone may use
 	url   string
 	roots *x509.CertPool
 }
@@ -186,18 +183,14 @@ func (i *kmsIssuer) clientCert(ctx context.Context) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	custom, err := ratls.Extensions(ratls.Issued{}, evidence)
+	leaf, err := i.ca.Issue(certificate.Leaf{Config: csr.Config{Subject: "RA-TLS TEMP Cert", ClientAuth: true}, Public: &key.PublicKey, Evidence: evidence}, i.now())
 	if err != nil {
 		return tls.Certificate{}, err
 	}
-	leaf, err := i.ca.sign(&key.PublicKey, certRequest{subject: "RA-TLS TEMP Cert", clientAuth: true}, custom, i.now())
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	return tls.Certificate{Certificate: [][]byte{leaf, i.ca.cert.Raw}, PrivateKey: key}, nil
+	return tls.Certificate{Certificate: [][]byte{leaf, i.ca.Certificate.Raw}, PrivateKey: key}, nil
 }
 
-func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r certRequest) ([]string, error) {
+func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, kmsTimeout)
 	defer cancel()
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
@@ -208,9 +201,7 @@ func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r certRequ
 	if err != nil {
 		return nil, err
 	}
-	csr := signingRequest(spki, r, evidence)
-	sum := sha256.Sum256(csr)
-	signature, err := ecdsa.SignASN1(rand.Reader, key, sum[:])
+	request, signature, err := (&csr.Request{Version: 2, Config: r, Evidence: evidence}).Sign(key)
 	if err != nil {
 		return nil, err
 	}
@@ -219,7 +210,7 @@ func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r certRequ
 		return nil, err
 	}
 	body, err := json.Marshal(map[string]any{
-		"api_version": 2, "csr": hex.EncodeToString(csr), "signature": hex.EncodeToString(signature), "vm_config": i.vmConfig,
+		"api_version": 2, "csr": hex.EncodeToString(request), "signature": hex.EncodeToString(signature), "vm_config": i.vmConfig,
 	})
 	if err != nil {
 		return nil, err
@@ -289,7 +280,7 @@ func checkChain(chain []string, spki []byte, roots *x509.CertPool, now time.Time
 		} else {
 			between.AddCert(cert)
 		}
-		chain[n] = certPEM(cert.Raw)
+		chain[n] = certificate.Encode(cert.Raw)
 	}
 	if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, spki) {
 		return refuse("a certificate of another key")
@@ -313,7 +304,7 @@ func (a *Agent) renewAppCert(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	chain, err := a.issuer.issue(ctx, key, certRequest{subject: "demo-cert", clientAuth: true, raTLS: true})
+	chain, err := a.issuer.issue(ctx, key, csr.Config{Subject: "demo-cert", ClientAuth: true, WithEvidence: true})
 	if err != nil {
 		return 0, err
 	}

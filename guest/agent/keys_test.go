@@ -11,13 +11,16 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/decred/dcrd/dcrec/secp256k1/v4"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dstack-go/dstack"
 	agentpb "github.com/dstack-go/dstack/api/agent"
+	"github.com/dstack-go/dstack/attest/binding"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
@@ -195,6 +198,25 @@ func TestGetKeyIsUpstreams(t *testing.T) {
 	status, body, _ := get(t, g.client(t, initrpc.ListenDstack), "http://x/GetKey?path=%2F&purpose=test")
 	if status != 200 || !strings.Contains(body, v.GetKey[1].Key) {
 		t.Errorf("GET: %d %s", status, body)
+	}
+}
+
+// The address that upstream's tests know its simulator's wallet by.
+func TestTheWalletOfTheFixture(t *testing.T) {
+	var want struct {
+		Address string `json:"eth_test_address"`
+	}
+	if err := json.Unmarshal(testkit.Vectors(t, "guest-agent/crypto.json"), &want); err != nil {
+		t.Fatal(err)
+	}
+	g := fixture(t)
+	var got agentpb.GetKeyResponse
+	if err := g.dstack(t).Call(context.Background(), "GetKey", &agentpb.GetKeyArgs{Path: "eth/test", Purpose: "wallet"}, &got); err != nil {
+		t.Fatal(err)
+	}
+	point := secp256k1.PrivKeyFromBytes(got.Key).PubKey().SerializeUncompressed()[1:]
+	if address := "0x" + hex.EncodeToString(derive.Keccak256(point)[12:]); address != want.Address {
+		t.Errorf("address %s, want %s", address, want.Address)
 	}
 }
 
@@ -377,6 +399,49 @@ func TestUpstreamsUnitTestKey(t *testing.T) {
 		if err != nil || string(bytes.TrimRight(data[:], "\x00")) != c.text {
 			t.Errorf("%s: %q, %v", c.want.Algorithm, data[:], err)
 		}
+	}
+}
+
+// What the rest of the file of vectors says, held against the packages it is about.
+func TestTheOtherVectors(t *testing.T) {
+	var v struct {
+		RATLS struct {
+			SPKI    string `json:"spki_der"`
+			Data    string `json:"report_data"`
+			KMSRoot string `json:"kms_root_ca_report_data"`
+		} `json:"ra_tls"`
+		DH struct {
+			Context []string
+			Root    string `json:"root_pkcs8"`
+			Derived string `json:"derived_pkcs8"`
+			Secret  string
+		} `json:"dh_secret"`
+	}
+	if err := json.Unmarshal(testkit.Vectors(t, "guest-agent/crypto.json"), &v); err != nil {
+		t.Fatal(err)
+	}
+	spki := unhex(t, v.RATLS.SPKI)
+	if got := ratls.ReportData(spki); got.String() != v.RATLS.Data {
+		t.Errorf("ratls-cert: %s", got)
+	}
+	if got := binding.ReportData("kms-root-ca", spki); got.String() != v.RATLS.KMSRoot {
+		t.Errorf("kms-root-ca: %s", got)
+	}
+	root := unhex(t, v.DH.Root)[36:68] // the scalar
+	var context [][]byte
+	for _, c := range v.DH.Context {
+		context = append(context, []byte(c))
+	}
+	key, err := derive.P256(root, context...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := derive.PKCS8(key)
+	if err != nil || hex.EncodeToString(der) != v.DH.Derived {
+		t.Errorf("derived key %x, %v", der, err)
+	}
+	if secret, err := derive.DH(root, context...); err != nil || hex.EncodeToString(secret) != v.DH.Secret {
+		t.Errorf("secret %x, %v", secret, err)
 	}
 }
 

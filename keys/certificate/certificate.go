@@ -24,6 +24,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -172,15 +173,11 @@ func (a *Authority) Issue(l Leaf, now time.Time) (der []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	t.DNSNames, t.IPAddresses = names.DNSNames, names.IPAddresses
-	t.KeyUsage = x509.KeyUsageDigitalSignature
-	if l.ServerAuth {
-		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+	ours, err := extensions(names, l.ServerAuth, l.ClientAuth)
+	if err != nil {
+		return nil, err
 	}
-	if l.ClientAuth {
-		t.ExtKeyUsage = append(t.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
-	}
-	t.ExtraExtensions = custom
+	t.ExtraExtensions = append(ours, custom...)
 	return x509.CreateCertificate(rand.Reader, t, a.Certificate, l.Public, a.key)
 }
 
@@ -214,15 +211,28 @@ func (a *Authority) validity(l Leaf, now time.Time) (from, to time.Time, err err
 	return from.UTC(), to.UTC(), nil
 }
 
-// subjectAltNames sorts names into addresses and DNS names.
-func subjectAltNames(names []string) (*x509.Certificate, error) {
+// generalName tags (RFC 5280 §4.2.1.6).
+const (
+	tagDNSName   = 2
+	tagIPAddress = 7
+)
+
+// subjectAltNames returns names as GeneralNames, in their order: addresses and DNS
+// names.
+func subjectAltNames(names []string) ([]asn1.RawValue, error) {
 	if len(names) > maxNames {
 		return nil, fault.New("certificate_name", "a certificate for %d names, more than %d", len(names), maxNames)
 	}
-	t := new(x509.Certificate)
+	var out []asn1.RawValue
+	add := func(tag int, b []byte) {
+		out = append(out, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: tag, Bytes: b})
+	}
 	for _, n := range names {
 		if ip := net.ParseIP(n); ip != nil {
-			t.IPAddresses = append(t.IPAddresses, ip)
+			if v4 := ip.To4(); v4 != nil {
+				ip = v4
+			}
+			add(tagIPAddress, ip)
 			continue
 		}
 		if n == "" || len(n) > 253 {
@@ -234,9 +244,36 @@ func subjectAltNames(names []string) (*x509.Certificate, error) {
 					WithFix("write international names in their ASCII form (xn--…)")
 			}
 		}
-		t.DNSNames = append(t.DNSNames, n)
+		add(tagDNSName, []byte(n))
 	}
-	return t, nil
+	return out, nil
+}
+
+// extensions of a leaf that are in the standard, in upstream's order; the library
+// would write them in its own (spec/guest-agent.md §9.3).
+func extensions(names []asn1.RawValue, server, client bool) ([]pkix.Extension, error) {
+	var out []pkix.Extension
+	var failed error
+	add := func(arc int, critical bool, value any) {
+		der, err := asn1.Marshal(value)
+		failed = errors.Join(failed, err)
+		out = append(out, pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, arc}, Critical: critical, Value: der})
+	}
+	if len(names) > 0 {
+		add(17, false, names)
+	}
+	add(15, true, asn1.BitString{Bytes: []byte{0x80}, BitLength: 1}) // digitalSignature
+	var uses []asn1.ObjectIdentifier
+	if server {
+		uses = append(uses, asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 1})
+	}
+	if client {
+		uses = append(uses, asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 2})
+	}
+	if len(uses) > 0 {
+		add(37, false, uses)
+	}
+	return out, failed
 }
 
 // template has what all certificates have: a random serial number, the identifier of

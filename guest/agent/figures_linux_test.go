@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dstack-go/dstack/guest/agent/initrpc"
+	"github.com/dstack-go/dstack/internal/testkit"
+)
+
+// clients returns n clients of a unix socket, each with a connection of its own.
+func clients(t testing.TB, socket string, n int) []*http.Client {
+	var all []*http.Client
+	for range n {
+		tr := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		}}
+		t.Cleanup(tr.CloseIdleConnections)
+		all = append(all, &http.Client{Transport: tr})
+	}
+	return all
+}
+
+// maxResident is what the agent's process may have in memory, in KiB.
+const maxResident = 20 << 10
+
+// TestTheAgentIsSmall measures the process that runs in a guest, as init starts it,
+// after 50 clients have used every costly method.
+func TestTheAgentIsSmall(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("SKIP: only root can start a process as another user")
+	}
+	if testing.Short() {
+		t.Skip("builds a binary")
+	}
+	dir, err := os.MkdirTemp("", "agent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(dir, "dstack-guest")
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", bin, "./cmd/dstack-guest")
+	build.Dir, build.Env = testkit.Root(), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cfg, init := config(t, testManifest)
+	socket := filepath.Join(dir, "dstack.sock")
+	sock, err := initrpc.ListenUnix(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sock.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	var log strings.Builder
+	p, err := initrpc.Spawn(ctx, initrpc.SpawnOptions{
+		Path: bin, UID: 990, GID: 990, Config: cfg, Init: init, Log: &log, Listeners: map[string]*os.File{initrpc.ListenDstack: sock},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Wait()
+	defer cancel()
+	select {
+	case <-p.Ready():
+	case <-p.Done():
+		t.Fatalf("agent ended: %v\n%s", p.Wait(), log.String())
+	}
+	memory := func() (string, int) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.Join(regexp.MustCompile(`(VmHWM|VmRSS|RssAnon|RssFile):\s+\d+ kB`).FindAllString(string(status), -1), ", ")
+		rss, err := strconv.Atoi(regexp.MustCompile(`VmRSS:\s+(\d+)`).FindStringSubmatch(string(status))[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text, rss
+	}
+	begin, _ := memory()
+	t.Log("at the start: ", begin)
+	var wg sync.WaitGroup
+	for _, c := range clients(t, socket, 50) {
+		wg.Go(func() {
+			for range 20 {
+				for url, body := range map[string]string{"GetKey": `{"path":"x"}`, "Info": `{}`, "GetTlsKey": `{"usage_ra_tls":true}`, "GetQuote": `{"report_data":"00"}`, "Sign": `{"algorithm":"k256","data":"00"}`} {
+					if status, text, _ := post(t, c, "http://x/"+url, body); status != 200 {
+						t.Errorf("%s: %d %s", url, status, text)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	text, rss := memory()
+	t.Log("after 5000 calls: ", text)
+	if rss > maxResident {
+		t.Errorf("the agent has %d KiB in memory, allowed %d", rss, maxResident)
+	}
+}
+
+// perf calls one method from 50 connections, b.N times altogether, and reports what
+// the median and the slowest hundredth of the calls took.
+func perf(b *testing.B, g *guest, method, body string) {
+	const users = 50
+	all := clients(b, filepath.Join(g.dir, initrpc.ListenDstack), users)
+	took := make([][]time.Duration, users)
+	for i, c := range all { // connections are made before the clock runs
+		post(b, c, "http://x/"+method, body)
+		took[i] = make([]time.Duration, 0, b.N/users+1)
+	}
+	b.ResetTimer()
+	var wg sync.WaitGroup
+	for i, c := range all {
+		wg.Go(func() {
+			for n := i; n < b.N; n += users {
+				begin := time.Now()
+				status, text, _ := post(b, c, "http://x/"+method, body)
+				took[i] = append(took[i], time.Since(begin))
+				if status != 200 {
+					b.Errorf("%d %s", status, text)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	flat := slices.Concat(took...)
+	slices.Sort(flat)
+	ms := func(q float64) float64 { return float64(flat[int(q*float64(len(flat)-1))].Microseconds()) / 1000 }
+	b.ReportMetric(ms(0.50), "p50-ms")
+	b.ReportMetric(ms(0.99), "p99-ms")
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "calls/s")
+}
+
+func BenchmarkGetKey50Clients(b *testing.B) {
+	perf(b, newGuest(b), "GetKey", `{"path":"a/b","purpose":"c"}`)
+}
+
+func BenchmarkInfo50Clients(b *testing.B) { perf(b, newGuest(b), "Info", `{}`) }
+
+// A TDX quote takes about this long on hardware, one at a time: the quoting enclave
+// is asked through the host.
+const hardwareQuote = 20 * time.Millisecond
+
+// BenchmarkInfoWithAQuotePerCall is what Info would cost the way upstream answers it:
+// a fresh quote, which the driver makes one at a time, for every call.
+func BenchmarkInfoWithAQuotePerCall50Clients(b *testing.B) {
+	cfg, init := config(b, testManifest)
+	init.takes = hardwareQuote
+	g := serve(b, cfg, init, Options{})
+	perf(b, g, "GetQuote", `{}`)
+}
