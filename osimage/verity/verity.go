@@ -142,7 +142,8 @@ func DataBlocks(block []byte) (uint64, error) {
 	want := superblock{Version: 1, HashType: 1, DataBlock: BlockSize, HashBlock: BlockSize, SaltSize: SaltSize, UUID: sb.UUID, DataBlocks: sb.DataBlocks}
 	copy(want.Signature[:], "verity\x00\x00")
 	copy(want.Algorithm[:], "sha256")
-	if sb != want {
+	exact := make([]byte, 512)
+	if _, err := binary.Encode(exact, binary.LittleEndian, want); err != nil || !bytes.Equal(exact, block[:512]) {
 		return 0, errors.New("verity superblock: not of format 1 with SHA-256, blocks of 4096 bytes and a salt of zeros")
 	}
 	if sb.DataBlocks == 0 || sb.DataBlocks > maxData/BlockSize {
