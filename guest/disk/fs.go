@@ -79,17 +79,19 @@ func SealedExt4Args(mke2fs, device string, size uint64) []string {
 	}
 }
 
+// ext4Group is the blocks of a group: as many as a bitmap of one block has bits.
+const ext4Group = 8 * cryptSector
+
 // ext4Copies returns the blocks with copies of the superblock on a file system of the
 // given number of 4096-byte blocks: the first of groups 1 and of the powers of 3, 5
 // and 7 (feature sparse_super).
 func ext4Copies(blocks uint64) []uint64 {
-	const group = 8 * cryptSector
 	var copies []uint64
 	add := func(n uint64) bool {
-		if n*group >= blocks {
+		if n*ext4Group >= blocks {
 			return false
 		}
-		copies = append(copies, n*group)
+		copies = append(copies, n*ext4Group)
 		return true
 	}
 	add(1)
@@ -111,7 +113,9 @@ func SealedXFSArgs(mkfs, device string) []string {
 
 // E2fsckArgs returns the command that brings an ext4 file system in order after a
 // crash, without asking; exit status 0 and 1 mean that it is.
-func E2fsckArgs(e2fsck, device string) []string { return []string{e2fsck, "-p", device} }
+func E2fsckArgs(e2fsck, device string) []string {
+	return []string{e2fsck, "-p", "-E", "readahead_kb=0", device}
+}
 
 // Requests of ext4 (fs/ext4/ext4.h) and XFS (fs/xfs/libxfs/xfs_fs.h).
 const (

@@ -6,10 +6,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -144,7 +147,7 @@ func (s *Sealer) reopen(ctx context.Context, dev Block, size uint64, key *[DiskK
 		}
 	}()
 	if r.fs == Ext4 {
-		exit, err := s.Run(ctx, E2fsckArgs(s.Tools.E2fsck, v.Node))
+		exit, err := v.check(ctx, s.Run, E2fsckArgs(s.Tools.E2fsck, v.Node))
 		if err == nil && exit > 1 {
 			err = fmt.Errorf("e2fsck ended with status %d", exit)
 		}
@@ -157,12 +160,11 @@ func (s *Sealer) reopen(ctx context.Context, dev Block, size uint64, key *[DiskK
 		return v, none, nil
 	}
 	// What is new was never written under the volume's keys, so none of it can be
-	// read before it is; but a file system that grows reads the last block to see that
-	// there is one. The record goes first: when it is not durable the next boot grows
-	// again; Mount grows the file system whenever that is the smaller.
+	// read before it is. The record goes before the file system, which therefore has its
+	// old size as long as the record has: when a boot ends here, the next grows again.
 	if old := providedSectors(superblockSectors+(r.size-HeadSize)/512) * 512; v.Size > old {
-		if err := zeroBlock(v.Node, v.Size-cryptSector); err != nil {
-			return nil, none, fault.Wrap(err, "disk_map", "write the end of the grown volume")
+		if err := prepareGrowth(v.Node, v.Size, r.fs); err != nil {
+			return nil, none, fault.Wrap(err, "disk_filesystem", "prepare the data disk to grow")
 		}
 	}
 	r.size, r.generation = size, r.generation+1
@@ -308,6 +310,31 @@ func (v *Volume) add(name string, targets ...Target) (string, error) {
 	return node, nil
 }
 
+// check runs a program that reads the device, without readahead: a page of the cache
+// can span many blocks, and one that was never written would make all of it unreadable.
+func (v *Volume) check(ctx context.Context, run func(context.Context, []string) (int, error), argv []string) (exit int, err error) {
+	f, err := os.Open(v.Node)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var ahead uint64 // a long, in sectors
+	if err := ioctl(f, unix.BLKRAGET, (*[8]byte)(unsafe.Pointer(&ahead))[:]); err != nil {
+		return 0, fmt.Errorf("ask for the readahead: %w", err)
+	}
+	set := func(n uint64) error {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKRASET, uintptr(n)); errno != 0 {
+			return fmt.Errorf("set the readahead: %w", errno)
+		}
+		return nil
+	}
+	if err := set(0); err != nil {
+		return 0, err
+	}
+	exit, err = run(ctx, argv)
+	return exit, errors.Join(err, set(ahead))
+}
+
 // Mount mounts the volume's file system at dir, with its journal and barriers on,
 // and grows it to the size of the volume.
 func (v *Volume) Mount(dir string, flags uintptr) error {
@@ -391,14 +418,50 @@ func prepare(path string, size uint64, fs FS) error {
 	return f.Sync()
 }
 
-// zeroBlock clears one block of a device.
-func zeroBlock(path string, at uint64) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+// prepareGrowth clears what the kernel reads beyond the end of a file system that it
+// is about to grow: the last block of the device, to see that there is one, and for
+// ext4 where the bitmaps of new groups will be, whose checksums it computes though
+// they are not in use: behind the copies of superblock and group descriptors, if any,
+// at the start of a group.
+func prepareGrowth(path string, size uint64, fs FS) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(make([]byte, cryptSector), int64(at))
-	return errors.Join(err, f.Sync(), f.Close())
+	defer f.Close()
+	blocks := size / cryptSector
+	clearBlocks := func(from, n uint64) error {
+		if from >= blocks {
+			return nil
+		}
+		_, err := f.WriteAt(make([]byte, min(n, blocks-from)*cryptSector), int64(from*cryptSector))
+		return err
+	}
+	if err := clearBlocks(blocks-1, 1); err != nil {
+		return err
+	}
+	if fs == Ext4 {
+		head := make([]byte, cryptSector)
+		if _, err := f.ReadAt(head, 0); err != nil {
+			return err
+		}
+		sb := head[1024:]
+		count := uint64(binary.LittleEndian.Uint32(sb[4:])) | uint64(binary.LittleEndian.Uint32(sb[0x150:]))<<32
+		if binary.LittleEndian.Uint16(sb[56:]) != 0xef53 || count == 0 {
+			return errors.New("the volume holds no ext4 file system")
+		}
+		copies := ext4Copies(blocks)
+		for group := (count + ext4Group - 1) / ext4Group * ext4Group; group < blocks; group += ext4Group {
+			n := uint64(64) // two bitmaps for each of 16 groups, twice that to be sure
+			if slices.Contains(copies, group) {
+				n += 1 + 1024 + blocks/ext4Group/64 + 1 // superblock, reserved and used descriptors
+			}
+			if err := clearBlocks(group, n); err != nil {
+				return err
+			}
+		}
+	}
+	return f.Sync()
 }
 
 // syncDevice makes what was written to a device durable.

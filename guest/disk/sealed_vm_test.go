@@ -13,7 +13,7 @@ import (
 func TestSealedVolume(t *testing.T) {
 	scenario(t, "what is written is there after reopening", "a larger disk grows and shows nothing of the host",
 		"a format that ends at any step is done again", "a format without power is done again",
-		"what was synced survives power cuts", "ten gigabytes", "XFS")
+		"what was synced survives power cuts", "a file system with errors is repaired", "ten gigabytes", "XFS")
 }
 
 func TestThreat_E01_ForeignHeadersAndWipedDisksAreRefused(t *testing.T) {
@@ -36,6 +36,10 @@ func TestThreat_E05_DisksOfOtherInstancesAreRefused(t *testing.T) {
 
 func TestThreat_E07_SwapIsUnderAKeyOfItsOwn(t *testing.T) {
 	scenario(t, "swap is encrypted and leaves nothing")
+}
+
+func TestThreat_E08_CorruptVolumesAreReadErrors(t *testing.T) {
+	scenario(t, "a verity volume is found among bogus ones and read")
 }
 
 // Fifty times: the power goes while files are written; what was synced is there.

@@ -55,7 +55,7 @@ type outcome struct {
 	err     error
 }
 
-var inVM = sync.OnceValue(func() outcome { return boot("", "") })
+var inVM = sync.OnceValue(func() outcome { return boot(os.Getenv("DBGONLY"), "") })
 
 // scenario reports how the named scenario went in the VM, which is booted once.
 func scenario(t *testing.T, names ...string) {
@@ -222,6 +222,18 @@ func makeInitramfs(dir string) (string, error) {
 		for _, library := range regexp.MustCompile(`/\S+`).FindAllString(string(out), -1) {
 			files[strings.TrimPrefix(library, "/")] = library
 		}
+	}
+	// A squashfs, where the host can make one.
+	source := filepath.Join(dir, "source")
+	if err := os.Mkdir(source, 0o755); err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(filepath.Join(source, "model"), content(11, 1<<20), 0o644); err != nil {
+		return "", err
+	}
+	squashfs := filepath.Join(dir, "volume.squashfs")
+	if exec.Command("mksquashfs", source, squashfs, "-quiet", "-no-progress", "-noD", "-noF", "-no-fragments").Run() == nil {
+		files["volume.squashfs"] = squashfs
 	}
 	var b bytes.Buffer
 	seen := map[string]bool{}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package gpt writes and reads the envelope of a root image: a disk with a GUID
-// partition table (UEFI 2.10 §5) and a partition named "dstack-rootfs", by which
+// Package gpt writes GUID partition tables (UEFI 2.10 §5), and writes and reads the
+// envelope of a root image: a disk with a partition named "dstack-rootfs", by which
 // the guest finds it (guest-os.md §2.1); behind it, where the image has a scripts
 // layer (design.md §6), one named "dstack-scripts"; no others.
 //
@@ -98,41 +98,17 @@ func Write(w io.Writer, root, scripts Content) error {
 	if root.Size <= 0 || scripts.Size < 0 || root.Size > maxDisk || scripts.Size > maxDisk || DiskSize(root.Size, scripts.Size) > maxDisk {
 		return fmt.Errorf("gpt: contents of %d and %d bytes; must be positive, at most %d together", root.Size, scripts.Size, int64(maxDisk-2*Align))
 	}
-	total := DiskSize(root.Size, scripts.Size)
-	last := uint64(total/sector) - 1
-
-	table := make([]byte, tableSize)
 	contents := []Content{root}
 	if scripts.Size > 0 {
 		contents = append(contents, scripts)
 	}
 	at := int64(Align)
+	var parts []Entry
 	for i, c := range contents {
-		e := entry{Type: linuxData, ID: slots[i].id, First: uint64(at / sector)}
+		parts = append(parts, Entry{Name: slots[i].label, ID: slots[i].id, Start: at, Size: roundUp(c.Size)})
 		at += roundUp(c.Size)
-		e.Last = uint64(at/sector) - 1
-		copy(e.Name[:], utf16.Encode([]rune(slots[i].label)))
-		if _, err := binary.Encode(table[i*entrySize:], binary.LittleEndian, e); err != nil {
-			return err
-		}
 	}
-
-	head := header{Revision: 0x10000, HeaderSize: 92, Current: 1, Backup: last,
-		FirstUsable: 2 + tableSize/sector, LastUsable: last - 1 - tableSize/sector,
-		Disk: diskGUID, TableAt: 2, Entries: entries, EntrySize: entrySize, TableCRC: crc32.ChecksumIEEE(table)}
-	copy(head.Signature[:], "EFI PART")
-
-	front := make([]byte, Align)
-	writeMBR(front, last)
-	head.put(front[sector:])
-	copy(front[2*sector:], table)
-
-	backup := head
-	backup.Current, backup.Backup, backup.TableAt = last, 1, last-tableSize/sector
-	back := make([]byte, Align)
-	copy(back[Align-sector-tableSize:], table)
-	backup.put(back[Align-sector:])
-
+	front, back := Tables(diskGUID, DiskSize(root.Size, scripts.Size), parts)
 	if _, err := w.Write(front); err != nil {
 		return err
 	}
@@ -148,6 +124,42 @@ func Write(w io.Writer, root, scripts Content) error {
 	}
 	_, err := w.Write(back)
 	return err
+}
+
+// An Entry is a partition to write.
+type Entry struct {
+	Name        string   // at most 36 characters of the basic plane
+	ID          [16]byte // on-disk byte order
+	Start, Size int64    // bytes, multiples of 512
+}
+
+// Tables returns the first and last Align bytes of a disk of total bytes with the
+// partitions, all of the type "Linux filesystem data". The caller keeps them apart
+// and out of those two ranges.
+func Tables(disk [16]byte, total int64, parts []Entry) (front, back []byte) {
+	last := uint64(total/sector) - 1
+	table := make([]byte, tableSize)
+	for i, p := range parts {
+		e := entry{Type: linuxData, ID: p.ID, First: uint64(p.Start / sector), Last: uint64((p.Start+p.Size)/sector) - 1}
+		copy(e.Name[:], utf16.Encode([]rune(p.Name)))
+		_, _ = binary.Encode(table[i*entrySize:], binary.LittleEndian, e) // of fixed size: it fits
+	}
+	head := header{Revision: 0x10000, HeaderSize: 92, Current: 1, Backup: last,
+		FirstUsable: 2 + tableSize/sector, LastUsable: last - 1 - tableSize/sector,
+		Disk: disk, TableAt: 2, Entries: entries, EntrySize: entrySize, TableCRC: crc32.ChecksumIEEE(table)}
+	copy(head.Signature[:], "EFI PART")
+
+	front = make([]byte, Align)
+	writeMBR(front, last)
+	head.put(front[sector:])
+	copy(front[2*sector:], table)
+
+	backup := head
+	backup.Current, backup.Backup, backup.TableAt = last, 1, last-tableSize/sector
+	back = make([]byte, Align)
+	copy(back[Align-sector-tableSize:], table)
+	backup.put(back[Align-sector:])
+	return front, back
 }
 
 // Find returns the partitions of a disk that Write made. It refuses a disk with

@@ -123,6 +123,45 @@ func Verify(image io.Reader, size int64, root [hashSize]byte) error {
 	}
 }
 
+// SetUUID writes the UUID into the superblock at the start of a tree. The root hash
+// does not cover it.
+func SetUUID(tree []byte, uuid [16]byte) { copy(tree[16:32], uuid[:]) }
+
+// DataBlocks returns how many blocks of data a superblock says that there are, after
+// it has found everything else in it (but the UUID) to be as this package writes it.
+// The number is the host's word: a wrong one makes the tree lead to another hash, or
+// shows less of the data.
+func DataBlocks(block []byte) (uint64, error) {
+	var sb superblock
+	if len(block) < 512 {
+		return 0, errors.New("verity superblock: too short")
+	}
+	if _, err := binary.Decode(block[:512], binary.LittleEndian, &sb); err != nil {
+		return 0, fmt.Errorf("verity superblock: %w", err)
+	}
+	want := superblock{Version: 1, HashType: 1, DataBlock: BlockSize, HashBlock: BlockSize, SaltSize: SaltSize, UUID: sb.UUID, DataBlocks: sb.DataBlocks}
+	copy(want.Signature[:], "verity\x00\x00")
+	copy(want.Algorithm[:], "sha256")
+	exact := make([]byte, 512)
+	if _, err := binary.Encode(exact, binary.LittleEndian, want); err != nil || !bytes.Equal(exact, block[:512]) {
+		return 0, errors.New("verity superblock: not of format 1 with SHA-256, blocks of 4096 bytes and a salt of zeros")
+	}
+	if sb.DataBlocks == 0 || sb.DataBlocks > maxData/BlockSize {
+		return 0, fmt.Errorf("verity superblock: %d blocks of data", sb.DataBlocks)
+	}
+	return sb.DataBlocks, nil
+}
+
+// TreeSize returns the length in bytes of what Tree appends to so many blocks of data.
+func TreeSize(blocks uint64) uint64 {
+	size := uint64(BlockSize)
+	for n := blocks; n > 1; {
+		n = (n + perBlock - 1) / perBlock
+		size += n * BlockSize
+	}
+	return size
+}
+
 func leaves(data io.Reader, size int64) ([]byte, error) {
 	if size <= 0 || size%BlockSize != 0 || size > maxData {
 		return nil, fmt.Errorf("verity: %d bytes of data; must be a positive multiple of %d, at most %d", size, BlockSize, int64(maxData))
