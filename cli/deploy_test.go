@@ -558,3 +558,18 @@ func TestEvents(t *testing.T) {
 		d.refused("usage", "events", "app", "--since="+since)
 	}
 }
+
+func FuzzAdvertisedRoot(f *testing.F) {
+	f.Add([]byte(volumeImage(nil))[:1<<10+64])
+	// A small disk whose first partition follows the table.
+	small := []byte(volumeImage(nil))
+	small = append(small[:2048:2048], small[1<<20:1<<20+4096]...)
+	small[1024+32], small[1024+33] = 4, 0
+	f.Add(small)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		root, err := advertisedRoot(bytes.NewReader(data))
+		if err == nil && !bytes.Contains(data, append(append([]byte{}, volumeMagic...), append([]byte{1, 0, 0, 0}, root[:]...)...)) {
+			t.Fatalf("root %x is nowhere", root)
+		}
+	})
+}
