@@ -70,7 +70,7 @@ func TestUpgradeInPlace(t *testing.T) {
 	}
 	if v, exit := verify(t, out.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots()); !v.Accepted || exit != 0 {
 		again := dstack(t, "verify", out.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots())
-		t.Fatalf("exit %d: %+v\nthen %d:\n%s%s", exit, v, again.code, again.stdout, again.stderr)
+		t.Fatalf("exit %d: %+v\nthen %d:\n%s%s\n%s", exit, v, again.code, again.stdout, again.stderr, console(t, out.ID))
 	}
 	v, exit := verify(t, out.AttestURL, "--lock", old, "--dev-roots", shared.devRoots())
 	wantRefused(t, v, exit, "compose_hash_mismatch")
