@@ -12,20 +12,29 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/dstack-go/dstack"
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys"
+	"github.com/dstack-go/dstack/keys/derive"
+	"github.com/dstack-go/dstack/keys/envelope"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lock"
 	"github.com/dstack-go/dstack/measure/measuretest"
@@ -305,6 +314,7 @@ func TestDeployRefusesWhatIsUnsafeOrUnclear(t *testing.T) {
 	os.Unsetenv("DSTACK_TEST_ABSENT")
 	t.Setenv("DSTACK_TEST_LARGE", strings.Repeat("x", maxVariableValue+1))
 	kms := []string{"--key-provider", "kms", "--kms-id", id}
+	withKMS := append(kms, "--kms", "https://a.example")
 	for _, tc := range []struct {
 		code string
 		args []string
@@ -324,6 +334,11 @@ func TestDeployRefusesWhatIsUnsafeOrUnclear(t *testing.T) {
 		{"env_malformed", append(kms, "-e", strings.Repeat("a", 256)+"=1")},
 		{"env_malformed", append(kms, "--env-file", d.file("bad", "# fine\n\nA=1\nhunter2 hunter2\n"))},
 		{"env_too_large", append(kms, "-e", "DSTACK_TEST_LARGE")},
+		{"env_malformed", append(kms, "--env-file", d.file("empty", "# none\n"))},
+		{"kms_url_missing", append(kms, "-e", "A=hunter2")},
+		{"kms_signer", append(withKMS, "-e", "A=hunter2")},
+		{"kms_signer", append(withKMS, "-e", "A=hunter2", "--kms-signer", "02abcd")},
+		{"kms_ca", append(withKMS, "-e", "A=hunter2", "--kms-signer", "02"+strings.Repeat("ab", 32), "--kms-ca", d.file("noca", "x"))},
 		{"file_missing", append(kms, "--env-file", filepath.Join(d.dir, "absent"))},
 		{"script_missing", []string{"--script-init", filepath.Join(d.dir, "absent")}},
 		{"script_missing", []string{"--script-pre-launch", filepath.Join(d.dir, "absent")}},
@@ -557,4 +572,123 @@ func TestEvents(t *testing.T) {
 	for _, since := range []string{"yesterday", "-1h", "1969-01-01T00:00:00Z"} {
 		d.refused("usage", "events", "app", "--since="+since)
 	}
+}
+
+func FuzzAdvertisedRoot(f *testing.F) {
+	f.Add([]byte(volumeImage(nil))[:1<<10+64])
+	// A small disk whose first partition follows the table.
+	small := []byte(volumeImage(nil))
+	small = append(small[:2048:2048], small[1<<20:1<<20+4096]...)
+	small[1024+32], small[1024+33] = 4, 0
+	f.Add(small)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		root, err := advertisedRoot(bytes.NewReader(data))
+		if err == nil && !bytes.Contains(data, append(append([]byte{}, volumeMagic...), append([]byte{1, 0, 0, 0}, root[:]...)...)) {
+			t.Fatalf("root %x is nowhere", root)
+		}
+	})
+}
+
+// kmsDesk answers for the keys of apps' variables.
+type kmsDesk struct {
+	*httptest.Server
+	root   []byte // of the answers' signatures
+	signer string // its public half
+	ca     string // file
+	env    keys.EnvKey
+	at     time.Time
+}
+
+func newKMS(t *testing.T) *kmsDesk {
+	k := &kmsDesk{root: bytes.Repeat([]byte{7}, 32), at: time.Now()}
+	public, err := derive.K256Public(k.root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.signer = hex.EncodeToString(public)
+	if k.env, err = keys.NewEnvKey(bytes.Repeat([]byte{9}, 32)); err != nil {
+		t.Fatal(err)
+	}
+	k.Server = httptest.NewTLSServer(prpc.NewMux(nil, prpc.Unary("GetAppEnvEncryptPubKey", func(_ context.Context, in *vmmpb.AppId) (*vmmpb.PublicKeyResponse, error) {
+		public, err := envelope.PublicKey(k.env)
+		if err != nil {
+			return nil, err
+		}
+		at := uint64(k.at.Unix())
+		v0, v1, err := envelope.SignKey(k.root, dstack.AppID(in.AppId), public, at)
+		return &vmmpb.PublicKeyResponse{PublicKey: public, Signature: v0, Timestamp: at, SignatureV1: v1}, err
+	})))
+	t.Cleanup(k.Close)
+	k.Config.ErrorLog = log.New(io.Discard, "", 0)
+	k.ca = filepath.Join(t.TempDir(), "ca.pem")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: k.Certificate().Raw})
+	if err := os.WriteFile(k.ca, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
+	d, k := newDesk(t), newKMS(t)
+	c := d.file("c.yaml", composeFile("    environment: [\"A=${A}\"]\n"))
+	t.Setenv("CLI_TEST_TOKEN", "hunter2")
+	common := []string{"--kms-signer", k.signer, "--kms-ca", k.ca}
+	deploy := append([]string{"deploy", "-c", c, "-n", "app", "--key-provider", "kms", "--kms", k.URL, "--kms-id", rootKey(t), "-e", "A=hunter1", "-e", "CLI_TEST_TOKEN"}, common...)
+
+	// Nothing is encrypted to a key that the KMS did not give.
+	k.root[0]++
+	d.refused("env_key_signer", deploy...)
+	k.root[0]--
+	k.at = time.Now().Add(-time.Hour)
+	d.refused("env_key_stale", deploy...)
+	k.at = time.Now()
+	d.refused("kms_unreachable", deploy[:len(deploy)-2]...) // nobody knows its authority
+	d.refused("env_name_denied", append(deploy, "-e", "LD_PRELOAD=/x")...)
+	if len(d.calls) != 0 {
+		t.Fatalf("calls %v", d.calls)
+	}
+
+	o := d.must(deploy...)
+	if strings.Contains(o.out+o.err, "hunter") || strings.Contains(d.created.String(), "hunter") {
+		t.Error("a value is printed, or sent as it is")
+	}
+	m := d.manifest(d.created.ComposeFile)
+	appID := appIDOf(m)
+	opening := envelope.Opening{Key: k.env, App: appID, Compose: m.Hash(), Signers: m.EnvSigners, Allowed: m.AllowedEnvs, Strict: true}
+	first, err := opening.Open(d.created.EncryptedEnv)
+	if err != nil || first.Variables["A"] != "hunter1" || first.Variables["CLI_TEST_TOKEN"] != "hunter2" || len(first.Skipped) != 0 || len(m.EnvSigners) != 1 {
+		t.Fatal(first, err)
+	}
+	fi, err := os.Stat(filepath.Join(d.dir, "deployer-key"))
+	if err != nil || fi.Mode().Perm() != 0o600 {
+		t.Error(fi, err)
+	}
+
+	// They are sealed to this manifest: another one needs them again.
+	d.refused("env_again", "upgrade", "app", "-c", c, "--swap", "1G")
+	d.must("upgrade", "app", "-c", c)
+	if len(d.updated.EncryptedEnv) != 0 || d.updated.ComposeFile != string(m.Raw) {
+		t.Error("an upgrade to the same changes something")
+	}
+	time.Sleep(2 * time.Millisecond)
+	d.must(append([]string{"upgrade", "app", "-c", c, "--swap", "1G", "-e", "A=hunter3"}, common...)...)
+	m2 := d.manifest(d.updated.ComposeFile)
+	opening.Compose, opening.Allowed, opening.MinVersion = m2.Hash(), m2.AllowedEnvs, first.Version
+	second, err := opening.Open(d.updated.EncryptedEnv)
+	if err != nil || second.Variables["A"] != "hunter3" || len(second.Variables) != 1 || second.Version <= first.Version || !bytes.Equal(m2.EnvSigners[0], m.EnvSigners[0]) {
+		t.Fatal(second, err)
+	}
+	d.refused("usage", "upgrade", "app", "--no-env", "-e", "A=1")
+	d.file("c.yaml", composeFile(""))
+	d.must("upgrade", "app", "-c", c, "--no-env")
+	if m := d.manifest(d.updated.ComposeFile); len(m.AllowedEnvs)+len(m.EnvSigners) != 0 {
+		t.Errorf("%+v", m)
+	}
+	d.file("deployer-key", "short")
+	d.refused("deployer_key", append([]string{"upgrade", "app", "-c", c, "-e", "A=1"}, common...)...)
+}
+
+func appIDOf(m *manifest.Manifest) dstack.AppID {
+	h := m.Hash()
+	return dstack.AppID(h[:dstack.AppIDSize])
 }

@@ -4,13 +4,25 @@ package cli
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
 	"os"
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
+	"time"
 
+	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys/envelope"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/prpc"
 )
 
 // Limits of the guest on encrypted variables (spec/kms.md §4.2).
@@ -95,7 +107,10 @@ func (w *workload) variables(provider string) ([]variable, error) {
 		return nil, fault.New("env_too_large", "%d variables of %d bytes are more than %d of %d", len(out), total, maxVariables, maxVariableBytes).
 			WithFix("give the app large data in another way")
 	}
-	slices.SortFunc(out, func(a, b variable) int { return bytes.Compare([]byte(a.name), []byte(b.name)) })
+	slices.SortFunc(out, func(a, b variable) int { return strings.Compare(a.name, b.name) })
+	if len(out) == 0 {
+		return nil, fault.New("env_malformed", "the files for --env-file hold no variable").WithFix("leave them out, or write KEY=VALUE")
+	}
 	return out, nil
 }
 
@@ -107,15 +122,76 @@ func names(env []variable) []string {
 	return out
 }
 
-// seal encrypts the variables to the app, and wipes them.
+// sealable sets what the manifest says of variables: their names, and that only this
+// deployer may write them. Codes: kms_url_missing, kms_signer.
+func (w *workload) sealable(a *app, p *plan, d *manifest.Draft) error {
+	if len(p.kms) == 0 {
+		return fault.New("kms_url_missing", "variables are encrypted to a key of the KMS, and nothing says where it is").WithFix("--kms URL")
+	}
+	signer, err := hex.DecodeString(strings.TrimPrefix(w.KMSSigner, "0x"))
+	if err != nil || len(signer) != 33 {
+		return fault.New("kms_signer", "nothing says whose answer about the app's key is to be believed: whoever answers would read the variables").
+			WithFix("--kms-signer HEX with the 33 bytes that the KMS's operator publishes")
+	}
+	p.kmsSigner = signer
+	if w.KMSCA != "" {
+		pem, err := readLimited(w.KMSCA, 1<<20)
+		if err != nil {
+			return err
+		}
+		p.kmsRoots = x509.NewCertPool()
+		if !p.kmsRoots.AppendCertsFromPEM(pem) {
+			return fault.New("kms_ca", "%s has no certificate", w.KMSCA).WithFix("give the PEM file of the authority that certifies the KMS")
+		}
+	}
+	if p.deployer, err = a.stack.DeployerKey(); err != nil {
+		return err
+	}
+	d.AllowedEnvs, d.EnvSigners = names(p.env), [][]byte{p.deployer.Public().(ed25519.PublicKey)}
+	return nil
+}
+
+// appKey asks the KMS for the public key of the app's variables, and believes an
+// answer that is fresh and signed by the one that is meant. Its address and
+// certificate decide nothing.
+//
+// Codes: kms_unreachable, env_key_signer, env_key_stale.
+func (p *plan) appKey(a *app) ([]byte, error) {
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: p.kmsRoots}, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}}
+	var failed error
+	for _, url := range p.kms {
+		a.step("ask %s for the key of the app's variables", url)
+		var answer vmmpb.PublicKeyResponse
+		c := &prpc.Client{BaseURL: strings.TrimSuffix(url, "/") + "/prpc", HTTP: client}
+		if err := c.Call(a.ctx, "GetAppEnvEncryptPubKey", &vmmpb.AppId{AppId: p.lock.AppID[:]}, &answer); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", url, err))
+			continue
+		}
+		if err := envelope.VerifyKey(p.kmsSigner, p.lock.AppID, answer.PublicKey, answer.SignatureV1, answer.Timestamp, time.Now()); err != nil {
+			return nil, err
+		}
+		return answer.PublicKey, nil
+	}
+	return nil, fault.Wrap(failed, "kms_unreachable", "no KMS tells the key of the app's variables").WithFix("check --kms; --kms-ca FILE where its certificate is not a public one")
+}
+
+// seal encrypts the variables to the app and this manifest, signs them, and wipes
+// them. The version is the time, which only rises.
+//
+// Codes: those of appKey, env_name, env_name_denied, env_too_large.
 func (p *plan) seal(a *app) ([]byte, error) {
-	if len(p.env) == 0 {
+	if p.env == nil {
 		return nil, nil
 	}
-	defer func() {
-		for _, v := range p.env {
-			clear(v.value)
-		}
-	}()
-	return nil, fault.New("env_unsupported", "this version cannot ask a KMS for the key of an app's variables").WithFix("deploy without -e and --env-file")
+	public, err := p.appKey(a)
+	if err != nil {
+		return nil, err
+	}
+	values := map[string]string{}
+	for _, v := range p.env {
+		values[v.name] = string(v.value)
+		clear(v.value)
+	}
+	defer clear(values)
+	return envelope.Seal(public, envelope.Binding{App: p.lock.AppID, Compose: p.lock.ComposeHash, Version: uint64(time.Now().UnixMilli())}, p.deployer, values)
 }

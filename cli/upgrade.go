@@ -20,6 +20,7 @@ type upgradeCmd struct {
 	workload
 	Name    string        `arg:"" help:"App name or VM id."`
 	Compose string        `short:"c" help:"The new docker-compose.yaml; by default the one that it runs." placeholder:"FILE"`
+	NoEnv   bool          `name:"no-env" help:"Go on without the variables that the app had."`
 	Timeout time.Duration `help:"How long to wait for the app." default:"5m"`
 	DryRun  bool          `help:"Show what would be measured and stop."`
 }
@@ -33,6 +34,12 @@ func (c *upgradeCmd) Run(a *app) error {
 	was, err := previousOf(vm)
 	if err != nil {
 		return err
+	}
+	if c.NoEnv {
+		if len(c.Env)+len(c.EnvFile) > 0 {
+			return usage("--no-env goes with neither -e nor --env-file")
+		}
+		was.manifest.AllowedEnvs, was.manifest.EnvSigners = nil, nil
 	}
 	compose := []byte(was.manifest.DockerComposeFile)
 	if c.Compose != "" {

@@ -56,9 +56,8 @@ func (w *workload) volumes(d *manifest.Draft) ([]volumeFile, error) {
 // volumeMagic begins the metadata of a volume (guest-os.md §9).
 var volumeMagic = []byte("DSTACK_VOLUME\x00\x00\x00")
 
-// volumeRoot reads the verity root hash that a volume's image advertises: in the 4096
-// bytes of its first partition, after magic (16) and kind (u32 LE, 1), 32 bytes, then
-// zeros. That the content has this root the guest checks, block by block.
+// volumeRoot reads the verity root hash that a volume's image advertises. That the
+// content has this root the guest checks, block by block.
 //
 // Codes: file_missing, volume_malformed.
 func volumeRoot(path string) (root [32]byte, err error) {
@@ -70,46 +69,43 @@ func volumeRoot(path string) (root [32]byte, err error) {
 		return root, err
 	}
 	defer f.Close()
-	bad := func(why string) error {
-		return fault.New("volume_malformed", "%s is not a volume: %s", path, why).WithFix("make one with a file system under dm-verity in the envelope of guest-os.md §9")
+	if root, err = advertisedRoot(f); err != nil {
+		return root, fault.Wrap(err, "volume_malformed", "%s is not a volume", path).
+			WithFix("make one: a file system under dm-verity in the envelope of guest-os.md §9")
 	}
+	return root, nil
+}
+
+// advertisedRoot reads the 4096 bytes of a disk's first partition: magic (16), kind
+// (u32 LE, 1), root hash (32), zeros.
+func advertisedRoot(disk io.ReaderAt) (root [32]byte, err error) {
 	const sector, metadata = 512, 4096
-	read := func(at int64, n int) ([]byte, error) {
-		b := make([]byte, n)
-		if _, err := f.ReadAt(b, at); err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil, bad("it ends too early")
-			}
-			return nil, fmt.Errorf("read %s: %w", path, err)
-		}
-		return b, nil
-	}
-	table, err := read(sector, 2*sector)
-	if err != nil {
-		return root, err
+	table := make([]byte, 2*sector)
+	if _, err := disk.ReadAt(table, sector); err != nil {
+		return root, fmt.Errorf("read the partition table: %w", err)
 	}
 	if !bytes.HasPrefix(table, []byte("EFI PART")) {
-		return root, bad("it has no partition table")
+		return root, errors.New("it has no partition table")
 	}
 	first := binary.LittleEndian.Uint64(table[sector+32:])
 	if first < 3 || first > 1<<40 {
-		return root, bad("its first partition is nowhere")
+		return root, fmt.Errorf("its first partition is at sector %d", first)
 	}
-	meta, err := read(int64(first)*sector, metadata)
-	if err != nil {
-		return root, err
+	meta := make([]byte, metadata)
+	if _, err := disk.ReadAt(meta, int64(first)*sector); err != nil {
+		return root, fmt.Errorf("read its metadata: %w", err)
 	}
 	switch {
 	case !bytes.HasPrefix(meta, volumeMagic):
-		return root, bad("its first partition does not begin as one")
+		return root, errors.New("its first partition does not begin as one")
 	case binary.LittleEndian.Uint32(meta[16:]) != 1:
-		return root, bad("it is of a kind that this version does not know")
+		return root, errors.New("it is of a kind that this version does not know")
 	case !bytes.Equal(meta[52:], make([]byte, metadata-52)):
-		return root, bad("its metadata has more than a root hash")
+		return root, errors.New("its metadata has more than a root hash")
 	}
 	copy(root[:], meta[20:])
 	if root == [32]byte{} {
-		return root, bad("its root hash is zero")
+		return root, errors.New("its root hash is zero")
 	}
 	return root, nil
 }

@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -43,8 +44,10 @@ type workload struct {
 	StorageFS   string   `name:"storage-fs" help:"File system of the data disk: ext4 or xfs." enum:",ext4,xfs" default:"" placeholder:"FS"`
 	Swap        string   `help:"Swap on the data disk, such as 1G." placeholder:"SIZE"`
 
-	Env     []string `short:"e" help:"Variable for the compose file, encrypted to the app; without =VALUE its value is taken from this environment, which no other user of the machine sees." placeholder:"KEY[=VALUE]" sep:"none"`
-	EnvFile []string `help:"File with a variable per line, KEY=VALUE or KEY." placeholder:"FILE" sep:"none"`
+	Env       []string `short:"e" help:"Variable for the compose file, encrypted to the app; without =VALUE its value is taken from this environment, which no other user of the machine sees." placeholder:"KEY[=VALUE]" sep:"none"`
+	KMSSigner string   `name:"kms-signer" help:"The KMS's signing key, in hex: its compressed secp256k1 public key, 33 bytes. Variables are encrypted only to an app's key that it signs." placeholder:"HEX"`
+	KMSCA     string   `name:"kms-ca" help:"PEM file of the authority that certifies the KMS's address, where that is not a public one." placeholder:"FILE"`
+	EnvFile   []string `help:"File with a variable per line, KEY=VALUE or KEY." placeholder:"FILE" sep:"none"`
 
 	Volume []string `help:"Read-only disk with a file system under dm-verity, mounted at TARGET in the guest, /dstack/volumes/NAME by default; a service gets it as a bind mount." placeholder:"NAME=FILE[:TARGET]" sep:"none"`
 
@@ -73,9 +76,12 @@ type plan struct {
 	blobs []appimage.Blob
 	disks []volumeFile
 	ports []mapping
-	env   []variable
-	pin   []byte // of the KMS
 	kms   []string
+
+	env       []variable // nil: none are given
+	kmsSigner []byte
+	kmsRoots  *x509.CertPool // nil: the system's
+	deployer  ed25519.PrivateKey
 }
 
 // plan decides and measures what is to run, and changes nothing.
@@ -115,13 +121,14 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if err := w.keys(&draft); err != nil {
 		return nil, err
 	}
-	p.pin = draft.KeyProviderID
 	var err error
 	if p.env, err = w.variables(draft.KeyProvider); err != nil {
 		return nil, err
 	}
-	if len(w.Env)+len(w.EnvFile) > 0 {
-		draft.AllowedEnvs = names(p.env)
+	if p.env != nil {
+		if err := w.sealable(a, p, &draft); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.settings(&draft); err != nil {
 		return nil, err
@@ -167,6 +174,11 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 		return nil, fmt.Errorf("the manifest that was built does not parse: %w", err)
 	}
 	hash := m.Hash()
+	// Variables are sealed to one manifest.
+	if was != nil && p.env == nil && len(m.EnvSigners) > 0 && hash != was.manifest.Hash() {
+		return nil, fault.New("env_again", "the app's variables are sealed to the manifest that it has, and this is another one").
+			WithFix("give them again with -e or --env-file, or --no-env to go on without")
+	}
 	appID := dstack.AppID(hash[:dstack.AppIDSize])
 	if was != nil {
 		appID = was.appID

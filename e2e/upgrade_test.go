@@ -69,7 +69,8 @@ func TestUpgradeInPlace(t *testing.T) {
 		t.Fatalf("%+v, was %+v, %v", after, before, err)
 	}
 	if v, exit := verify(t, out.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots()); !v.Accepted || exit != 0 {
-		t.Fatalf("exit %d: %+v", exit, v)
+		again := dstack(t, "verify", out.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots())
+		t.Fatalf("exit %d: %+v\nthen %d:\n%s%s\n%s", exit, v, again.code, again.stdout, again.stderr, console(t, out.ID))
 	}
 	v, exit := verify(t, out.AttestURL, "--lock", old, "--dev-roots", shared.devRoots())
 	wantRefused(t, v, exit, "compose_hash_mismatch")

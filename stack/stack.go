@@ -14,6 +14,9 @@ package stack
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +28,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -85,6 +89,34 @@ func (s *Stack) PKIDir() string     { return filepath.Join(s.Dir, "dev-pki") }
 func (s *Stack) DevRoots() string   { return filepath.Join(s.PKIDir(), "dev-roots.json") }
 func (s *Stack) ImagesDir() string  { return filepath.Join(s.Dir, "images") }
 func (s *Stack) VolumesDir() string { return filepath.Join(s.Dir, "volumes") }
+
+// DeployerKey returns the key by which this user's deployments sign apps' variables,
+// making it at the first use. It is the stack's, mode 0600; its public half is in the
+// manifests of those apps.
+//
+// Code: deployer_key.
+func (s *Stack) DeployerKey() (ed25519.PrivateKey, error) {
+	path := filepath.Join(s.Dir, "deployer-key")
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		_, key, err := ed25519.GenerateKey(rand.Reader)
+		if err != nil {
+			return nil, err
+		}
+		return key, durable.WriteFile(path, []byte(hex.EncodeToString(key.Seed())+"\n"), 0o600)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer clear(data)
+	seed, err := hex.DecodeString(strings.TrimSpace(string(data)))
+	if err != nil || len(seed) != ed25519.SeedSize {
+		return nil, fault.New("deployer_key", "%s is not a key of %d bytes in hexadecimal", path, ed25519.SeedSize).
+			WithFix("restore it, or remove it for a new one: apps then get it with their next upgrade")
+	}
+	defer clear(seed)
+	return ed25519.NewKeyFromSeed(seed), nil
+}
 
 // HTTP returns a client that reaches the VMM's socket whatever host the URL names.
 func (s *Stack) HTTP() *http.Client {

@@ -118,8 +118,13 @@ func TestBadAnswers(t *testing.T) {
 		"an error of the provider": {frame(`{"error":"QE ids differ"}`), "key_provider_refused"},
 	} {
 		c := provider(t, func(conn net.Conn, _ []byte) { conn.Write(tc.answer) })
-		if key, err := c.SealingKey(t.Context(), []byte{1}); fault.Code(err) != tc.code {
+		key, err := c.SealingKey(t.Context(), []byte{1})
+		if fault.Code(err) != tc.code {
 			t.Errorf("%s: %v, %v, want %s", name, key, err, tc.code)
+		}
+		// It is refused for its length, before anything of it is read.
+		if n := len(tc.answer); n == 4 && !strings.Contains(err.Error(), "announces") {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
