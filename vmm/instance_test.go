@@ -41,6 +41,13 @@ func TestInstanceAndDiskOutliveRunsAndTheVMM(t *testing.T) {
 	id := g.v.spec().ID
 	app := g.v.spec().AppID
 	foreign := strings.Repeat("ab", 20)
+	// A guest that does not say so has no disk in use.
+	if err := g.notify("instance.info", `{"app_id":"`+foreign+`"}`); err != nil {
+		t.Fatal(err)
+	}
+	if kept, _ := os.ReadFile(filepath.Join(w.dir(id), sharedDir, hostshare.InstanceInfoName)); strings.Contains(string(kept), "ready") {
+		t.Fatalf("kept %s", kept)
+	}
 	// All that is kept of the guest's word is that its disk is in use.
 	if err := g.notify("instance.info", `{"app_id":"`+foreign+`","instance_id":"`+foreign+`","instance_id_seed":"`+foreign+`","data_disk":"ready","x":1}`); err != nil {
 		t.Fatal(err)
