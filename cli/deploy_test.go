@@ -40,6 +40,7 @@ import (
 	"github.com/dstack-go/dstack/measure/measuretest"
 	"github.com/dstack-go/dstack/osimage/gpt"
 	"github.com/dstack-go/dstack/osimage/verity"
+	"github.com/dstack-go/dstack/osimage/volume"
 	"github.com/dstack-go/dstack/prpc"
 )
 
@@ -574,6 +575,23 @@ func TestEvents(t *testing.T) {
 	}
 }
 
+// A volume as the builder makes it is read as deploy reads it.
+func TestRootOfABuiltVolume(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "v.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	data := bytes.Repeat([]byte("data"), 4096)
+	want, err := volume.Build(f, bytes.NewReader(data), int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := volumeRoot(f.Name()); err != nil || got != want {
+		t.Errorf("%x, want %x, %v", got, want, err)
+	}
+}
+
 func FuzzAdvertisedRoot(f *testing.F) {
 	f.Add([]byte(volumeImage(nil))[:1<<10+64])
 	// A small disk whose first partition follows the table.
@@ -583,7 +601,7 @@ func FuzzAdvertisedRoot(f *testing.F) {
 	f.Add(small)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		root, err := advertisedRoot(bytes.NewReader(data))
-		if err == nil && !bytes.Contains(data, append(append([]byte{}, volumeMagic...), append([]byte{1, 0, 0, 0}, root[:]...)...)) {
+		if err == nil && !bytes.Contains(data, volume.Metadata(root)) {
 			t.Fatalf("root %x is nowhere", root)
 		}
 	})

@@ -15,6 +15,7 @@ import (
 
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/osimage/volume"
 )
 
 // volumeFile is a volume's image and its name in the stack.
@@ -53,9 +54,6 @@ func (w *workload) volumes(d *manifest.Draft) ([]volumeFile, error) {
 	return out, nil
 }
 
-// volumeMagic begins the metadata of a volume (guest-os.md §9).
-var volumeMagic = []byte("DSTACK_VOLUME\x00\x00\x00")
-
 // volumeRoot reads the verity root hash that a volume's image advertises. That the
 // content has this root the guest checks, block by block.
 //
@@ -76,10 +74,9 @@ func volumeRoot(path string) (root [32]byte, err error) {
 	return root, nil
 }
 
-// advertisedRoot reads the 4096 bytes of a disk's first partition: magic (16), kind
-// (u32 LE, 1), root hash (32), zeros.
+// advertisedRoot reads the metadata in a disk's first partition.
 func advertisedRoot(disk io.ReaderAt) (root [32]byte, err error) {
-	const sector, metadata = 512, 4096
+	const sector = 512
 	table := make([]byte, 2*sector)
 	if _, err := disk.ReadAt(table, sector); err != nil {
 		return root, fmt.Errorf("read the partition table: %w", err)
@@ -91,21 +88,12 @@ func advertisedRoot(disk io.ReaderAt) (root [32]byte, err error) {
 	if first < 3 || first > 1<<40 {
 		return root, fmt.Errorf("its first partition is at sector %d", first)
 	}
-	meta := make([]byte, metadata)
+	meta := make([]byte, volume.MetadataSize)
 	if _, err := disk.ReadAt(meta, int64(first)*sector); err != nil {
 		return root, fmt.Errorf("read its metadata: %w", err)
 	}
-	switch {
-	case !bytes.HasPrefix(meta, volumeMagic):
-		return root, errors.New("its first partition does not begin as one")
-	case binary.LittleEndian.Uint32(meta[16:]) != 1:
-		return root, errors.New("it is of a kind that this version does not know")
-	case !bytes.Equal(meta[52:], make([]byte, metadata-52)):
-		return root, errors.New("its metadata has more than a root hash")
+	if root, err = volume.ParseMetadata(meta); err == nil && root == [32]byte{} {
+		err = errors.New("its root hash is zero")
 	}
-	copy(root[:], meta[20:])
-	if root == [32]byte{} {
-		return root, errors.New("its root hash is zero")
-	}
-	return root, nil
+	return root, err
 }
