@@ -24,6 +24,14 @@ type Attester interface {
 	Attest(ctx context.Context, data dstack.ReportData) (container []byte, err error)
 }
 
+// AttesterFunc is an Attester that is one function.
+type AttesterFunc func(ctx context.Context, data dstack.ReportData) ([]byte, error)
+
+// Attest implements Attester.
+func (f AttesterFunc) Attest(ctx context.Context, data dstack.ReportData) ([]byte, error) {
+	return f(ctx, data)
+}
+
 // Appraiser decides whether a peer is one that this end may talk to.
 type Appraiser interface {
 	// Appraise returns what was established about an accepted peer, or the error

@@ -71,8 +71,7 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 		m: m, stopped: make(chan struct{}), ready: make(chan struct{}), listeners: map[string]*os.File{},
 		config: &initrpc.Config{
 			Version: m.opt.Version, Revision: m.opt.Revision, TEE: m.tee.Kind(),
-			// Only an image that says prod is one; the root is measured.
-			IsDev:    release["VARIANT_ID"] != "prod",
+			IsDev:    m.development(),
 			Manifest: m.manifest.Raw, SysConfig: m.files[hostshare.SysConfigName], VMConfig: m.sysConfig.VMConfig,
 			Events: m.log.Log(), ChannelKey: key, AppKeys: appKeys, Scopes: m.manifest.KeyScopes,
 			DataDisks: []string{"/", persistent},

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -57,7 +56,7 @@ func (m *Machine) room() (*script.Room, error) {
 	}
 	return &script.Room{
 		Layer: scriptsLayer, WorkDir: workDir, Socket: dstackSocket, Resolver: resolvConf,
-		Exe: "/proc/self/exe", Runner: m.sup,
+		Exe: "/proc/self/exe", Runner: m.sup, Secrets: m.variables,
 		Log: func(name, line string) { m.console.Log(name + ": " + oneLine(line)) },
 	}, nil
 }
@@ -115,20 +114,15 @@ func (m *Machine) startEngine(ctx context.Context) error {
 // locked reports whether the measured manifest locks images.
 func (m *Machine) locked() bool { return m.manifest.ImagePolicy == manifest.ImagePolicyDigest }
 
-// sweep removes what an earlier boot left and this manifest does not let stay.
+// sweep removes the containers that an earlier boot left and this manifest does not
+// let stay.
 func (m *Machine) sweep(ctx context.Context) error {
-	var services []string
-	for _, s := range composeOf(m.manifest.DockerComposeFile).Services {
-		services = append(services, s.Name)
+	project, services := engine.Project(m.manifest.DockerComposeFile)
+	removed, err := m.gates.Sweep(ctx, m.engine.Client, engine.SweepPolicy{Locked: m.locked(), Project: project, Services: services})
+	if err == nil && removed > 0 {
+		m.console.Log(fmt.Sprintf("engine: removed %d containers of earlier boots", removed))
 	}
-	swept, err := m.gates.Sweep(ctx, m.engine.Client, engine.SweepPolicy{
-		Locked: m.locked(), Lock: m.manifest.ImageLock, Project: m.project(), Services: services,
-	})
-	if err != nil {
-		return err
-	}
-	m.console.Log(fmt.Sprintf("engine: removed %d containers and %d images of earlier boots", swept.Containers, swept.Images))
-	return nil
+	return err
 }
 
 // images fetches what the manifest locks. With the image policy digest nothing
@@ -166,23 +160,35 @@ func (m *Machine) composeUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	project, _ := engine.Project(m.manifest.DockerComposeFile)
 	m.compose = &engine.Compose{
 		Config: m.engine.Config, Dir: workDir, Runner: m.sup,
-		NeverPull: m.locked(), Env: m.variables, Override: override,
+		NeverPull: m.locked(), Fresh: m.locked() && m.lasting(), Env: m.variables, Override: override,
 		Retries: engine.DefaultRetries(),
 		Report: func(attempt int, err error, wait time.Duration) {
 			m.console.Log(fmt.Sprintf("compose up, attempt %d: %v; again in %s", attempt, err, wait))
 		},
 	}
 	if m.gates != nil {
-		if err := m.gates.Rearm(ctx, m.engine.Client, m.project()); err != nil {
+		if err := m.gates.Rearm(ctx, m.engine.Client, project); err != nil {
 			return fault.Wrap(err, "container_state", "give containers their restart policies back")
+		}
+		for _, why := range m.gates.NotStarted {
+			m.console.Log("not started: " + oneLine(why))
 		}
 	}
 	if err := m.compose.Write(m.manifest.DockerComposeFile); err != nil {
 		return err
 	}
-	return m.compose.Up(ctx)
+	m.restarts = m.engine.Restarts()
+	if err := m.compose.Up(ctx); err != nil || !m.locked() || !m.lasting() {
+		return err
+	}
+	// Nothing runs from an image that the lock lacks; it only takes space.
+	if _, err := engine.SweepImages(ctx, m.engine.Client, m.manifest.ImageLock); err != nil {
+		m.console.Log(err.Error())
+	}
+	return nil
 }
 
 // bashUp starts the app of the runner bash, a script in the foreground. When it ends,
@@ -201,22 +207,14 @@ func (m *Machine) bashUp() error {
 	return nil
 }
 
-// project is what compose calls the app: the file's own name, or else that of the
-// work directory.
-func (m *Machine) project() string {
-	if name := composeOf(m.manifest.DockerComposeFile).Name; name != "" {
-		return name
-	}
-	return strings.ToLower(filepath.Base(workDir))
-}
-
 // watch says how the app is from now on, and brings it up again.
 func (m *Machine) watch() {
 	if m.compose == nil {
 		return
 	}
+	project, _ := engine.Project(m.manifest.DockerComposeFile)
 	w := &health.Watcher{
-		Engine: m.engine, Project: m.project(), Up: m.compose.Up, IsUp: true, SeenRestarts: m.engine.Restarts(), Report: m.report,
+		Engine: m.engine, Project: project, Up: m.compose.Up, IsUp: true, SeenRestarts: m.restarts, Report: m.report,
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m.stopWatch = cancel

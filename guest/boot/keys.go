@@ -5,19 +5,17 @@ package boot
 import (
 	"bytes"
 	"context"
-	"crypto/x509"
-	"time"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
-	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/guest/disk"
+	"github.com/dstack-go/dstack/guest/keyprovider"
+	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
-	"github.com/dstack-go/dstack/keys/certificate"
-	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/manifest"
 )
 
@@ -31,14 +29,31 @@ func (m *Machine) appKeys() *keys.AppKeys {
 // keyProvider obtains the app's keys from the provider that the manifest names. What
 // the provider is, is measured next; a manifest that pins it gets keys of no other.
 func (m *Machine) keyProvider(ctx context.Context) error {
-	app, imageHash, err := m.obtainKeys(ctx)
+	p, network, err := m.provider()
 	if err != nil {
 		return err
 	}
+	var grant *keyprovider.Grant
+	ask := func() (err error) {
+		grant, err = p.Keys(ctx)
+		return err
+	}
+	if network {
+		err = outbound(ask)
+	} else {
+		err = ask()
+	}
+	if err != nil {
+		return err
+	}
+	app := grant.Keys
 	m.secrets.mu.Lock()
 	m.secrets.app = app
 	m.secrets.mu.Unlock()
-	m.imageHash = imageHash
+	m.imageHash = grant.OSImageHash
+	if grant.Unpinned {
+		m.console.Log("the manifest does not pin its key provider: the host chose it")
+	}
 	if pin := m.manifest.KeyProviderID; len(pin) > 0 && !bytes.Equal(pin, app.Provider.ID()) {
 		return fault.New("key_provider_mismatch", "the keys are from the provider %x, and the manifest pins %x", app.Provider.ID(), pin).
 			WithFix("use the provider that key_provider_id of the manifest names")
@@ -71,54 +86,32 @@ func (m *Machine) runtimeEvents(ctx context.Context) error {
 	return m.log.System(ctx, eventlog.StorageFS, []byte(fs.String()))
 }
 
-// obtainKeys asks the provider. The second result is the hash of the OS image, where
-// the provider knows it.
-func (m *Machine) obtainKeys(ctx context.Context) (*keys.AppKeys, []byte, error) {
+// provider returns the key provider that the manifest names, and whether asking it
+// takes the network. Code key_provider_unavailable.
+func (m *Machine) provider() (p keyprovider.Provider, network bool, err error) {
+	attester := channel.AttesterFunc(m.evidence)
 	switch kind := m.manifest.KeyProviderKind(); kind {
 	case manifest.KeyProviderNone:
-		var raw [keys.Size]byte
-		defer clear(raw[:])
-		if err := fillRandom(raw[:]); err != nil {
-			return nil, nil, err
-		}
-		seed, err := keys.NewSeed(raw[:])
-		if err != nil {
-			return nil, nil, err
-		}
-		app, err := m.fromSeed(ctx, keys.None, seed)
-		return app, nil, err
+		return keyprovider.None{Attester: attester}, false, nil
+	case manifest.KeyProviderTPM:
+		return &keyprovider.TPM{
+			PCRs: keyprovider.PCRsGoogle, Development: m.development(), Attester: attester,
+			FirstBoot: m.instance.DataDisk == hostshare.DataDiskNew,
+		}, false, nil
+	case manifest.KeyProviderKMS:
+		return &keyprovider.KMS{
+			URLs: m.sysConfig.KMSURLs, Pin: m.manifest.KeyProviderID, App: m.identity.appID,
+			VMConfig: m.sysConfig.VMConfig, Attester: attester,
+		}, true, nil
 	default:
-		return nil, nil, fault.New("key_provider_unavailable", "the manifest asks for the key provider %s, which this image does not have yet", kind).
-			WithFix(`use the key provider "none"; its data disk does not outlive a reboot`)
+		return nil, false, fault.New("key_provider_unavailable", "the manifest asks for the key provider %s, which this image does not have", kind).
+			WithFix("use the key provider kms")
 	}
 }
 
-// fromSeed makes an app's keys of a seed, and the root certificate that vouches for
-// the app's others, with evidence over its key.
-func (m *Machine) fromSeed(ctx context.Context, kind string, seed keys.Seed) (*keys.AppKeys, error) {
-	defer seed.Wipe()
-	s, err := derive.FromSeed(seed)
-	if err != nil {
-		return nil, err
-	}
-	spki, err := x509.MarshalPKIXPublicKey(s.CA.Public())
-	if err != nil {
-		return nil, err
-	}
-	evidence, err := m.evidence(ctx, ratls.ReportData(spki))
-	if err != nil {
-		return nil, err
-	}
-	root, err := certificate.Self(s.CA, certificate.Subject{Name: "App Root Cert", Path: 1}, ratls.Issued{}, evidence, time.Now())
-	if err != nil {
-		return nil, err
-	}
-	text, err := derive.PEM(s.CA)
-	if err != nil {
-		return nil, err
-	}
-	return &keys.AppKeys{Disk: s.Disk, App: s.App, CACert: root.PEM(), Provider: keys.Provider{Kind: kind, CAKey: text}}, nil
-}
+// development reports whether this image is for development; what does not say that
+// it is for production is. The root, where this is read, is measured.
+func (m *Machine) development() bool { return readOSRelease(osRelease)["VARIANT_ID"] != "prod" }
 
 // evidence returns a container of evidence over the report data, with the log as far
 // as it has come.

@@ -86,6 +86,7 @@ type Machine struct {
 	engine     *engine.Engine
 	gates      *engine.Gates // nil: no earlier boot left anything
 	compose    *engine.Compose
+	restarts   int64              // ends of the engine before compose began
 	stopWatch  context.CancelFunc // nil: nobody watches the app
 	shutdowns  chan string        // reasons
 

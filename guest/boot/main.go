@@ -108,17 +108,6 @@ func (m *Machine) sendHost() func(ctx context.Context, event, payload string) er
 	}
 }
 
-// composeOf reads a compose file, or what can be told of one that cannot be read:
-// nothing. Whether it can be is compose's to say, later.
-func composeOf(text string) *lint.Compose {
-	if text != "" {
-		if c, err := lint.Load([]byte(text), "docker-compose.yaml"); err == nil {
-			return c
-		}
-	}
-	return new(lint.Compose)
-}
-
 // composeImages lists the image references of a compose file as written.
 func composeImages(text string) ([]string, error) {
 	c, err := lint.Load([]byte(text), "docker-compose.yaml")

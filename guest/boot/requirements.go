@@ -30,8 +30,6 @@ func Supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
 		return fault.New("manifest_field", "manifest field docker_compose_file is empty")
 	case m.Runner == manifest.RunnerBash && m.BashScript == "":
 		return fault.New("manifest_field", "manifest field bash_script is empty")
-	case len(m.VerityVolumes) > 0:
-		return unsupported("verity_volumes are not available in this image")
 	case len(m.KeyScopes) > 0 && m.Runner != manifest.RunnerDockerCompose:
 		return unsupported("key_scopes are for the services of a compose file, and the runner is %s", m.Runner)
 	}

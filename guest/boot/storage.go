@@ -47,6 +47,13 @@ func (m *Machine) dataDisk(ctx context.Context) error {
 	if err := m.directories(); err != nil {
 		return err
 	}
+	var mounts []disk.VerityMount
+	for _, v := range m.manifest.VerityVolumes {
+		mounts = append(mounts, disk.VerityMount{Root: v.Root, Target: v.Target})
+	}
+	if err := (&disk.Volumes{Finder: m.finder, Mapper: m.mapper}).MountAll(ctx, mounts); err != nil {
+		return err
+	}
 	m.host.Notify(eventInstance, m.instanceInfo())
 	return nil
 }

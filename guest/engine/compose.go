@@ -35,6 +35,10 @@ type Compose struct {
 	// only: compose reads it from an inherited file in memory, and neither its
 	// arguments nor its environment have it.
 	Env map[string]string
+	// Fresh makes every container anew at the first Up that succeeds, whatever an
+	// earlier boot left of it; volumes stay. Set when the measured manifest locks
+	// images.
+	Fresh bool
 	// Override is a second compose file merged over the first; see ScopeOverride.
 	Override []byte
 	// Wait before each further attempt; its length is the number of retries.
@@ -101,12 +105,16 @@ func (c *Compose) Up(ctx context.Context) error {
 	if c.NeverPull {
 		args = append(args, "--pull", "never", "--no-build")
 	}
+	if c.Fresh {
+		args = append(args, "--force-recreate")
+	}
 	if err := c.write(); err != nil {
 		return err
 	}
 	for attempt := 0; ; attempt++ {
 		err := c.run(ctx, attemptLimit, args...)
 		if err == nil {
+			c.Fresh = false
 			return nil
 		}
 		if fault.Code(err) == "env_value" {

@@ -24,8 +24,9 @@ import (
 // before the scripts ran, and whatever image it was made of (threats.md J04). So:
 //
 //	gates, err := Disarm(cfg.Data, locked)       // before the daemons start
-//	swept, err := gates.Sweep(ctx, client, …)    // once the engine answers
+//	n, err := gates.Sweep(ctx, client, …)        // once the engine answers
 //	err = gates.Rearm(ctx, client, project)      // after all gates, before compose up
+//	n, err = SweepImages(ctx, client, lock)      // after compose up, with a lock
 //
 // Volumes and networks stay throughout.
 
@@ -274,13 +275,13 @@ func replace(dir *os.Root, name string, data []byte) error {
 	return d.Sync()
 }
 
-// SweepPolicy says what of an earlier boot may stay.
+// SweepPolicy says which containers of an earlier boot may stay.
 type SweepPolicy struct {
-	// Locked is set when the measured manifest locks images. Then no container
-	// stays, for each boot makes them anew, and no image but those of Lock.
+	// Locked is set when the measured manifest locks images. Then no container stays
+	// but those that compose will make anew (Compose.Fresh): it hands the volumes
+	// without a name on from the old container to the new one, and the rest of the old
+	// one is gone.
 	Locked bool
-	// Lock maps references to digests, as the manifest has it.
-	Lock map[string]string
 	// Project and Services name what the compose file has. Without Locked,
 	// containers of the project whose service is gone are removed. No Services:
 	// none is removed.
@@ -292,64 +293,81 @@ type SweepPolicy struct {
 const (
 	projectLabel = "com.docker.compose.project"
 	serviceLabel = "com.docker.compose.service"
+	oneOffLabel  = "com.docker.compose.oneoff" // "True": of compose run
 )
 
-// Swept is what Sweep removed.
-type Swept struct {
-	Containers, Images int
-}
-
-// Sweep removes what an earlier boot left and the policy does not let stay. With
-// Locked it then looks again, and fails when anything is left. Codes
-// containers_left, images_left.
-func (g *Gates) Sweep(ctx context.Context, c *Client, p SweepPolicy) (Swept, error) {
-	var swept Swept
+// Sweep removes the containers that an earlier boot left and the policy does not let
+// stay, and says how many. With Locked it then looks again, and fails when one is left
+// that should not be, or runs. Code containers_left.
+func (g *Gates) Sweep(ctx context.Context, c *Client, p SweepPolicy) (int, error) {
 	list, err := c.Containers(ctx)
 	if err != nil {
-		return swept, fault.Wrap(err, "containers_left", "list the containers of earlier boots")
+		return 0, fault.Wrap(err, "containers_left", "list the containers of earlier boots")
 	}
+	removed := 0
 	for _, container := range list {
-		orphan := len(p.Services) > 0 && container.Labels[projectLabel] == p.Project &&
-			container.Labels[serviceLabel] != "" && !slices.Contains(p.Services, container.Labels[serviceLabel])
-		if !p.Locked && !orphan {
+		if p.stays(container) {
 			continue
 		}
 		if err := c.Remove(ctx, container.ID); err != nil && !NotFound(err) {
-			return swept, fault.Wrap(err, "containers_left", "remove the container %s of an earlier boot", container.ID)
+			return removed, fault.Wrap(err, "containers_left", "remove the container %s of an earlier boot", container.ID)
 		}
 		delete(g.Policies, container.ID)
-		swept.Containers++
+		removed++
 	}
 	if !p.Locked {
-		return swept, nil
+		return removed, nil
 	}
-	if list, err = c.Containers(ctx); err != nil || len(list) > 0 {
-		return swept, fault.Wrap(err, "containers_left", "%d containers of earlier boots are still there", len(list))
+	if list, err = c.Containers(ctx); err != nil {
+		return removed, fault.Wrap(err, "containers_left", "list the containers of earlier boots")
 	}
-	clear(g.Policies)
+	for _, container := range list {
+		if !p.stays(container) || container.State == "running" || container.State == "restarting" {
+			return removed, fault.New("containers_left", "the container %s of an earlier boot is still there, %s", container.ID, container.State)
+		}
+	}
+	clear(g.Policies) // compose gives the new ones theirs
+	return removed, nil
+}
+
+func (p SweepPolicy) stays(c Container) bool {
+	mine := c.Labels[projectLabel] == p.Project && slices.Contains(p.Services, c.Labels[serviceLabel])
+	if p.Locked {
+		return mine && !strings.EqualFold(c.Labels[oneOffLabel], "true")
+	}
+	orphan := len(p.Services) > 0 && c.Labels[projectLabel] == p.Project && c.Labels[serviceLabel] != "" && !mine
+	return !orphan
+}
+
+// SweepImages removes the images that the lock (references to digests, as the
+// manifest has it) does not name, and says how many. Nothing could have run from
+// them: the compose file names locked ones only. Call it when no container of an
+// earlier boot is left. Code images_left.
+func SweepImages(ctx context.Context, c *Client, lock map[string]string) (int, error) {
 	locked := func(i Image) bool {
-		return slices.Contains(slices.Collect(maps.Values(p.Lock)), i.ID)
+		return slices.Contains(slices.Collect(maps.Values(lock)), i.ID)
 	}
 	images, err := c.Images(ctx)
 	if err != nil {
-		return swept, fault.Wrap(err, "images_left", "list the images of earlier boots")
+		return 0, fault.Wrap(err, "images_left", "list the images of earlier boots")
 	}
+	removed := 0
 	for _, image := range images {
 		if locked(image) {
 			continue
 		}
 		if err := c.RemoveImage(ctx, image.ID); err != nil && !NotFound(err) {
-			return swept, fault.Wrap(err, "images_left", "remove the image %s, which the lock does not name", image.ID)
+			return removed, fault.Wrap(err, "images_left", "remove the image %s, which the lock does not name", image.ID)
 		}
-		swept.Images++
+		removed++
 	}
 	if images, err = c.Images(ctx); err != nil {
-		return swept, fault.Wrap(err, "images_left", "list the images of earlier boots")
+		return removed, fault.Wrap(err, "images_left", "list the images of earlier boots")
 	}
 	if i := slices.IndexFunc(images, func(i Image) bool { return !locked(i) }); i >= 0 {
-		return swept, fault.New("images_left", "the image %s, which the lock does not name, is still there", images[i].ID)
+		return removed, fault.New("images_left", "the image %s, which the lock does not name, is still there", images[i].ID)
 	}
-	return swept, nil
+	return removed, nil
 }
 
 // Rearm gives the containers that are left their restart policies back, and starts

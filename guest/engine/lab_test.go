@@ -339,8 +339,11 @@ func sceneLocked(ctx context.Context, l *lab) error {
 		return fmt.Errorf("containers %q, %v", names, err)
 	}
 	swept, err := l.gates.Sweep(ctx, l.engine.Client, SweepPolicy{Locked: true})
-	if err != nil || swept != (Swept{3, 1}) {
-		return fmt.Errorf("swept %+v, %w", swept, err)
+	if err != nil || swept != 3 {
+		return fmt.Errorf("swept %d containers, %w", swept, err)
+	}
+	if swept, err = SweepImages(ctx, l.engine.Client, nil); err != nil || swept != 1 {
+		return fmt.Errorf("swept %d images, %w", swept, err)
 	}
 	var volumes struct{ Volumes []struct{ Name string } }
 	if err := l.engine.json(ctx, http.MethodGet, "/volumes", nil, &volumes); err != nil || len(volumes.Volumes) != 1 || volumes.Volumes[0].Name != "data" {
@@ -358,8 +361,8 @@ func sceneUpstream(ctx context.Context, l *lab) error {
 		return fmt.Errorf("before the gates the container wrote %q", text)
 	}
 	swept, err := l.gates.Sweep(ctx, l.engine.Client, SweepPolicy{Project: "dstack", Services: []string{"web"}})
-	if err != nil || swept != (Swept{1, 0}) {
-		return fmt.Errorf("swept %+v, %w", swept, err)
+	if err != nil || swept != 1 {
+		return fmt.Errorf("swept %d containers, %w", swept, err)
 	}
 	if err := l.gates.Rearm(ctx, l.engine.Client, "dstack"); err != nil {
 		return err
