@@ -1,7 +1,8 @@
 #!/bin/sh
 # Long loops: the VMM is killed at every moment of its VMs' lives (lab guests), ten
 # times at random moments of real VMs' lives, a VM is made to fail in every boot phase
-# that a host can break, and the power goes fifty times while a sealed disk is written. SEED=N repeats a run; the seed is printed.
+# that a host can break, and the power goes fifty times while a sealed disk is written.
+# SEED=N repeats a run; the seed is printed.
 set -eu
 cd "$(dirname "$0")/.."
 export DSTACK_SOAK=1
