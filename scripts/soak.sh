@@ -1,7 +1,8 @@
 #!/bin/sh
 # Long loops: the VMM is killed at every moment of its VMs' lives (lab guests), ten
-# times at random moments of real VMs' lives, and a VM is made to fail in every boot
-# phase that a host can break. SEED=N repeats a run; the seed is printed.
+# times at random moments of real VMs' lives, a VM is made to fail in every boot phase
+# that a host can break, and the power goes fifty times while a sealed disk is written.
+# SEED=N repeats a run; the seed is printed.
 set -eu
 cd "$(dirname "$0")/.."
 export DSTACK_SOAK=1
@@ -9,3 +10,4 @@ go test -count=1 -timeout 60m ./vmm/
 go test -count=1 -timeout 60m -v -run 'TestSoak' ./e2e/
 image=$(bin/dstack --json image build sim | sed -n 's/.*"dir": "\(.*\)".*/\1/p')
 DSTACK_TEST_IMAGE="$image" DSTACK_TEST_BOOTS=all go test -count=1 -timeout 60m -v ./guest/boot/boottest/
+DSTACK_TEST_IMAGE="$image" go test -count=1 -timeout 60m -v -run TestSoak ./guest/disk/

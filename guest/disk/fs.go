@@ -65,14 +65,16 @@ func Mke2fsArgs(mke2fs, device string) []string {
 // volume of size bytes: with a journal, which is written in full since its replay
 // reads past its end and a block that was never written cannot be read; inode tables
 // are written by the kernel in the background. Checksums of metadata notice most
-// blocks that a host rolled back singly. Room to grow online to 64 times the size;
+// blocks that a host rolled back singly. All features are named, since prepare and
+// prepareGrowth know their layout. Room to grow online to 64 times the size;
 // beyond, ext4 finds its own.
 func SealedExt4Args(mke2fs, device string, size uint64) []string {
 	blocks := size / cryptSector
 	journal := min(max(size>>20/128, 4), 32) // MiB
 	return []string{
 		mke2fs, "-q", "-F", "-t", "ext4", "-b", strconv.Itoa(cryptSector), "-m", "0", "-e", "remount-ro",
-		"-O", "has_journal,extent,64bit,metadata_csum,resize_inode",
+		"-O", "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,flex_bg,64bit,sparse_super," +
+			"large_file,huge_file,dir_nlink,extra_isize,metadata_csum",
 		"-J", "size=" + strconv.FormatUint(journal, 10),
 		"-E", "lazy_itable_init=1,lazy_journal_init=0,nodiscard,resize=" + strconv.FormatUint(min(blocks*64, 1<<32-1), 10),
 		"-L", "dstack-data", device,

@@ -55,7 +55,7 @@ type outcome struct {
 	err     error
 }
 
-var inVM = sync.OnceValue(func() outcome { return boot(os.Getenv("DBGONLY"), "") })
+var inVM = sync.OnceValue(func() outcome { return boot("", "") })
 
 // scenario reports how the named scenario went in the VM, which is booted once.
 func scenario(t *testing.T, names ...string) {

@@ -70,18 +70,19 @@ func TestThreat_E08_VolumesThatAreNotThereOrLieAreRefused(t *testing.T) {
 		disks   map[string][]string
 		content map[string][]byte
 		code    string
+		says    string
 	}{
-		"no disk":                          {nil, nil, "volume_missing"},
-		"another root":                     {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata([32]byte{2})}, "volume_missing"},
-		"a superblock of noise":            {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": bytes.Repeat([]byte("x"), 4096)}, "volume_malformed"},
-		"a superblock that promises more":  {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": huge}, "volume_malformed"},
-		"verified bytes that are no files": {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": tree}, "volume_malformed"},
+		"no disk":                          {nil, nil, "volume_missing", "no disk holds"},
+		"another root":                     {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata([32]byte{2})}, "volume_missing", "no disk holds"},
+		"a superblock of noise":            {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": bytes.Repeat([]byte("x"), 4096)}, "volume_malformed", "not of format 1"},
+		"a superblock that promises more":  {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": huge}, "volume_malformed", "do not fit"},
+		"verified bytes that are no files": {map[string][]string{"vda": ours}, map[string][]byte{"vda1": volume.Metadata(root), "vda3": tree}, "volume_malformed", "disk vda"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := volumeMachine(t, c.disks, c.content)
 			err := v.MountAll(t.Context(), []VerityMount{{root, filepath.Join(t.TempDir(), "a")}})
-			if fault.Code(err) != c.code || fault.Fix(err) == "" {
-				t.Errorf("error %v (%q), want code %s", err, fault.Code(err), c.code)
+			if fault.Code(err) != c.code || fault.Fix(err) == "" || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error %v (%q), want code %s saying %q", err, fault.Code(err), c.code, c.says)
 			}
 		})
 	}
