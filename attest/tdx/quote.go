@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package tdx reads and verifies Intel TDX quotes.
+// Package tdx reads and verifies Intel TDX quotes, and quotes of SGX enclaves
+// ([VerifyEnclave]), for which the same infrastructure vouches.
 //
 // [ParseQuote] turns hostile bytes into a typed quote; it proves nothing. [Verify]
 // does all of Intel's DCAP verification at a stated time, from collateral it is

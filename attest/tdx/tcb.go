@@ -36,31 +36,42 @@ var platformStatuses = []string{UpToDate, SWHardeningNeeded, ConfigurationNeeded
 // enclaveStatuses are those of modules and quoting enclaves.
 var enclaveStatuses = []string{UpToDate, OutOfDate, Revoked}
 
+// What the vendor's documents are for: TDs, or enclaves.
+const (
+	idTDX  = "TDX" // TCB info
+	idSGX  = "SGX"
+	idTDQE = "TD_QE" // QE identity
+	idQE   = "QE"
+)
+
 // maxLevels bounds the levels of one list; Intel publishes a few dozen at most.
 const maxLevels = 256
 
 // tcbDoc is the JSON of TCB info version 3. Fields that loosen the check when
 // absent are pointers.
 type tcbDoc struct {
-	ID         string   `json:"id"`
-	Version    int      `json:"version"`
-	IssueDate  string   `json:"issueDate"`
-	NextUpdate string   `json:"nextUpdate"`
-	FMSPC      string   `json:"fmspc"`
-	PCEID      string   `json:"pceId"`
-	Evaluation uint32   `json:"tcbEvaluationDataNumber"`
-	Module     module   `json:"tdxModule"`
-	Identities []module `json:"tdxModuleIdentities"`
-	Levels     []struct {
-		TCB struct {
-			SGX    []component `json:"sgxtcbcomponents"`
-			TDX    []component `json:"tdxtcbcomponents"`
-			PCESVN *uint16     `json:"pcesvn"`
-		} `json:"tcb"`
-		Date       string   `json:"tcbDate"`
-		Status     string   `json:"tcbStatus"`
-		Advisories []string `json:"advisoryIDs"`
-	} `json:"tcbLevels"`
+	ID         string     `json:"id"`
+	Version    int        `json:"version"`
+	IssueDate  string     `json:"issueDate"`
+	NextUpdate string     `json:"nextUpdate"`
+	FMSPC      string     `json:"fmspc"`
+	PCEID      string     `json:"pceId"`
+	Evaluation uint32     `json:"tcbEvaluationDataNumber"`
+	Module     module     `json:"tdxModule"`
+	Identities []module   `json:"tdxModuleIdentities"`
+	Levels     []tcbLevel `json:"tcbLevels"`
+}
+
+// tcbLevel is a level of the platform; TDX is absent from TCB info for SGX.
+type tcbLevel struct {
+	TCB struct {
+		SGX    []component `json:"sgxtcbcomponents"`
+		TDX    []component `json:"tdxtcbcomponents"`
+		PCESVN *uint16     `json:"pcesvn"`
+	} `json:"tcb"`
+	Date       string   `json:"tcbDate"`
+	Status     string   `json:"tcbStatus"`
+	Advisories []string `json:"advisoryIDs"`
 }
 
 type component struct {
@@ -159,10 +170,15 @@ type info struct {
 	pceID [2]byte
 }
 
-func (v *verification) tcbInfo(col collateral.TDX) (*info, error) {
+// tcbInfo reads TCB info for TDX or for SGX, as id says.
+func (v *verification) tcbInfo(col collateral.TDX, id string) (*info, error) {
 	t, err := signed(v, "tcb_info", col.TCBInfo, col.TCBInfoSignature, col.TCBInfoIssuerChain, (*info).check)
 	if err != nil {
 		return nil, err
+	}
+	// Not in check, whose outcome is remembered whatever the document is read for.
+	if t.ID != id {
+		return nil, fault.New("tcb_info_id", "TCB info is for %q, want %s", t.ID, id)
 	}
 	return t, v.inTime("tcb_info", t.IssueDate, t.NextUpdate)
 }
@@ -170,8 +186,8 @@ func (v *verification) tcbInfo(col collateral.TDX) (*info, error) {
 // check demands everything of TCB info that appraise relies on.
 func (t *info) check() error {
 	const role = "tcb_info"
-	if t.ID != "TDX" {
-		return fault.New("tcb_info_id", "TCB info is for %q, want TDX", t.ID)
+	if t.ID != idTDX && t.ID != idSGX {
+		return fault.New("tcb_info_id", "TCB info is for %q, want %s or %s", t.ID, idTDX, idSGX)
 	}
 	if t.Version != 3 {
 		return fault.New("tcb_info_version", "TCB info has version %d, want 3", t.Version)
@@ -187,13 +203,16 @@ func (t *info) check() error {
 	}
 	for i, l := range t.Levels {
 		absent := func(c component) bool { return c.SVN == nil }
-		if len(l.TCB.SGX) != 16 || len(l.TCB.TDX) != 16 || l.TCB.PCESVN == nil ||
+		if len(l.TCB.SGX) != 16 || t.ID == idTDX && len(l.TCB.TDX) != 16 || l.TCB.PCESVN == nil ||
 			slices.ContainsFunc(l.TCB.SGX, absent) || slices.ContainsFunc(l.TCB.TDX, absent) {
 			return fault.New(role+"_malformed", "level %d of TCB info lacks component SVNs", i)
 		}
 		if err := checkLevel(l.Status, l.Date, platformStatuses); err != nil {
 			return fmt.Errorf("level %d of TCB info: %w", i, err)
 		}
+	}
+	if t.ID == idSGX {
+		return nil
 	}
 	for _, m := range append([]module{t.Module}, t.Identities...) {
 		if _, err := m.parse(); err != nil {
@@ -241,10 +260,14 @@ type identity struct {
 	mrSigner                   [32]byte
 }
 
-func (v *verification) qeIdentity(col collateral.TDX) (*identity, error) {
+// qeIdentity reads the identity of the quoting enclave that id names.
+func (v *verification) qeIdentity(col collateral.TDX, id string) (*identity, error) {
 	q, err := signed(v, "qe_identity", col.QEIdentity, col.QEIdentitySignature, col.QEIdentityIssuerChain, (*identity).check)
 	if err != nil {
 		return nil, err
+	}
+	if q.ID != id {
+		return nil, fault.New("qe_identity_id", "QE identity is of %q, want %s", q.ID, id)
 	}
 	return q, v.inTime("qe_identity", q.IssueDate, q.NextUpdate)
 }
@@ -252,8 +275,8 @@ func (v *verification) qeIdentity(col collateral.TDX) (*identity, error) {
 // check demands everything of a QE identity that appraise relies on.
 func (q *identity) check() error {
 	const role = "qe_identity"
-	if q.ID != "TD_QE" {
-		return fault.New("qe_identity_id", "QE identity is of %q, want TD_QE", q.ID)
+	if q.ID != idTDQE && q.ID != idQE {
+		return fault.New("qe_identity_id", "QE identity is of %q, want %s or %s", q.ID, idTDQE, idQE)
 	}
 	if q.Version != 2 && q.Version != 3 {
 		return fault.New("qe_identity_version", "QE identity has version %d, want 2 or 3", q.Version)

@@ -29,13 +29,68 @@ import (
 // every published one, a module that is not Intel's, and TD attributes outside the
 // allow-list are errors beside the claims.
 func Verify(in attest.Input) (*attest.Claims, error) {
-	var col collateral.TDX
-	if in.Collateral != nil {
-		col = in.Collateral.TDX
-	}
 	q, err := ParseQuote(in.Evidence.Quote)
 	if err != nil {
 		return nil, err
+	}
+	w, err := vouch(in, q, idTDX, idTDQE)
+	if err != nil {
+		return nil, err
+	}
+	body := q.Body()
+	claims := &attest.Claims{
+		TEE: dstack.TDX, Trust: w.trust, Root: attest.DescribeRoot(w.anchor, w.trust),
+		TDX: &attest.TDX{
+			MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
+			MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig,
+			MRSEAM: body.MRSEAM, MRSignerSEAM: body.MRSignerSEAM, MRServiceTD: body.MRServiceTD,
+			SEAMAttributes: body.SEAMAttributes, TDAttributes: body.TDAttributes, XFAM: body.XFAM,
+			TEETCBSVN: body.TEETCBSVN, TEETCBSVN2: body.TEETCBSVN2, V15: body.V15,
+			QEStatus: w.qe.Status, PPID: w.ext.PPID, FMSPC: w.ext.FMSPC,
+		},
+		ReportData:    body.ReportData[:],
+		TCBStatus:     Unsupported,
+		Advisories:    []string{},
+		TCBEvaluation: w.evaluation,
+		Product:       hex.EncodeToString(w.ext.FMSPC[:]),
+		Debug:         body.Attributes()&AttrDebug != 0,
+		DeviceID:      sha256.Sum256(w.ext.PPID[:]), DeviceScheme: "ppid",
+		At: in.At, Expires: w.expires,
+	}
+
+	// From here on the signatures hold; what follows judges platform and TD.
+	grade, err := w.info.appraise(body, w.ext, w.qe)
+	if err != nil {
+		if fault.Code(err) == "tcb_revoked" {
+			claims.TCBStatus = Revoked
+		}
+		return claims, err
+	}
+	claims.TCBStatus, claims.Advisories, claims.TCBDate = grade.status, grade.advisories, grade.date
+	claims.TDX.PlatformStatus, claims.TDX.ModuleStatus = grade.platform, grade.module
+	if !body.MRSignerSEAM.IsZero() {
+		return claims, fault.New("mr_signer_seam", "the TDX module is signed by %s, want Intel's (all zero)", body.MRSignerSEAM)
+	}
+	return claims, checkAttributes(body, in.Options)
+}
+
+// vouched is what a quote's signatures and the vendor's documents establish about
+// whoever made it, before its report is judged.
+type vouched struct {
+	verification
+	trust      dstack.Trust
+	ext        PCKExtension
+	info       *info
+	qe         enclaveLevel
+	evaluation uint32 // of the older document
+}
+
+// vouch verifies everything about a quote but its report, whose signature it
+// verifies; infoID and qeID say which documents are for that kind of quote.
+func vouch(in attest.Input, q *Quote, infoID, qeID string) (*vouched, error) {
+	var col collateral.TDX
+	if in.Collateral != nil {
+		col = in.Collateral.TDX
 	}
 	if q.Header.QEVendorID != IntelQEVendorID {
 		return nil, fault.New("qe_vendor", "quoting enclave has vendor id %x, want Intel's %x", q.Header.QEVendorID, IntelQEVendorID)
@@ -47,7 +102,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	// Who vouches: the PCK certificate chain selects the one root that all the
 	// collateral must chain to as well, so that development collateral can never
 	// grade a production quote.
-	v := verification{at: in.At, memo: in.Memo}
+	v := &vouched{verification: verification{at: in.At, memo: in.Memo}}
 	pckPEM := q.CertData
 	switch q.CertType {
 	case CertTypePCKChain:
@@ -61,8 +116,7 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	if err != nil {
 		return nil, err
 	}
-	trust, err := v.chooseRoot(pckChain, in.Roots)
-	if err != nil {
+	if v.trust, err = v.chooseRoot(pckChain, in.Roots); err != nil {
 		return nil, err
 	}
 	if in.Collateral == nil || !in.Collateral.HasTDX() {
@@ -79,34 +133,31 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	if err := v.checkPCKCRL(col, pck, pckCA); err != nil {
 		return nil, err
 	}
-	ext, err := parsePCKExtension(pck)
-	if err != nil {
+	if v.ext, err = parsePCKExtension(pck); err != nil {
 		return nil, err
 	}
 
 	// What the vendor says about such platforms and enclaves today.
-	info, err := v.tcbInfo(col)
-	if err != nil {
+	if v.info, err = v.tcbInfo(col, infoID); err != nil {
 		return nil, err
 	}
-	if info.fmspc != ext.FMSPC {
-		return nil, fault.New("fmspc_mismatch", "TCB info is for FMSPC %x, the PCK certificate for %x", info.fmspc, ext.FMSPC)
+	if v.info.fmspc != v.ext.FMSPC {
+		return nil, fault.New("fmspc_mismatch", "TCB info is for FMSPC %x, the PCK certificate for %x", v.info.fmspc, v.ext.FMSPC)
 	}
-	if info.pceID != ext.PCEID {
-		return nil, fault.New("pceid_mismatch", "TCB info is for PCE %x, the PCK certificate for %x", info.pceID, ext.PCEID)
+	if v.info.pceID != v.ext.PCEID {
+		return nil, fault.New("pceid_mismatch", "TCB info is for PCE %x, the PCK certificate for %x", v.info.pceID, v.ext.PCEID)
 	}
-	identity, err := v.qeIdentity(col)
+	identity, err := v.qeIdentity(col, qeID)
 	if err != nil {
 		return nil, err
 	}
 
 	// The chain of signatures inside the quote: PCK → QE report → attestation
-	// key → TD report.
+	// key → report.
 	if err := checkQEReport(q, pck); err != nil {
 		return nil, err
 	}
-	qeLevel, err := identity.appraise(q.QEReport[:])
-	if err != nil {
+	if v.qe, err = identity.appraise(q.QEReport[:]); err != nil {
 		return nil, err
 	}
 	attestationKey, err := rawKey(q.AttestationKey[:])
@@ -116,42 +167,8 @@ func Verify(in attest.Input) (*attest.Claims, error) {
 	if !verifyRaw(attestationKey, q.Signed, q.Signature[:]) {
 		return nil, fault.New("quote_signature", "the quote is not signed by its attestation key")
 	}
-
-	body := q.Body()
-	claims := &attest.Claims{
-		TEE: dstack.TDX, Trust: trust, Root: attest.DescribeRoot(v.anchor, trust),
-		TDX: &attest.TDX{
-			MRTD: body.MRTD, RTMR: body.RTMR, MRConfigID: body.MRConfigID,
-			MROwner: body.MROwner, MROwnerConfig: body.MROwnerConfig,
-			MRSEAM: body.MRSEAM, MRSignerSEAM: body.MRSignerSEAM, MRServiceTD: body.MRServiceTD,
-			SEAMAttributes: body.SEAMAttributes, TDAttributes: body.TDAttributes, XFAM: body.XFAM,
-			TEETCBSVN: body.TEETCBSVN, TEETCBSVN2: body.TEETCBSVN2, V15: body.V15,
-			QEStatus: qeLevel.Status, PPID: ext.PPID, FMSPC: ext.FMSPC,
-		},
-		ReportData:    body.ReportData[:],
-		TCBStatus:     Unsupported,
-		Advisories:    []string{},
-		TCBEvaluation: min(info.Evaluation, identity.Evaluation),
-		Product:       hex.EncodeToString(ext.FMSPC[:]),
-		Debug:         body.Attributes()&AttrDebug != 0,
-		DeviceID:      sha256.Sum256(ext.PPID[:]), DeviceScheme: "ppid",
-		At: in.At, Expires: v.expires,
-	}
-
-	// From here on the signatures hold; what follows judges platform and TD.
-	grade, err := info.appraise(body, ext, qeLevel)
-	if err != nil {
-		if fault.Code(err) == "tcb_revoked" {
-			claims.TCBStatus = Revoked
-		}
-		return claims, err
-	}
-	claims.TCBStatus, claims.Advisories, claims.TCBDate = grade.status, grade.advisories, grade.date
-	claims.TDX.PlatformStatus, claims.TDX.ModuleStatus = grade.platform, grade.module
-	if !body.MRSignerSEAM.IsZero() {
-		return claims, fault.New("mr_signer_seam", "the TDX module is signed by %s, want Intel's (all zero)", body.MRSignerSEAM)
-	}
-	return claims, checkAttributes(body, in.Options)
+	v.evaluation = min(v.info.Evaluation, identity.Evaluation)
+	return v, nil
 }
 
 // Request names the collateral that a quote needs, by its PCK certificate. Nothing
@@ -163,6 +180,11 @@ func Request(quote []byte) (collateral.Request, error) {
 	if err != nil {
 		return want, err
 	}
+	return request(q)
+}
+
+func request(q *Quote) (collateral.Request, error) {
+	var want collateral.Request
 	if q.CertType != CertTypePCKChain {
 		return want, fault.New("quote_cert_type", "the quote does not carry its PCK certificate (certification data of type %d), which names the platform", q.CertType).
 			WithFix("give the collateral with --collateral, its pck_certificate_chain included")

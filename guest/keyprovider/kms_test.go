@@ -356,3 +356,38 @@ func TestTheAppraiserJudgesBothConnections(t *testing.T) {
 	_, err := ask(t, k)
 	wantCode(t, err, "not_this_one")
 }
+
+// answerKeys puts the first n bytes of a canary in place of the disk's and the
+// environment's key.
+func answerKeys(canary []byte, n int) func(*kmsapi.AppKeyResponse) {
+	return func(r *kmsapi.AppKeyResponse) {
+		r.DiskCryptKey, r.EnvCryptKey = bytes.Clone(canary), bytes.Clone(canary[:n])
+	}
+}
+
+// Who answers first must name the root that issued his own certificate; until that
+// is sure no evidence is made for him.
+func TestFirstAnswersThatAreRefused(t *testing.T) {
+	other := startKMS(t, kmstest.Options{})
+	for _, c := range []struct {
+		name, code string
+		pinned     bool
+		change     func(*kmsapi.GetTempCaCertResponse)
+	}{
+		{"another root", "channel_issuer", false, func(r *kmsapi.GetTempCaCertResponse) { r.CaCert = other.RootPEM() }},
+		{"another root than the pinned", "kms_reply", true, func(r *kmsapi.GetTempCaCertResponse) { r.CaCert = other.RootPEM() }},
+		{"a root that is none", "kms_reply", false, func(r *kmsapi.GetTempCaCertResponse) { r.CaCert = "x" }},
+		{"no key", "kms_reply", false, func(r *kmsapi.GetTempCaCertResponse) { r.TempCaKey = "" }},
+		{"a key of another", "kms_reply", true, func(r *kmsapi.GetTempCaCertResponse) { r.TempCaCert = other.RootPEM() }},
+	} {
+		s := startKMS(t, kmstest.Options{AnswerTemp: c.change})
+		k := client(t, nil, s.URL)
+		if c.pinned {
+			k.Pin = s.SPKI()
+		}
+		_, err := ask(t, k)
+		if fault.Code(err) != c.code || len(k.Attester.(*guest).made) > 0 {
+			t.Errorf("%s: %v, want %s; evidence made: %d", c.name, err, c.code, len(k.Attester.(*guest).made))
+		}
+	}
+}

@@ -250,6 +250,51 @@ func (p *Platform) Quote(body tdx.ReportBody) []byte {
 	return append(binary.LittleEndian.AppendUint32(signed, uint32(len(sig))), sig...)
 }
 
+// EnclaveQuote returns a version 3 quote over an SGX report body of 384 bytes.
+func (p *Platform) EnclaveQuote(report []byte) []byte {
+	p.t.Helper()
+	signed := binary.LittleEndian.AppendUint16(nil, 3)
+	signed = binary.LittleEndian.AppendUint16(signed, p.Header.AttestationKeyType)
+	signed = slices.Concat(signed, make([]byte, 8), p.Header.QEVendorID[:], p.Header.UserData[:], report)
+	point, err := p.AttestationKey.PublicKey.Bytes()
+	p.check(err)
+	key := point[1:]
+	qeReport := p.QEReport
+	sum := sha256.Sum256(slices.Concat(key, p.QEAuth))
+	copy(qeReport[tdx.QEOffReportData:], sum[:])
+	certData := []byte(p.Chain(p.PCK, p.PCKCA, p.Root))
+	sig := slices.Concat(p.sign(p.AttestationKey, signed), key, qeReport[:], p.sign(p.PCK.Key, qeReport[:]))
+	sig = append(binary.LittleEndian.AppendUint16(sig, uint16(len(p.QEAuth))), p.QEAuth...)
+	sig = binary.LittleEndian.AppendUint16(sig, tdx.CertTypePCKChain)
+	sig = append(binary.LittleEndian.AppendUint32(sig, uint32(len(certData))), certData...)
+	return append(binary.LittleEndian.AppendUint32(signed, uint32(len(sig))), sig...)
+}
+
+// EnclaveReport returns an SGX report body of an enclave that verifies.
+func EnclaveReport(mrEnclave [32]byte, data dstack.ReportData) []byte {
+	report := make([]byte, tdx.QEReportSize)
+	report[tdx.QEOffAttributes] = 5 // initialised, 64 bits
+	copy(report[tdx.QEOffMREnclave:], mrEnclave[:])
+	copy(report[tdx.QEOffReportData:], data[:])
+	return report
+}
+
+// EnclaveCollateral returns the platform's collateral for enclaves' quotes: TCB info
+// and QE identity with the ids, and without the fields, of SGX.
+func (p *Platform) EnclaveCollateral() collateral.TDX {
+	p.t.Helper()
+	info, identity := p.TCBInfo, p.QEIdentity
+	defer func() { p.TCBInfo, p.QEIdentity = info, identity }()
+	p.QEIdentity = Edit(identity, "id", "QE")
+	p.TCBInfo = Edit(Edit(Edit(info, "id", "SGX"), "tdxModule", nil), "tdxModuleIdentities", nil)
+	var levels []any
+	for _, l := range info["tcbLevels"].([]any) {
+		levels = append(levels, Edit(l.(JSON), "tcb", Edit(l.(JSON)["tcb"].(JSON), "tdxtcbcomponents", nil)))
+	}
+	p.TCBInfo["tcbLevels"] = levels
+	return p.Collateral()
+}
+
 // Collateral returns what a verifier needs to verify the platform's quotes.
 func (p *Platform) Collateral() collateral.TDX {
 	p.t.Helper()

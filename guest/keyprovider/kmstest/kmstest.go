@@ -50,8 +50,9 @@ type Options struct {
 	RootCA, RootK256 []byte
 	// Allow refuses a call by its error, whose text the caller gets; nil allows all.
 	Allow func(Call) error
-	// Answer changes an answer before it is sent; nil leaves it.
+	// Answer and AnswerTemp change an answer before it is sent; nil leaves it.
 	Answer       func(*kmsapi.AppKeyResponse)
+	AnswerTemp   func(*kmsapi.GetTempCaCertResponse)
 	GatewayAppID string
 	OSImageHash  []byte
 	Now          func() time.Time
@@ -216,7 +217,11 @@ func (s *Server) getMeta(context.Context, *emptypb.Empty) (*kmsapi.GetMetaRespon
 }
 
 func (s *Server) getTempCA(context.Context, *emptypb.Empty) (*kmsapi.GetTempCaCertResponse, error) {
-	return &kmsapi.GetTempCaCertResponse{TempCaCert: s.temp.PEM(), TempCaKey: string(s.tempKey), CaCert: s.RootPEM()}, nil
+	out := &kmsapi.GetTempCaCertResponse{TempCaCert: s.temp.PEM(), TempCaKey: string(s.tempKey), CaCert: s.RootPEM()}
+	if s.opt.AnswerTemp != nil {
+		s.opt.AnswerTemp(out)
+	}
+	return out, nil
 }
 
 func appID(b []byte) (dstack.AppID, error) {
