@@ -98,7 +98,7 @@ func (d *desk) image(name, cmdline string) {
 	}
 	var disk bytes.Buffer
 	content := append(root, tree...)
-	if err := gpt.Write(&disk, bytes.NewReader(content), int64(len(content))); err != nil {
+	if err := gpt.Write(&disk, gpt.Content{Data: bytes.NewReader(content), Size: int64(len(content))}, gpt.Content{}); err != nil {
 		d.Fatal(err)
 	}
 	meta, _ := json.Marshal(map[string]any{"bios": "ovmf.fd", "kernel": "bzImage", "initrd": "initramfs.cpio.gz", "rootfs": "rootfs.img.parted.verity",
