@@ -12,15 +12,12 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
-	"io"
-	"log"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -31,9 +28,8 @@ import (
 
 	"github.com/dstack-go/dstack"
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
+	"github.com/dstack-go/dstack/guest/keyprovider/kmstest"
 	"github.com/dstack-go/dstack/internal/fault"
-	"github.com/dstack-go/dstack/keys"
-	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/keys/envelope"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lock"
@@ -337,9 +333,7 @@ func TestDeployRefusesWhatIsUnsafeOrUnclear(t *testing.T) {
 		{"env_too_large", append(kms, "-e", "DSTACK_TEST_LARGE")},
 		{"env_malformed", append(kms, "--env-file", d.file("empty", "# none\n"))},
 		{"kms_url_missing", append(kms, "-e", "A=hunter2")},
-		{"kms_signer", append(withKMS, "-e", "A=hunter2")},
 		{"kms_signer", append(withKMS, "-e", "A=hunter2", "--kms-signer", "02abcd")},
-		{"kms_ca", append(withKMS, "-e", "A=hunter2", "--kms-signer", "02"+strings.Repeat("ab", 32), "--kms-ca", d.file("noca", "x"))},
 		{"file_missing", append(kms, "--env-file", filepath.Join(d.dir, "absent"))},
 		{"script_missing", []string{"--script-init", filepath.Join(d.dir, "absent")}},
 		{"script_missing", []string{"--script-pre-launch", filepath.Join(d.dir, "absent")}},
@@ -607,60 +601,34 @@ func FuzzAdvertisedRoot(f *testing.F) {
 	})
 }
 
-// kmsDesk answers for the keys of apps' variables.
-type kmsDesk struct {
-	*httptest.Server
-	root   []byte // of the answers' signatures
-	signer string // its public half
-	ca     string // file
-	env    keys.EnvKey
-	at     time.Time
-}
-
-func newKMS(t *testing.T) *kmsDesk {
-	k := &kmsDesk{root: bytes.Repeat([]byte{7}, 32), at: time.Now()}
-	public, err := derive.K256Public(k.root)
+func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
+	d := newDesk(t)
+	now := time.Now()
+	k, err := kmstest.Start(kmstest.Options{Now: func() time.Time { return now }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	k.signer = hex.EncodeToString(public)
-	if k.env, err = keys.NewEnvKey(bytes.Repeat([]byte{9}, 32)); err != nil {
-		t.Fatal(err)
-	}
-	k.Server = httptest.NewTLSServer(prpc.NewMux(nil, prpc.Unary("GetAppEnvEncryptPubKey", func(_ context.Context, in *vmmpb.AppId) (*vmmpb.PublicKeyResponse, error) {
-		public, err := envelope.PublicKey(k.env)
-		if err != nil {
-			return nil, err
-		}
-		at := uint64(k.at.Unix())
-		v0, v1, err := envelope.SignKey(k.root, dstack.AppID(in.AppId), public, at)
-		return &vmmpb.PublicKeyResponse{PublicKey: public, Signature: v0, Timestamp: at, SignatureV1: v1}, err
-	})))
-	t.Cleanup(k.Close)
-	k.Config.ErrorLog = log.New(io.Discard, "", 0)
-	k.ca = filepath.Join(t.TempDir(), "ca.pem")
-	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: k.Certificate().Raw})
-	if err := os.WriteFile(k.ca, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return k
-}
-
-func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
-	d, k := newDesk(t), newKMS(t)
+	t.Cleanup(func() { k.Close() })
+	pin := hex.EncodeToString(k.SPKI())
 	c := d.file("c.yaml", composeFile("    environment: [\"A=${A}\"]\n"))
 	t.Setenv("CLI_TEST_TOKEN", "hunter2")
-	common := []string{"--kms-signer", k.signer, "--kms-ca", k.ca}
-	deploy := append([]string{"deploy", "-c", c, "-n", "app", "--key-provider", "kms", "--kms", k.URL, "--kms-id", rootKey(t), "-e", "A=hunter1", "-e", "CLI_TEST_TOKEN"}, common...)
+	deploy := []string{"deploy", "-c", c, "-n", "app", "--key-provider", "kms", "--kms", "https://127.0.0.1:1", "--kms", k.URL, "--kms-id", pin,
+		"--kms-signer", hex.EncodeToString(k.K256()), "-e", "A=hunter1", "-e", "CLI_TEST_TOKEN"}
+	with := func(flag, value string) []string {
+		out := slices.Clone(deploy)
+		out[slices.Index(out, flag)+1] = value
+		return out
+	}
 
-	// Nothing is encrypted to a key that the KMS did not give.
-	k.root[0]++
-	d.refused("env_key_signer", deploy...)
-	k.root[0]--
-	k.at = time.Now().Add(-time.Hour)
+	// Nothing is encrypted to a key that the pinned KMS did not give.
+	d.refused("channel_issuer", with("--kms-id", rootKey(t))...)
+	d.refused("kms_signer", with("--kms-signer", "02"+strings.Repeat("ab", 32))...)
+	now = now.Add(-10 * time.Minute)
 	d.refused("env_key_stale", deploy...)
-	k.at = time.Now()
-	d.refused("kms_unreachable", deploy[:len(deploy)-2]...) // nobody knows its authority
+	now = time.Now()
+	nobody := slices.Clone(deploy)
+	nobody[slices.Index(nobody, k.URL)] = "https://127.0.0.1:2"
+	d.refused("kms_unreachable", nobody...)
 	d.refused("env_name_denied", append(deploy, "-e", "LD_PRELOAD=/x")...)
 	if len(d.calls) != 0 {
 		t.Fatalf("calls %v", d.calls)
@@ -672,7 +640,11 @@ func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
 	}
 	m := d.manifest(d.created.ComposeFile)
 	appID := appIDOf(m)
-	opening := envelope.Opening{Key: k.env, App: appID, Compose: m.Hash(), Signers: m.EnvSigners, Allowed: m.AllowedEnvs, Strict: true}
+	env, err := k.Roots().Env(appID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opening := envelope.Opening{Key: env, App: appID, Compose: m.Hash(), Signers: m.EnvSigners, Allowed: m.AllowedEnvs, Strict: true}
 	first, err := opening.Open(d.created.EncryptedEnv)
 	if err != nil || first.Variables["A"] != "hunter1" || first.Variables["CLI_TEST_TOKEN"] != "hunter2" || len(first.Skipped) != 0 || len(m.EnvSigners) != 1 {
 		t.Fatal(first, err)
@@ -689,7 +661,7 @@ func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
 		t.Error("an upgrade to the same changes something")
 	}
 	time.Sleep(2 * time.Millisecond)
-	d.must(append([]string{"upgrade", "app", "-c", c, "--swap", "1G", "-e", "A=hunter3"}, common...)...)
+	d.must("upgrade", "app", "-c", c, "--swap", "1G", "-e", "A=hunter3")
 	m2 := d.manifest(d.updated.ComposeFile)
 	opening.Compose, opening.Allowed, opening.MinVersion = m2.Hash(), m2.AllowedEnvs, first.Version
 	second, err := opening.Open(d.updated.EncryptedEnv)
@@ -703,7 +675,7 @@ func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
 		t.Errorf("%+v", m)
 	}
 	d.file("deployer-key", "short")
-	d.refused("deployer_key", append([]string{"upgrade", "app", "-c", c, "-e", "A=1"}, common...)...)
+	d.refused("deployer_key", "upgrade", "app", "-c", c, "-e", "A=1")
 }
 
 func appIDOf(m *manifest.Manifest) dstack.AppID {

@@ -4,13 +4,14 @@ package cli
 
 import (
 	"bytes"
+	"context"
 	"crypto/ed25519"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"regexp"
 	"slices"
@@ -18,7 +19,11 @@ import (
 	"strings"
 	"time"
 
-	vmmpb "github.com/dstack-go/dstack/api/vmm"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	kmsapi "github.com/dstack-go/dstack/api/kms"
+	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/envelope"
 	"github.com/dstack-go/dstack/manifest"
@@ -128,20 +133,12 @@ func (w *workload) sealable(a *app, p *plan, d *manifest.Draft) error {
 	if len(p.kms) == 0 {
 		return fault.New("kms_url_missing", "variables are encrypted to a key of the KMS, and nothing says where it is").WithFix("--kms URL")
 	}
-	signer, err := hex.DecodeString(strings.TrimPrefix(w.KMSSigner, "0x"))
-	if err != nil || len(signer) != 33 {
-		return fault.New("kms_signer", "nothing says whose answer about the app's key is to be believed: whoever answers would read the variables").
-			WithFix("--kms-signer HEX with the 33 bytes that the KMS's operator publishes")
-	}
-	p.kmsSigner = signer
-	if w.KMSCA != "" {
-		pem, err := readLimited(w.KMSCA, 1<<20)
-		if err != nil {
-			return err
-		}
-		p.kmsRoots = x509.NewCertPool()
-		if !p.kmsRoots.AppendCertsFromPEM(pem) {
-			return fault.New("kms_ca", "%s has no certificate", w.KMSCA).WithFix("give the PEM file of the authority that certifies the KMS")
+	var err error
+	if w.KMSSigner != "" {
+		p.kmsSigner, err = hex.DecodeString(strings.TrimPrefix(w.KMSSigner, "0x"))
+		if err != nil || len(p.kmsSigner) != 33 {
+			return fault.New("kms_signer", "--kms-signer is no compressed secp256k1 public key of 33 bytes").
+				WithFix("give the key that the KMS's operator publishes, or leave it out: the KMS's root is pinned in any case")
 		}
 	}
 	if p.deployer, err = a.stack.DeployerKey(); err != nil {
@@ -151,28 +148,68 @@ func (w *workload) sealable(a *app, p *plan, d *manifest.Draft) error {
 	return nil
 }
 
-// appKey asks the KMS for the public key of the app's variables, and believes an
-// answer that is fresh and signed by the one that is meant. Its address and
-// certificate decide nothing.
+// Times of a question to a KMS.
+const (
+	kmsDialTimeout = 5 * time.Second
+	kmsTimeout     = 30 * time.Second
+)
+
+// appKey asks the KMSs in order for the public key to which the app's variables are
+// encrypted. Each connection must end at the root that the manifest pins; the key
+// must be a fresh one, signed by the KMS that answers there, or by the signer given
+// (threats.md G12). Whoever answers in a KMS's place is not passed over.
 //
-// Codes: kms_unreachable, env_key_signer, env_key_stale.
+// Codes: kms_unreachable, kms_signer, env_key_signer, env_key_stale, and those of
+// channel.Issued.
 func (p *plan) appKey(a *app) ([]byte, error) {
-	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: p.kmsRoots}, Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}}
 	var failed error
-	for _, url := range p.kms {
-		a.step("ask %s for the key of the app's variables", url)
-		var answer vmmpb.PublicKeyResponse
-		c := &prpc.Client{BaseURL: strings.TrimSuffix(url, "/") + "/prpc", HTTP: client}
-		if err := c.Call(a.ctx, "GetAppEnvEncryptPubKey", &vmmpb.AppId{AppId: p.lock.AppID[:]}, &answer); err != nil {
-			failed = errors.Join(failed, fmt.Errorf("%s: %w", url, err))
-			continue
+	for _, u := range p.kms {
+		a.step("ask %s for the key of the app's variables", u)
+		key, err := p.appKeyAt(a.ctx, u)
+		if err == nil {
+			return key, nil
 		}
-		if err := envelope.VerifyKey(p.kmsSigner, p.lock.AppID, answer.PublicKey, answer.SignatureV1, answer.Timestamp, time.Now()); err != nil {
+		if fault.Code(err) != "" {
 			return nil, err
 		}
-		return answer.PublicKey, nil
+		failed = errors.Join(failed, fmt.Errorf("%s: %w", u, err))
 	}
-	return nil, fault.Wrap(failed, "kms_unreachable", "no KMS tells the key of the app's variables").WithFix("check --kms; --kms-ca FILE where its certificate is not a public one")
+	return nil, fault.Wrap(failed, "kms_unreachable", "no KMS tells the key of the app's variables").WithFix("check the addresses of --kms, and that a KMS runs there")
+}
+
+func (p *plan) appKeyAt(ctx context.Context, address string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, kmsTimeout)
+	defer cancel()
+	u, err := url.Parse(address)
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := channel.Issued{Issuer: p.pin, Usage: ratls.UsageKMS}.Config(u.Hostname())
+	if err != nil {
+		return nil, err
+	}
+	transport := &http.Transport{
+		TLSClientConfig: cfg, TLSHandshakeTimeout: kmsDialTimeout, Proxy: http.ProxyFromEnvironment,
+		DialContext: (&net.Dialer{Timeout: kmsDialTimeout}).DialContext,
+	}
+	defer transport.CloseIdleConnections()
+	c := &prpc.Client{BaseURL: strings.TrimSuffix(address, "/") + "/prpc", HTTP: &http.Client{Transport: transport}}
+	var meta kmsapi.GetMetaResponse
+	if err := c.Call(ctx, "GetMeta", &emptypb.Empty{}, &meta); err != nil {
+		return nil, err
+	}
+	if p.kmsSigner != nil && !bytes.Equal(p.kmsSigner, meta.K256Pubkey) {
+		return nil, fault.New("kms_signer", "the KMS signs with the key %x, and --kms-signer names %x", meta.K256Pubkey, p.kmsSigner).
+			WithFix("find out which of the two the KMS's operator publishes")
+	}
+	var answer kmsapi.PublicKeyResponse
+	if err := c.Call(ctx, "GetAppEnvEncryptPubKey", &kmsapi.AppId{AppId: p.lock.AppID[:]}, &answer); err != nil {
+		return nil, err
+	}
+	if err := envelope.VerifyKey(meta.K256Pubkey, p.lock.AppID, answer.PublicKey, answer.SignatureV1, answer.Timestamp, time.Now()); err != nil {
+		return nil, err
+	}
+	return answer.PublicKey, nil
 }
 
 // seal encrypts the variables to the app and this manifest, signs them, and wipes

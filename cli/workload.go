@@ -45,8 +45,7 @@ type workload struct {
 	Swap        string   `help:"Swap on the data disk, such as 1G." placeholder:"SIZE"`
 
 	Env       []string `short:"e" help:"Variable for the compose file, encrypted to the app; without =VALUE its value is taken from this environment, which no other user of the machine sees." placeholder:"KEY[=VALUE]" sep:"none"`
-	KMSSigner string   `name:"kms-signer" help:"The KMS's signing key, in hex: its compressed secp256k1 public key, 33 bytes. Variables are encrypted only to an app's key that it signs." placeholder:"HEX"`
-	KMSCA     string   `name:"kms-ca" help:"PEM file of the authority that certifies the KMS's address, where that is not a public one." placeholder:"FILE"`
+	KMSSigner string   `name:"kms-signer" help:"What the KMS's signing key must be, in hex, 33 bytes: a second check beside --kms-id when variables are encrypted." placeholder:"HEX"`
 	EnvFile   []string `help:"File with a variable per line, KEY=VALUE or KEY." placeholder:"FILE" sep:"none"`
 
 	Volume []string `help:"Read-only disk with a file system under dm-verity, mounted at TARGET in the guest, /dstack/volumes/NAME by default; a service gets it as a bind mount." placeholder:"NAME=FILE[:TARGET]" sep:"none"`
@@ -79,8 +78,8 @@ type plan struct {
 	kms   []string
 
 	env       []variable // nil: none are given
-	kmsSigner []byte
-	kmsRoots  *x509.CertPool // nil: the system's
+	pin       []byte     // of the KMS's root
+	kmsSigner []byte     // nil: whatever the pinned KMS has
 	deployer  ed25519.PrivateKey
 }
 
@@ -121,6 +120,7 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if err := w.keys(&draft); err != nil {
 		return nil, err
 	}
+	p.pin = draft.KeyProviderID
 	var err error
 	if p.env, err = w.variables(draft.KeyProvider); err != nil {
 		return nil, err
