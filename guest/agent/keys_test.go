@@ -298,6 +298,12 @@ func TestVerifyTellsMalformedFromWrong(t *testing.T) {
 	notOnCurve := make([]byte, 32)
 	notOnCurve[0] = 2 // y = 2: no x (RFC 8032)
 	full := func(prefix byte) []byte { return append([]byte{prefix}, make([]byte, 64)...) }
+	point, err := secp256k1.ParsePubKey(unhex(t, k.PublicKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	hybrid := point.SerializeUncompressed()
+	hybrid[0] = 6 | hybrid[64]&1
 	uncompressed := unhex(t, "04"+"6105f01d1fd781568f7c208b087b1c4f522601410ed7e9c7870d573de7c46d54")
 	for _, c := range []struct {
 		name, algorithm   string
@@ -310,7 +316,7 @@ func TestVerifyTellsMalformedFromWrong(t *testing.T) {
 		{"r of the order", "k256", nil, append(bytes.Clone(order), order...), unhex(t, k.PublicKey), "signature_malformed"},
 		{"no key", "secp256k1", nil, high, nil, "signature_malformed"},
 		{"a point that is none", "secp256k1", nil, high, full(4), "signature_malformed"},
-		{"a hybrid key", "secp256k1", nil, high, full(6), "signature_malformed"},
+		{"a hybrid key", "secp256k1", unhex(t, k.DataHex), unhex(t, k.Signature), hybrid, "signature_malformed"},
 		{"half a point", "secp256k1", nil, high, uncompressed, "signature_malformed"},
 		{"a short digest", "secp256k1_prehashed", make([]byte, 31), high, unhex(t, k.PublicKey), "digest_length"},
 		{"a long digest", "secp256k1_prehashed", make([]byte, 33), high, unhex(t, k.PublicKey), "digest_length"},
@@ -522,6 +528,16 @@ func TestThreat_B09_AppsCannotEmitReservedNames(t *testing.T) {
 	}
 	if g.init.extends != 0 {
 		t.Errorf("%d of them reached init", g.init.extends)
+	}
+	// The agent refuses on its own: an init that does not look (the simulator's) is not
+	// asked either.
+	cfg, init := config(t, testManifest)
+	a, err := New(context.Background(), cfg, init, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.emitEvent(context.Background(), &agentpb.EmitEventArgs{Event: "compose-hash"}); fault.Code(err) != "event_name_reserved" || init.extends != 0 {
+		t.Errorf("without initrpc: %v, %d events", err, init.extends)
 	}
 }
 
