@@ -15,6 +15,8 @@ export LC_ALL=C
 packages="build-essential bc bison cpio flex kmod libelf-dev libssl-dev lz4 make xz-utils zstd squashfs-tools"
 # Running and testing.
 packages="$packages qemu-utils ovmf swtpm nftables iproute2 ca-certificates curl"
+# Sealed disks are tested with the programs that make and check file systems.
+packages="$packages e2fsprogs xfsprogs"
 # The verifier page is tested in a real browser.
 packages="$packages chromium chromium-driver"
 # The guest's clock is tested against real time servers, some of which lie.

@@ -12,7 +12,8 @@ go test -count=1 $(go list ./... | grep -v '/e2e$')
 step "race tests of what shares memory"
 CGO_ENABLED=1 go test -count=1 -race ./hostlink/... ./channel/... ./guest/agent/... ./vmm/... ./internal/fsm/... ./attest ./collateral/... ./verifyd/...
 step "OS image"
-bin/dstack image build sim
+image=$(bin/dstack --json image build sim | sed -n 's/.*"dir": "\(.*\)".*/\1/p')
 step "VM tests"
+DSTACK_TEST_IMAGE="$image" go test -count=1 -timeout 10m -v -run 'TestSealedVolume|TestThreat' ./guest/disk/
 go test -count=1 -timeout 30m -v ./e2e/
 step "done"
