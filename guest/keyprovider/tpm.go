@@ -213,9 +213,13 @@ func (s *sealer) create() ([]byte, error) {
 	}
 	var ours [keys.Size]byte
 	rand.Read(ours[:])
-	sum := sha256.Sum256(append(ours[:], theirs.RandomBytes.Buffer...))
+	h := sha256.New() // one buffer of its own, where append would leave a copy
+	h.Write(ours[:])
+	h.Write(theirs.RandomBytes.Buffer)
+	seed := h.Sum(nil)
+	h.Reset()
 	clear(ours[:])
-	seed := sum[:]
+	clear(theirs.RandomBytes.Buffer)
 	policy, err := s.policy()
 	if err != nil {
 		return nil, fmt.Errorf("policy of the seed: %w", err)

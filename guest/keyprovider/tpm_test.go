@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -333,6 +334,49 @@ func TestASeedIsMadeOnFirstBootOnly(t *testing.T) {
 	g, err := m.keys(true)
 	if err != nil || !g.Created {
 		t.Errorf("after an interrupted first boot: %+v, %v", g, err)
+	}
+}
+
+// cut loses power after some commands.
+type cut struct {
+	transport.TPM
+	left int
+}
+
+func (c *cut) Send(b []byte) ([]byte, error) {
+	if c.left--; c.left < 0 {
+		return nil, errors.New("power lost")
+	}
+	return c.TPM.Send(b)
+}
+
+func (*cut) Close() error { return nil }
+
+// Power is lost after each command of the making: whatever is left, the next boot of
+// the still new instance gets a seed, and the one after that the same.
+func TestACrashWhileASeedIsMadeIsRetried(t *testing.T) {
+	for n := 1; ; n++ {
+		m := newMachine(t)
+		m.boot("image", "app")
+		p := m.provider(true)
+		p.Open = func() (transport.TPMCloser, error) { return &cut{TPM: m.tpm, left: n}, nil }
+		if _, err := p.Keys(t.Context()); err == nil {
+			if n < 10 {
+				t.Errorf("%d commands made a seed", n)
+			}
+			return
+		}
+		m.boot("image", "app")
+		made, err := m.keys(true)
+		if err != nil {
+			t.Fatalf("after %d commands: %v", n, err)
+		}
+		m.boot("image", "app")
+		again, err := m.keys(false)
+		if err != nil || !bytes.Equal(made.Keys.Disk.Bytes(), again.Keys.Disk.Bytes()) {
+			t.Errorf("after %d commands there are two seeds, or %v", n, err)
+		}
+		m.off()
 	}
 }
 
