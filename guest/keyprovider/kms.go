@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,8 @@ import (
 	"net/url"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/proto"
 
@@ -40,6 +43,7 @@ const (
 	maxReply       = 256 << 10        // bytes
 	maxURLs        = 16
 	maxGateways    = 4 << 10 // bytes of gateway_app_id
+	maxReason      = 512     // bytes of a KMS's words
 )
 
 // KMS asks a KMS for the keys of an app, which are the same on every machine.
@@ -283,10 +287,7 @@ func (k *KMS) appKeys(r *kmsapi.AppKeyResponse) (*keys.AppKeys, error) {
 		if n := len(r.OsImageHash); n != 0 && n != dstack.ImageHashSize {
 			return fmt.Errorf("the OS image hash has %d bytes, not %d", n, dstack.ImageHashSize)
 		}
-		if len(r.GatewayAppId) > maxGateways {
-			return fmt.Errorf("gateway_app_id has %d bytes, more than %d", len(r.GatewayAppId), maxGateways)
-		}
-		return nil
+		return checkGateways(out.GatewayAppID)
 	}()
 	if err != nil {
 		out.Wipe()
@@ -318,13 +319,49 @@ func (k *KMS) call(ctx context.Context, at endpoint, server channel.Issued, meth
 	err = client.Call(ctx, method, req, resp)
 	if refusal, ok := err.(*fault.Error); ok {
 		// The server's words, behind whatever code it chose to give.
-		return fault.New("kms_denied", "the KMS refuses: %.1000s", refusal.Message).
+		return fault.New("kms_denied", "the KMS refuses: %s", printable(refusal.Message)).
 			WithFix("see the KMS's log, and whether its policy allows this app, manifest and OS image")
 	}
 	if err != nil && fault.Code(err) == "" {
 		return fault.Wrap(err, "kms_unreachable", "reach the KMS")
 	}
 	return err
+}
+
+// printable makes a server's words fit for logs and consoles: no control characters,
+// whole characters, not many.
+func printable(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "\uFFFD"))
+	if len(text) <= maxReason {
+		return text
+	}
+	cut := maxReason
+	for !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut]
+}
+
+// checkGateways takes what keys.AppKeys.GatewayAppID may be, or the word any.
+func checkGateways(text string) error {
+	if len(text) > maxGateways {
+		return fmt.Errorf("gateway_app_id has %d bytes, more than %d", len(text), maxGateways)
+	}
+	if text == "" || text == "any" {
+		return nil
+	}
+	for id := range strings.SplitSeq(text, ",") {
+		b, err := hex.DecodeString(strings.TrimPrefix(strings.TrimSpace(id), "0x"))
+		if err != nil || len(b) != len(dstack.AppID{}) {
+			return fmt.Errorf("gateway_app_id: %.100q is no app id", id)
+		}
+	}
+	return nil
 }
 
 // bounded refuses replies that are too large, or that no KMS gives.

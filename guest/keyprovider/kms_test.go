@@ -23,6 +23,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/ratls"
@@ -195,6 +196,18 @@ func TestADenialHasTheWordsOfTheKMS(t *testing.T) {
 	}
 }
 
+// The words of a server do not write to the console that shows them.
+func TestADenialIsPrintable(t *testing.T) {
+	s := startKMS(t, kmstest.Options{Allow: func(kmstest.Call) error {
+		return errors.New("no\x1b[31m\r\n\u202e" + strings.Repeat("é", 600))
+	}})
+	_, err := ask(t, client(t, s.SPKI(), s.URL))
+	wantCode(t, err, "kms_denied")
+	if text := err.Error(); strings.ContainsAny(text, "\x1b\r\n\u202e") || !utf8.ValidString(text) || len(text) > 700 || !strings.Contains(text, "éé") {
+		t.Errorf("%d bytes: %q", len(text), text)
+	}
+}
+
 func TestEvidenceOverAnotherKeyIsRefusedByTheKMS(t *testing.T) {
 	s := startKMS(t, kmstest.Options{})
 	k := client(t, s.SPKI(), s.URL)
@@ -213,6 +226,8 @@ func TestMalformedAnswersAreRefused(t *testing.T) {
 		"signature":    func(r *kmsapi.AppKeyResponse) { r.K256Signature = r.K256Signature[:64] },
 		"image":        func(r *kmsapi.AppKeyResponse) { r.OsImageHash = []byte{1} },
 		"gateway":      func(r *kmsapi.AppKeyResponse) { r.GatewayAppId = strings.Repeat("a", 5000) },
+		"gateway's id": func(r *kmsapi.AppKeyResponse) { r.GatewayAppId = strings.Repeat("ab", 19) },
+		"any gateway":  func(r *kmsapi.AppKeyResponse) { r.GatewayAppId = strings.Repeat("ab", 20) + ",any" },
 		"root":         func(r *kmsapi.AppKeyResponse) { r.CaCert = "" },
 		"too large":    func(r *kmsapi.AppKeyResponse) { r.TproxyAppId = strings.Repeat("a", maxReply) },
 	} {
