@@ -198,13 +198,15 @@ func TestADenialHasTheWordsOfTheKMS(t *testing.T) {
 
 // The words of a server do not write to the console that shows them.
 func TestADenialIsPrintable(t *testing.T) {
-	s := startKMS(t, kmstest.Options{Allow: func(kmstest.Call) error {
-		return errors.New("no\x1b[31m\r\n\u202e" + strings.Repeat("é", 600))
-	}})
-	_, err := ask(t, client(t, s.SPKI(), s.URL))
-	wantCode(t, err, "kms_denied")
-	if text := err.Error(); strings.ContainsAny(text, "\x1b\r\n\u202e") || !utf8.ValidString(text) || len(text) > 700 || !strings.Contains(text, "éé") {
-		t.Errorf("%d bytes: %q", len(text), text)
+	for _, pad := range []string{"", "x"} { // a cut falls on a character, and inside one
+		s := startKMS(t, kmstest.Options{Allow: func(kmstest.Call) error {
+			return errors.New("no\x1b[31m\r\n\u202e" + pad + strings.Repeat("é", 600))
+		}})
+		_, err := ask(t, client(t, s.SPKI(), s.URL))
+		wantCode(t, err, "kms_denied")
+		if text := err.Error(); strings.ContainsAny(text, "\x1b\r\n\u202e") || !utf8.ValidString(text) || len(text) > 700 || !strings.Contains(text, "éé") {
+			t.Errorf("%d bytes: %q", len(text), text)
+		}
 	}
 }
 
