@@ -405,7 +405,7 @@ func Run(ctx context.Context, log io.Writer) error {
 		cancel()
 		return errors.Join(err, <-served)
 	}
-	dropStartPages()
+	go keepTrim(ctx)
 	logger.Info("agent serves", "app", a.identity.AppID, "version", a.version)
 	return <-served
 }

@@ -167,6 +167,24 @@ func TestAPrivilegedAgentDoesNotStart(t *testing.T) {
 	}
 }
 
+// syncLog is what a process says, to be read while it goes on.
+type syncLog struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *syncLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *syncLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 // The whole path: spawned by init as a user of its own, hardened, serving inherited
 // sockets, ended with init; and no key where others may look (threats.md E06).
 func TestThreat_E06_RunAsInitStartsIt(t *testing.T) {
@@ -191,7 +209,7 @@ func TestThreat_E06_RunAsInitStartsIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ext.Close()
-	var log strings.Builder
+	var log syncLog
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	p, err := initrpc.Spawn(ctx, initrpc.SpawnOptions{
