@@ -147,7 +147,7 @@ func configDocument(m *manifest.Manifest, app dstack.AppID, instance *dstack.Ins
 
 func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*hostshare.SysConfig, error) {
 	c := &v.server.config.CVM
-	vc, err := vmConfig(v.spec(), img, version, uint64(c.PCIHole64))
+	vc, err := vmConfig(v.spec(), img, version, uint64(c.PCIHole64), acpiDemand(v.manifest()))
 	if err != nil {
 		return nil, err
 	}
@@ -178,8 +178,9 @@ func (v *vm) sysConfig(img *osimage.Image, version qemu.Version, doc []byte) (*h
 
 // vmConfig states the shape of the VM as far as measurements depend on it. ACPI
 // digests are taken from the event log ("lite") wherever the image has the
-// measurement document for it.
-func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*measure.VMConfig, error) {
+// measurement document for it, unless the manifest demands that they be computed
+// (acpi, requirements.tdx_measure_acpi_tables; nil: no demand).
+func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64, acpi *bool) (*measure.VMConfig, error) {
 	out := &measure.VMConfig{
 		SpecVersion: 1, OSImageHash: img.Hash.String(), CPUCount: s.VCPU, MemorySize: uint64(s.MemoryMB) << 20,
 		QEMUVersion: version.String(), PCIHole64Size: hole, NumNICs: 1, Endpoints: qemu.RootBusDevices + uint32(len(s.Volumes)), Image: s.Image, HostShareMode: "vhd",
@@ -188,12 +189,22 @@ func vmConfig(s *Spec, img *osimage.Image, version qemu.Version, hole uint64) (*
 	doc, err := readFile(img.TDXMeasurement(), 1<<20)
 	switch {
 	case err == nil && s.TEE != TEENone:
-		out.TDXVariant = "lite"
+		if acpi == nil || !*acpi {
+			out.TDXVariant = "lite"
+		}
 		out.TDXMeasurement = &measure.Split{ChecksumFile: img.Sums, Measurement: doc}
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	}
 	return out, nil
+}
+
+// acpiDemand is what the manifest demands of the ACPI tables' measurement.
+func acpiDemand(m *manifest.Manifest) *bool {
+	if m.Requirements == nil {
+		return nil
+	}
+	return m.Requirements.TDXMeasureACPITables
 }
 
 // resetTEE makes the simulated TEE's state that of a machine just switched on.
@@ -210,7 +221,7 @@ func (v *vm) resetTEE(ctx context.Context, img *osimage.Image, version qemu.Vers
 	if err := os.Mkdir(filepath.Join(v.dir, teeState), 0o700); err != nil {
 		return err
 	}
-	vc, err := vmConfig(v.spec(), img, version, uint64(v.server.config.CVM.PCIHole64))
+	vc, err := vmConfig(v.spec(), img, version, uint64(v.server.config.CVM.PCIHole64), acpiDemand(v.manifest()))
 	if err != nil {
 		return err
 	}

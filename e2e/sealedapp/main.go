@@ -8,7 +8,8 @@
 //	GET /get?name=N           read it
 //	GET /key?path=P           ask dstack.sock for a key
 //	POST /scan                body: a secret; the processes and files of the machine
-//	                          that show it (needs the host's pid namespace, privileged)
+//	                          that show it (needs the machine's /proc at /guest/proc,
+//	                          privileged)
 package main
 
 import (
@@ -27,7 +28,10 @@ import (
 	"time"
 )
 
-const data = "/data"
+const (
+	data      = "/data"
+	guestProc = "/guest/proc"
+)
 
 func main() {
 	// Each start leaves a line, so that a test can count how often it ran.
@@ -123,11 +127,11 @@ func getKey(ctx context.Context, path string) ([]byte, error) {
 // systems. It names what holds it, and files for keys that others may read.
 func scan(secret []byte) ([]string, error) {
 	var found []string
-	procs, err := filepath.Glob("/proc/[0-9]*")
+	procs, err := filepath.Glob(guestProc + "/[0-9]*")
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Stat("/proc/1/root/etc/os-release"); err != nil {
+	if _, err := os.Stat(guestProc + "/1/root/usr/lib/os-release"); err != nil {
 		return nil, fmt.Errorf("the machine's first process is out of sight: %w", err)
 	}
 	for _, dir := range procs {
@@ -140,7 +144,7 @@ func scan(secret []byte) ([]string, error) {
 		}
 	}
 	for _, root := range []string{"run", "dstack", "tmp", "etc", "root"} {
-		base := "/proc/1/root/" + root
+		base := guestProc + "/1/root/" + root
 		err := filepath.WalkDir(base, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() {
 				return nil
@@ -154,7 +158,11 @@ func scan(secret []byte) ([]string, error) {
 				return nil
 			}
 			if bytes.Contains(text, secret) {
-				found = append(found, fmt.Sprintf("file %s mode %o", strings.TrimPrefix(path, "/proc/1/root"), info.Mode().Perm()))
+				who := "root's"
+				if public(base, path) {
+					who = "public"
+				}
+				found = append(found, who+" file "+strings.TrimPrefix(path, guestProc+"/1/root"))
 			}
 			return nil
 		})
@@ -163,4 +171,19 @@ func scan(secret []byte) ([]string, error) {
 		}
 	}
 	return found, nil
+}
+
+// public reports whether another user than root could read a file below base: by its
+// own mode and that of every directory above it.
+func public(base, path string) bool {
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm()&0o004 == 0 {
+		return false
+	}
+	for dir := filepath.Dir(path); len(dir) >= len(base); dir = filepath.Dir(dir) {
+		if info, err := os.Stat(dir); err != nil || info.Mode().Perm()&0o001 == 0 {
+			return false
+		}
+	}
+	return true
 }

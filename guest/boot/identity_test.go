@@ -200,6 +200,22 @@ func TestUnsupportedManifests(t *testing.T) {
 	}
 }
 
+func TestTheFormOfACPIMeasurement(t *testing.T) {
+	for name, c := range map[string]struct{ requirements, config, code string }{
+		"no demand":                {`{}`, `{"tdx_attestation_variant":"lite"}`, ""},
+		"all tables, and so it is": {`{"tdx_measure_acpi_tables":true}`, `{}`, ""},
+		"all tables, by name":      {`{"tdx_measure_acpi_tables":true}`, `{"tdx_attestation_variant":"legacy"}`, ""},
+		"all tables, and lite":     {`{"tdx_measure_acpi_tables":true}`, `{"tdx_attestation_variant":"lite"}`, "requirement_acpi"},
+		"lite, and so it is":       {`{"tdx_measure_acpi_tables":false}`, `{"tdx_attestation_variant":"lite"}`, ""},
+		"lite, and all tables":     {`{"tdx_measure_acpi_tables":false}`, ``, "requirement_acpi"},
+		"no object":                {`{"tdx_measure_acpi_tables":true}`, `[]`, "requirement_acpi"},
+	} {
+		if err := acpiVariant(parsed(t, manifest.Draft{Requirements: json.RawMessage(c.requirements)}), c.config); fault.Code(err) != c.code {
+			t.Errorf("%s: %v, want %q", name, err, c.code)
+		}
+	}
+}
+
 func TestTheLaunchToken(t *testing.T) {
 	const token = "unit-test-launch-token-0000000001"
 	hash, err := manifest.LaunchTokenHash(token)
@@ -225,7 +241,7 @@ func TestTheLaunchToken(t *testing.T) {
 	}
 }
 
-func TestEveryImageOfTheComposeFileIsLocked(t *testing.T) {
+func TestThreat_J01_EveryImageOfTheComposeFileIsLocked(t *testing.T) {
 	lock := map[string]string{"a:1": "sha256:" + testHash, "b": "sha256:" + testHash}
 	for name, c := range map[string]struct{ compose, code string }{
 		"all locked":             {"services:\n  x: {image: 'a:1'}\n  y: {image: b}\n", ""},

@@ -289,6 +289,9 @@ func (m *Machine) parse(context.Context) error {
 	if err := launchToken(m.manifest, m.files[hostshare.UserConfigName]); err != nil {
 		return err
 	}
+	if err := acpiVariant(m.manifest, m.sysConfig.VMConfig); err != nil {
+		return err
+	}
 	m.instance = &hostshare.InstanceInfo{}
 	if text, ok := m.files[hostshare.InstanceInfoName]; ok {
 		if m.instance, err = hostshare.ParseInstanceInfo(text); err != nil {

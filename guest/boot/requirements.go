@@ -57,6 +57,28 @@ func Supported(m *manifest.Manifest, tee dstack.TEE, version string) error {
 	return nil
 }
 
+// acpiVariant holds what the manifest demands of the ACPI tables' measurement against
+// what the host told verifiers (vmm.md §6.3): true wants every table measured and
+// compared, false the smaller form. Code requirement_acpi.
+func acpiVariant(m *manifest.Manifest, vmConfig string) error {
+	if m.Requirements == nil || m.Requirements.TDXMeasureACPITables == nil {
+		return nil
+	}
+	var c struct {
+		Variant string `json:"tdx_attestation_variant"`
+	}
+	if vmConfig != "" {
+		if err := json.Unmarshal([]byte(vmConfig), &c); err != nil {
+			return fault.Wrap(err, "requirement_acpi", "read which form of ACPI measurement the host chose")
+		}
+	}
+	if want := *m.Requirements.TDXMeasureACPITables; want != (c.Variant != "lite") {
+		return fault.New("requirement_acpi", "requirements.tdx_measure_acpi_tables is %v, and the host's vm_config says %q", want, c.Variant).
+			WithFix("start the VM with a VMM that heeds the manifest's requirement")
+	}
+	return nil
+}
+
 // launchToken checks the token that the manifest demands of whoever starts the VM:
 // the member dstack.launch_token of the user's configuration must hash to
 // requirements.launch_token_hash. Code launch_token.

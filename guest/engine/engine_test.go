@@ -152,7 +152,7 @@ func TestPullLockedNamesWhatItChecked(t *testing.T) {
 	}
 }
 
-func TestPullLockedRefuses(t *testing.T) {
+func TestThreat_J01_PullLockedRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		lock  map[string]string
 		store func(string) string
