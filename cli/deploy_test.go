@@ -309,7 +309,7 @@ func TestDeployRefusesWhatIsUnsafeOrUnclear(t *testing.T) {
 	c, id := d.file("c.yaml", composeFile("")), rootKey(t)
 	deploy := func(more ...string) []string { return append([]string{"deploy", "-c", c, "-n", "app"}, more...) }
 	os.Unsetenv("DSTACK_TEST_ABSENT")
-	t.Setenv("DSTACK_TEST_LARGE", strings.Repeat("x", maxVariableValue+1))
+	t.Setenv("DSTACK_TEST_LARGE", strings.Repeat("x", envelope.MaxValue+1))
 	kms := []string{"--key-provider", "kms", "--kms-id", id}
 	withKMS := append(kms, "--kms", "https://a.example")
 	for _, tc := range []struct {
@@ -378,7 +378,7 @@ func TestVariablesAreReadAndNotPrinted(t *testing.T) {
 		t.Error(s)
 	}
 	var many []string
-	for i := range maxVariables + 1 {
+	for i := range envelope.MaxVariables + 1 {
 		many = append(many, fmt.Sprintf("V%d=", i))
 	}
 	if _, err := (&workload{Env: many}).variables("kms"); fault.Code(err) != "env_too_large" {
@@ -649,7 +649,7 @@ func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
 	if err != nil || first.Variables["A"] != "hunter1" || first.Variables["CLI_TEST_TOKEN"] != "hunter2" || len(first.Skipped) != 0 || len(m.EnvSigners) != 1 {
 		t.Fatal(first, err)
 	}
-	fi, err := os.Stat(filepath.Join(d.dir, "deployer-key"))
+	fi, err := os.Stat(filepath.Join(d.dir, "deployer.key"))
 	if err != nil || fi.Mode().Perm() != 0o600 {
 		t.Error(fi, err)
 	}
@@ -674,8 +674,8 @@ func TestVariablesAreSealedToTheAppAndSigned(t *testing.T) {
 	if m := d.manifest(d.updated.ComposeFile); len(m.AllowedEnvs)+len(m.EnvSigners) != 0 {
 		t.Errorf("%+v", m)
 	}
-	d.file("deployer-key", "short")
-	d.refused("deployer_key", "upgrade", "app", "-c", c, "-e", "A=1")
+	d.file("deployer.key", "short")
+	d.refused("signer_key_malformed", "upgrade", "app", "-c", c, "-e", "A=1")
 }
 
 func appIDOf(m *manifest.Manifest) dstack.AppID {

@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,16 +28,6 @@ import (
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 )
-
-// Limits of the guest on encrypted variables (spec/kms.md §4.2).
-const (
-	maxVariables     = 1024
-	maxVariableName  = 255
-	maxVariableValue = 128 << 10
-	maxVariableBytes = 1 << 20
-)
-
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 // variable is one encrypted variable. Its value is printed nowhere.
 type variable struct {
@@ -64,7 +53,7 @@ func (w *workload) variables(provider string) ([]variable, error) {
 	values := map[string][]byte{}
 	take := func(where string, text []byte) error {
 		name, value, given := bytes.Cut(text, []byte("="))
-		if len(name) > maxVariableName || !variableName.Match(name) {
+		if manifest.CheckEnvName(string(name)) != nil {
 			return fault.New("env_malformed", "%s does not begin with the name of a variable", where).
 				WithFix("write KEY=VALUE or KEY; names have letters, digits and '_'")
 		}
@@ -75,14 +64,14 @@ func (w *workload) variables(provider string) ([]variable, error) {
 			}
 			value = []byte(from)
 		}
-		if len(value) > maxVariableValue {
-			return fault.New("env_too_large", "%s has a value of %d bytes, more than %d", name, len(value), maxVariableValue).WithFix("give the app large data in another way")
+		if len(value) > envelope.MaxValue {
+			return fault.New("env_too_large", "%s has a value of %d bytes, more than %d", name, len(value), envelope.MaxValue).WithFix("give the app large data in another way")
 		}
 		values[string(name)] = bytes.Clone(value)
 		return nil
 	}
 	for _, path := range w.EnvFile {
-		data, err := readLimited(path, 2*maxVariableBytes)
+		data, err := readLimited(path, 2*envelope.MaxTotal)
 		if err != nil {
 			return nil, err
 		}
@@ -108,8 +97,8 @@ func (w *workload) variables(provider string) ([]variable, error) {
 		out = append(out, variable{name, value})
 		total += len(name) + len(value)
 	}
-	if len(out) > maxVariables || total > maxVariableBytes {
-		return nil, fault.New("env_too_large", "%d variables of %d bytes are more than %d of %d", len(out), total, maxVariables, maxVariableBytes).
+	if len(out) > envelope.MaxVariables || total > envelope.MaxTotal {
+		return nil, fault.New("env_too_large", "%d variables of %d bytes are more than %d of %d", len(out), total, envelope.MaxVariables, envelope.MaxTotal).
 			WithFix("give the app large data in another way")
 	}
 	slices.SortFunc(out, func(a, b variable) int { return strings.Compare(a.name, b.name) })

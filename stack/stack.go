@@ -15,8 +15,6 @@ package stack
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,7 +26,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -37,6 +34,7 @@ import (
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/process"
+	"github.com/dstack-go/dstack/keys/signer"
 	"github.com/dstack-go/dstack/prpc"
 )
 
@@ -91,31 +89,14 @@ func (s *Stack) ImagesDir() string  { return filepath.Join(s.Dir, "images") }
 func (s *Stack) VolumesDir() string { return filepath.Join(s.Dir, "volumes") }
 
 // DeployerKey returns the key by which this user's deployments sign apps' variables,
-// making it at the first use. It is the stack's, mode 0600; its public half is in the
-// manifests of those apps.
-//
-// Code: deployer_key.
+// making it at the first use. It is the stack's; its public half is in the manifests
+// of those apps. Codes: those of package signer.
 func (s *Stack) DeployerKey() (ed25519.PrivateKey, error) {
-	path := filepath.Join(s.Dir, "deployer-key")
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		_, key, err := ed25519.GenerateKey(rand.Reader)
-		if err != nil {
-			return nil, err
-		}
-		return key, durable.WriteFile(path, []byte(hex.EncodeToString(key.Seed())+"\n"), 0o600)
+	path := filepath.Join(s.Dir, "deployer.key")
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return signer.Create(path)
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer clear(data)
-	seed, err := hex.DecodeString(strings.TrimSpace(string(data)))
-	if err != nil || len(seed) != ed25519.SeedSize {
-		return nil, fault.New("deployer_key", "%s is not a key of %d bytes in hexadecimal", path, ed25519.SeedSize).
-			WithFix("restore it, or remove it for a new one: apps then get it with their next upgrade")
-	}
-	defer clear(seed)
-	return ed25519.NewKeyFromSeed(seed), nil
+	return signer.Open(path)
 }
 
 // HTTP returns a client that reaches the VMM's socket whatever host the URL names.

@@ -56,7 +56,9 @@ func (m *Machine) room() (*script.Room, error) {
 	}
 	return &script.Room{
 		Layer: scriptsLayer, WorkDir: workDir, Socket: dstackSocket, Resolver: resolvConf,
-		Exe: "/proc/self/exe", Runner: m.sup, Secrets: m.variables,
+		// The client without its engine: docker login works, docker run cannot.
+		Programs: map[string]string{"/usr/bin/docker": "/usr/bin/containerd", "/usr/bin/docker-compose": "/usr/bin/containerd"},
+		Exe:      "/proc/self/exe", Runner: m.sup, Secrets: m.variables,
 		Log: func(name, line string) { m.console.Log(name + ": " + oneLine(line)) },
 	}, nil
 }

@@ -156,21 +156,22 @@ func (k *KMS) ask(ctx context.Context, address string) (*Grant, error) {
 		return nil, err
 	}
 	// Whoever answered first must have shown a certificate of the root that he names.
-	root, err := k.root(temp.CaCert)
+	cert, err := k.root(temp.CaCert)
 	if err != nil {
 		return nil, err
 	}
+	root := cert.RawSubjectPublicKeyInfo
 	if err := channel.CheckIssuer(leaf, root); err != nil {
 		return nil, err
 	}
-	certificate, err := k.clientCertificate(ctx, &temp)
+	client, err := k.clientCertificate(ctx, &temp)
 	if err != nil {
 		return nil, err
 	}
 
 	var reply kmsapi.AppKeyResponse
 	defer wipeReply(&reply)
-	err = k.call(ctx, at, channel.Issued{Issuer: root, Check: k.appraise, Certificate: certificate},
+	err = k.call(ctx, at, channel.Issued{Issuer: root, Check: k.appraise, Certificate: client},
 		"GetAppKey", &kmsapi.GetAppKeyRequest{ApiVersion: 1, VmConfig: k.VMConfig}, &reply)
 	if err != nil {
 		return nil, err
@@ -179,13 +180,15 @@ func (k *KMS) ask(ctx context.Context, address string) (*Grant, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(again, root) {
+	if !bytes.Equal(again.RawSubjectPublicKeyInfo, root) {
 		return nil, malformed("the root of its keys is not the root of its certificate")
 	}
 	app, err := k.appKeys(&reply)
 	if err != nil {
 		return nil, err
 	}
+	// What was checked, and not what else the text holds: the app trusts it.
+	app.CACert = certificate.Encode(again.Raw)
 	app.Provider = keys.Provider{
 		Kind: keys.KMS, URL: at.base, SPKI: root,
 		TempCACert: temp.TempCaCert, TempCAKey: []byte(temp.TempCaKey),
@@ -217,7 +220,7 @@ func (k *KMS) appraise(leaf *x509.Certificate) error {
 }
 
 // root returns the key of a KMS's root certificate, which must be the pinned one.
-func (k *KMS) root(text string) ([]byte, error) {
+func (k *KMS) root(text string) (*x509.Certificate, error) {
 	cert, err := certificate.Parse([]byte(text))
 	if err != nil {
 		return nil, malformed("its root certificate: %v", err)
@@ -228,7 +231,7 @@ func (k *KMS) root(text string) ([]byte, error) {
 	if len(k.Pin) > 0 && !bytes.Equal(cert.RawSubjectPublicKeyInfo, k.Pin) {
 		return nil, malformed("its root is not the one that the manifest pins")
 	}
-	return cert.RawSubjectPublicKeyInfo, nil
+	return cert, nil
 }
 
 // clientCertificate makes the certificate by which the KMS appraises this guest: a
@@ -262,7 +265,7 @@ func (k *KMS) clientCertificate(ctx context.Context, temp *kmsapi.GetTempCaCertR
 
 // appKeys reads the keys out of an answer.
 func (k *KMS) appKeys(r *kmsapi.AppKeyResponse) (*keys.AppKeys, error) {
-	out := &keys.AppKeys{CACert: r.CaCert, AppSignature: bytes.Clone(r.K256Signature), GatewayAppID: r.GatewayAppId}
+	out := &keys.AppKeys{AppSignature: bytes.Clone(r.K256Signature), GatewayAppID: r.GatewayAppId}
 	err := func() (err error) {
 		if out.Disk, err = keys.NewDiskKey(r.DiskCryptKey); err != nil {
 			return err

@@ -408,3 +408,25 @@ func TestFirstAnswersThatAreRefused(t *testing.T) {
 		}
 	}
 }
+
+// A KMS's text with more certificates than the one that was checked makes nobody else
+// a root of the app.
+func TestThreat_C04_OnlyTheCheckedRootIsTrusted(t *testing.T) {
+	stranger, err := kmstest.Start(kmstest.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stranger.Close()
+	s, err := kmstest.Start(kmstest.Options{Answer: func(r *kmsapi.AppKeyResponse) { r.CaCert += stranger.RootPEM() }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	g, err := ask(t, client(t, s.SPKI(), s.URL))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g.Keys.CACert != s.RootPEM() {
+		t.Errorf("the app would trust\n%s", g.Keys.CACert)
+	}
+}

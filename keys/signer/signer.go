@@ -81,7 +81,8 @@ func Open(path string) (ed25519.PrivateKey, error) {
 		return nil, fault.Wrap(err, "signer_key_missing", "read the deployer's key %s", path)
 	}
 	malformed := func(why string) (ed25519.PrivateKey, error) {
-		return nil, fault.New("signer_key_malformed", "the deployer's key %s is %s", path, why)
+		return nil, fault.New("signer_key_malformed", "the deployer's key %s is %s", path, why).
+			WithFix("restore it from a backup, or move it away: a new one is made, and apps get it with their next upgrade")
 	}
 	block, rest := pem.Decode(text)
 	if len(text) > maxFile || block == nil || block.Type != pemType || len(rest) > 0 {
