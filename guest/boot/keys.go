@@ -95,7 +95,7 @@ func (m *Machine) provider() (p keyprovider.Provider, network bool, err error) {
 		return keyprovider.None{Attester: attester}, false, nil
 	case manifest.KeyProviderTPM:
 		return &keyprovider.TPM{
-			PCRs: keyprovider.PCRsGoogle, Development: m.development(), Attester: attester,
+			PCRs: keyprovider.PCRsGoogle, App: m.identity.appID[:], Development: m.development(), Attester: attester,
 			FirstBoot: m.instance.DataDisk == hostshare.DataDiskNew,
 		}, false, nil
 	case manifest.KeyProviderKMS:

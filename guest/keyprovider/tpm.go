@@ -63,6 +63,10 @@ type TPM struct {
 	// Open connects to the TPM; nil means /dev/tpmrm0.
 	Open func() (transport.TPMCloser, error)
 	PCRs PCRs
+	// App is whose seed it is; it goes into the last of PCRs before the seed is opened,
+	// so that what another app of this machine left, or will find, is not its own.
+	// Empty on platforms whose runtime events go there anyway.
+	App []byte
 	// Vouched says that evidence of the platform vouches for the TPM.
 	Vouched bool
 	// Development says that this image is for development, which takes any TPM.
@@ -113,6 +117,11 @@ func (t *TPM) Keys(ctx context.Context) (*Grant, error) {
 // seed returns the stored seed, or makes one if this is the first boot.
 func (t *TPM) seed(tpm transport.TPM) (seed []byte, created bool, err error) {
 	s := &sealer{TPM: tpm, pcrs: t.PCRs}
+	if len(t.App) > 0 {
+		if err := s.measure(t.App); err != nil {
+			return nil, false, err
+		}
+	}
 	closePrimary, err := s.openPrimary()
 	if err != nil {
 		return nil, false, err
@@ -156,6 +165,26 @@ func (s *sealer) openPrimary() (closePrimary func(), err error) {
 }
 
 func (s *sealer) flush(h tpm2.TPMHandle) { _, _ = tpm2.FlushContext{FlushHandle: h}.Execute(s) }
+
+// measure extends the last PCR by a digest of the app.
+func (s *sealer) measure(app []byte) error {
+	hash, err := s.pcrs.Bank.Hash()
+	if err != nil {
+		return err
+	}
+	h := hash.New()
+	h.Write([]byte("dstack-tpm-app-v1:"))
+	h.Write(app)
+	last := s.pcrs.Index[len(s.pcrs.Index)-1]
+	_, err = tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(last), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: s.pcrs.Bank, Digest: h.Sum(nil)}}},
+	}.Execute(s)
+	if err != nil {
+		return fmt.Errorf("extend PCR %d: %w", last, err)
+	}
+	return nil
+}
 
 // session encrypts parameters under a secret that only the primary's holder learns,
 // so that who listens between kernel and TPM does not read the seed.

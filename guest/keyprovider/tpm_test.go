@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
+	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
 )
 
@@ -190,6 +191,28 @@ func TestASeedInATPMOpensForItsImageOnly(t *testing.T) {
 }
 
 // openable tries to unseal with no regard to creation data.
+// Two apps that take turns on one machine do not get each other's seed.
+func TestThreat_E05_ASeedInATPMIsOneApps(t *testing.T) {
+	m := newMachine(t)
+	ask := func(app string) (*Grant, error) {
+		m.boot("image")
+		p := m.provider(true)
+		p.App = []byte(app)
+		return p.Keys(context.Background())
+	}
+	first, err := ask("app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask("other"); fault.Code(err) != "tpm_policy" {
+		t.Errorf("another app: %v", err)
+	}
+	again, err := ask("app")
+	if err != nil || !bytes.Equal(again.Keys.Disk.Bytes(), first.Keys.Disk.Bytes()) {
+		t.Errorf("the same app again: %v", err)
+	}
+}
+
 func openable(t *testing.T, tpm transport.TPM, public, private []byte) bool {
 	t.Helper()
 	s := &sealer{TPM: tpm, pcrs: PCRsGoogle}
