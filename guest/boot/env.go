@@ -45,7 +45,7 @@ func (m *Machine) env(ctx context.Context) error {
 			WithFix("deploy without encrypted variables, or with the key provider kms")
 	}
 	defer app.Env.Wipe()
-	seen, err := readEnvVersion(systemDir)
+	seen, err := readEnvVersion(m.remembers)
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func (m *Machine) env(ctx context.Context) error {
 	}
 	m.variables = opened.Variables
 	if opened.Version > 0 {
-		if err := writeEnvVersion(systemDir, opened.Version); err != nil {
+		if err := writeEnvVersion(m.remembers, opened.Version); err != nil {
 			return err
 		}
 		// Without signers in the manifest the version is anybody's.

@@ -54,8 +54,17 @@ func (m *Machine) keyProvider(ctx context.Context) error {
 	if grant.Unpinned {
 		m.console.Log("the manifest does not pin its key provider: the host chose it")
 	}
-	if pin := m.manifest.KeyProviderID; len(pin) > 0 && !bytes.Equal(pin, app.Provider.ID()) {
-		return fault.New("key_provider_mismatch", "the keys are from the provider %x, and the manifest pins %x", app.Provider.ID(), pin).
+	return checkProvider(m.manifest, app.Provider)
+}
+
+// checkProvider holds where the keys are from against the manifest, whatever the
+// provider itself made sure of. Code key_provider_mismatch.
+func checkProvider(m *manifest.Manifest, p keys.Provider) error {
+	if kind := m.KeyProviderKind(); p.Kind != kind {
+		return fault.New("key_provider_mismatch", "the keys are from a provider of kind %s, and the manifest says %s", p.Kind, kind)
+	}
+	if pin := m.KeyProviderID; len(pin) > 0 && !bytes.Equal(pin, p.ID()) {
+		return fault.New("key_provider_mismatch", "the keys are from the provider %x, and the manifest pins %x", p.ID(), pin).
 			WithFix("use the provider that key_provider_id of the manifest names")
 	}
 	return nil

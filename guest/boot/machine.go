@@ -76,6 +76,7 @@ type Machine struct {
 	clock     *clock.Clock // nil: the host's clock is believed
 	volume    *disk.Volume // nil: the data disk does not outlive the boot
 	swap      *disk.Swap
+	remembers string            // directory of the data disk for what outlives the boot
 	variables map[string]string // the decrypted environment, for the compose file
 	layers    layers            // of the measured command line
 

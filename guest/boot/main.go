@@ -35,7 +35,7 @@ func Main(opt Options) {
 func newMachine(opt Options) *Machine {
 	m := &Machine{
 		opt: opt, console: &console{w: os.Stderr}, sup: supervise.New(),
-		finder: disk.NewFinder(), mapper: disk.NewMapper(), shutdowns: make(chan string, 1), linkTried: make(chan struct{}),
+		finder: disk.NewFinder(), mapper: disk.NewMapper(), shutdowns: make(chan string, 1), linkTried: make(chan struct{}), remembers: systemDir,
 	}
 	m.host = newHost(m.sendHost())
 	return m
