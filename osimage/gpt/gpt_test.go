@@ -109,14 +109,14 @@ func TestFindRefuses(t *testing.T) {
 		{"a longer name", "not named", func(d []byte) []byte { d[2*sector+56+2*len(Label)] = 'X'; fix(d); return d }},
 		{"a second partition of another name", "partition 2 is not named", func(d []byte) []byte { d[2*sector+entrySize] = 1; fix(d); return d }},
 		{"a third partition", "more than 2", func(d []byte) []byte { d[2*sector+2*entrySize] = 1; fix(d); return d }},
-		{"a scripts layer that overlaps the root", "partition 2 covers", func(d []byte) []byte {
-			d = disk(t, Align, Align)
+		{"a scripts layer that overlaps the root", "partition 2 covers", func([]byte) []byte {
+			d := disk(t, Align, Align)
 			binary.LittleEndian.PutUint64(d[2*sector+entrySize+32:], Align/sector)
 			fix(d)
 			return d
 		}},
-		{"the scripts layer first", "partition 1 is not named", func(d []byte) []byte {
-			d = disk(t, Align, Align)
+		{"the scripts layer first", "partition 1 is not named", func([]byte) []byte {
+			d := disk(t, Align, Align)
 			first := bytes.Clone(d[2*sector : 2*sector+entrySize])
 			copy(d[2*sector:], d[2*sector+entrySize:2*sector+2*entrySize])
 			copy(d[2*sector+entrySize:], first)
