@@ -438,6 +438,9 @@ func (m *Machine) ingress(context.Context) error {
 		return fault.Wrap(err, "firewall_failed", "open the firewall")
 	}
 	m.keepTime()
+	if m.manifest.GatewayWanted() {
+		m.console.Log("gateway: this version registers with none; the app has the ports of its VM only")
+	}
 	return nil
 }
 
