@@ -59,7 +59,8 @@ type grammar struct {
 	Start   startCmd   `cmd:"" help:"Start a stopped app."`
 	Rm      rmCmd      `cmd:"" help:"Remove an app and its disk."`
 
-	Image imageCmd `cmd:"" help:"Build, list and check OS images."`
+	Image  imageCmd  `cmd:"" help:"Build, list and check OS images."`
+	Volume volumeCmd `cmd:"" help:"Make read-only volumes of data for apps."`
 
 	Measure   measureCmd   `cmd:"" help:"Compute what a TEE will measure of an OS image on a VM of a given shape."`
 	Verify    verifyCmd    `cmd:"" help:"Check what runs at a URL, or in saved evidence."`

@@ -586,6 +586,24 @@ func TestRootOfABuiltVolume(t *testing.T) {
 	}
 }
 
+func TestVolumeBuild(t *testing.T) {
+	d := newDesk(t)
+	fs := append([]byte("hsqs"), bytes.Repeat([]byte("data"), 5000)...)
+	in, out := d.file("v.squashfs", string(fs)), filepath.Join(d.dir, "v.img")
+	o := d.must("--json", "volume", "build", in, "-o", out)
+	root, err := volumeRoot(out)
+	if err != nil || !strings.Contains(o.out, hex.EncodeToString(root[:])) {
+		t.Errorf("%s: %x, %v", o.out, root, err)
+	}
+	d.refused("volume_fs", "volume", "build", d.file("text", "no file system"), "-o", out)
+	d.refused("file_missing", "volume", "build", filepath.Join(d.dir, "absent"), "-o", out)
+	d.refused("file_missing", "volume", "build", d.dir, "-o", out)
+	d.refused("volume_write", "volume", "build", in, "-o", filepath.Join(d.dir, "no", "v.img"))
+	if again, err := volumeRoot(out); err != nil || again != root {
+		t.Errorf("a refusal changed the volume: %x, %v", again, err)
+	}
+}
+
 func FuzzAdvertisedRoot(f *testing.F) {
 	f.Add([]byte(volumeImage(nil))[:1<<10+64])
 	// A small disk whose first partition follows the table.
