@@ -588,7 +588,7 @@ func TestRootOfABuiltVolume(t *testing.T) {
 
 func TestVolumeBuild(t *testing.T) {
 	d := newDesk(t)
-	fs := append([]byte("hsqs"), bytes.Repeat([]byte("data"), 5000)...)
+	fs := append([]byte("hsqs"), bytes.Repeat([]byte("data"), 2047)...)
 	in, out := d.file("v.squashfs", string(fs)), filepath.Join(d.dir, "v.img")
 	o := d.must("--json", "volume", "build", in, "-o", out)
 	root, err := volumeRoot(out)
@@ -597,6 +597,7 @@ func TestVolumeBuild(t *testing.T) {
 	}
 	d.refused("volume_fs", "volume", "build", d.file("text", "no file system"), "-o", out)
 	d.refused("file_missing", "volume", "build", filepath.Join(d.dir, "absent"), "-o", out)
+	d.refused("volume_fs", "volume", "build", d.file("odd", string(fs)+"x"), "-o", out)
 	d.refused("file_missing", "volume", "build", d.dir, "-o", out)
 	d.refused("volume_write", "volume", "build", in, "-o", filepath.Join(d.dir, "no", "v.img"))
 	if again, err := volumeRoot(out); err != nil || again != root {

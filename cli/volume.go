@@ -15,6 +15,7 @@ import (
 
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/osimage/verity"
 	"github.com/dstack-go/dstack/osimage/volume"
 )
 
@@ -127,6 +128,9 @@ func (c *volumeBuildCmd) Run(a *app) (err error) {
 	}
 	if err := mountable(in); err != nil {
 		return err
+	}
+	if info.Size()%verity.BlockSize != 0 {
+		return fault.New("volume_fs", "%s has %d bytes, no multiple of %d", c.FS, info.Size(), verity.BlockSize).WithFix("truncate -s %%%d %s", verity.BlockSize, c.FS)
 	}
 	failed := func(err error) error {
 		return fault.Wrap(err, "volume_write", "write the volume %s", c.Output).WithFix("choose a writable place with room for it")
