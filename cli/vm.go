@@ -330,6 +330,7 @@ func (c *rmCmd) Run(a *app) error {
 func watchBoot(a *app, id string, since time.Time, timeout time.Duration) error {
 	phases := phaseView{app: a, since: uint64(since.Add(-time.Second).UnixMilli()), seen: map[string]bool{}}
 	deadline := time.Now().Add(timeout)
+	var failed time.Time
 	for time.Now().Before(deadline) {
 		if err := a.ctx.Err(); err != nil {
 			return err
@@ -346,7 +347,15 @@ func watchBoot(a *app, id string, since time.Time, timeout time.Duration) error 
 			phases.show(e)
 		}
 		if vm.BootError != "" {
-			return bootFailure(a, id, vm.BootError)
+			if failed.IsZero() {
+				failed = time.Now()
+			}
+			// It is about to power off; a start before it has would find it running.
+			if on := vm.Status != "exited" && vm.Status != "stopped"; !on || time.Since(failed) > powerOff {
+				return bootFailure(a, id, vm.BootError)
+			}
+			time.Sleep(150 * time.Millisecond)
+			continue
 		}
 		if vm.BootProgress == "done" && vm.Status == "running" {
 			return nil
@@ -358,6 +367,9 @@ func watchBoot(a *app, id string, since time.Time, timeout time.Duration) error 
 	}
 	return fault.New("boot_timeout", "the app did not come up within %v", timeout).WithFix("dstack logs %s shows how far it got; a slow machine needs --timeout", clip(id, 8))
 }
+
+// powerOff is how long a guest may take to end after its boot has failed.
+const powerOff = 15 * time.Second
 
 // phaseView prints each phase of a boot when the next one begins, with the time
 // that passed at the host in between.

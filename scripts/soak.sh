@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export DSTACK_SOAK=1
 go test -count=1 -timeout 60m ./vmm/
-go test -count=1 -timeout 60m -v -run 'TestSoak' ./e2e/
+go test -count=1 -timeout 60m -v -run TestSoak ./e2e/
 image=$(bin/dstack --json image build sim | sed -n 's/.*"dir": "\(.*\)".*/\1/p')
 DSTACK_TEST_IMAGE="$image" DSTACK_TEST_BOOTS=all go test -count=1 -timeout 60m -v ./guest/boot/boottest/
 DSTACK_TEST_IMAGE="$image" go test -count=1 -timeout 60m -v -run TestSoak ./guest/disk/
