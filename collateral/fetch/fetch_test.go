@@ -811,6 +811,7 @@ func FuzzAnswers(f *testing.F) {
 		for _, header := range []string{"TCB-Info-Issuer-Chain", "SGX-Enclave-Identity-Issuer-Chain", "SGX-PCK-CRL-Issuer-Chain"} {
 			if v := w.Header().Get(header); v != "" || path == rootPath {
 				f.Add(path, v, w.Body.Bytes())
+				f.Add(strings.Replace(path, "/tdx/", "/sgx/", 1), v, w.Body.Bytes())
 			}
 		}
 	}
@@ -818,6 +819,7 @@ func FuzzAnswers(f *testing.F) {
 	f.Add("/vcek/v1/Milan/crl", "", []byte(set.PCKCRL))
 	f.Fuzz(func(t *testing.T, path, header string, body []byte) {
 		answers := pccs(set)
+		answers[sgxTCBPath], answers[sgxQEPath] = answers[tcbPath], answers[qePath]
 		answers["/vcek/v1/Milan/cert_chain"] = send(trust.AskArkMilanVcekBytes)
 		answers["/vcek/v1/Milan/crl"] = send(set.PCKCRL)
 		h := fetch.HTTP{Attempts: 1, RoundTripper: roundTripper(func(r *http.Request) *http.Response {
@@ -834,7 +836,7 @@ func FuzzAnswers(f *testing.F) {
 			t.Fatal(err)
 		}
 		all := fetch.Vendors{PCS: newPCS(t, fetch.PCSOptions{HTTP: h}), KDS: k}
-		for _, want := range []collateral.Request{wantTDX, {Product: "Milan"}} {
+		for _, want := range []collateral.Request{wantTDX, wantEnclave, {Product: "Milan"}} {
 			b, err := all.Collateral(t.Context(), want)
 			if err != nil && fault.Code(err) == "" {
 				t.Fatalf("an error without a code: %v", err)

@@ -85,6 +85,9 @@ func TestThreat_B03_AfterNumber18WasSeenNumber17IsRefused(t *testing.T) {
 	if err := s.Raise(t.Context(), "sgx:"+fmspc, older-1); fault.Code(err) != "collateral_rollback" {
 		t.Errorf("an older statement about SGX: %v", err)
 	}
+	if n, err := s.Floor("sgx:" + fmspc); n != older || err != nil {
+		t.Errorf("the floor of SGX is %d, %v", n, err)
+	}
 	if n, err := s.Floor(fmspc); n != newer || err != nil {
 		t.Errorf("the floor of TDX is %d, %v after a statement about SGX", n, err)
 	}
