@@ -189,10 +189,13 @@ const (
 // Request names what evidence needs. Its fields come from evidence and are as
 // hostile; a Source uses them in no other way than their documented spelling.
 type Request struct {
-	// TDX: FMSPC is 6 bytes as lowercase hex, PCKCA the intermediate that issued
-	// the PCK certificate.
-	FMSPC string
-	PCKCA CA
+	// TDX and SGX: FMSPC is 6 bytes as lowercase hex, PCKCA the intermediate that
+	// issued the PCK certificate. Enclave asks for TCB info and QE identity of SGX,
+	// which come in the fields of TDX: an answer is for a TD or for an enclave, never
+	// for both.
+	FMSPC   string
+	PCKCA   CA
+	Enclave bool
 
 	// SEV-SNP: Product is Milan, Genoa or Turin. ChipID is 64 bytes (8 count for
 	// Turin); TCB the reported version; VLEK asks for the chain of VLEKs instead of

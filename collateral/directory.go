@@ -98,8 +98,9 @@ func readFile(dir fs.FS, name string, limit int64) ([]byte, error) {
 //   - bundles in JSON, as ParseBundle reads them;
 //   - public keys on a NIST curve, as PEM or JWK, which are returned apart.
 //
-// A file that is none of these is an error that names it, and so is a second,
-// different statement where a bundle has room for one: which of the two is meant
+// A file that is none of these is an error that names it, and so is a statement about
+// SGX enclaves, which services give in the same form (directory_sgx): it would take
+// the place of TDX's. So is a second, different statement where a bundle has room for one: which of the two is meant
 // must not depend on their names. Signatures are used to find who signed a
 // statement, not to trust it. Files whose base name begins with a dot or ends in
 // .md are left alone.
@@ -406,6 +407,9 @@ func (d *directory) readTCBInfo(text []byte) error {
 	if err != nil {
 		return err
 	}
+	if err := ofTDX("TCB info", document, "SGX"); err != nil {
+		return err
+	}
 	return d.state(&d.tcbInfo, "TCB info", document, signature)
 }
 
@@ -414,7 +418,24 @@ func (d *directory) readQEIdentity(text []byte) error {
 	if err != nil {
 		return err
 	}
+	if err := ofTDX("QE identity", document, "QE", "QVE"); err != nil {
+		return err
+	}
 	return d.state(&d.qeIdentity, "QE identity", document, signature)
+}
+
+// ofTDX refuses a document whose id says that it is for SGX enclaves. One that says
+// anything else, or cannot be read, is the verifier's to judge.
+func ofTDX(what, document string, enclave ...string) error {
+	var v struct {
+		ID string `json:"id"`
+	}
+	err := strictjson.Decode([]byte(document), &v, strictjson.Limits{Size: MaxDocument, Depth: 10, Unknown: true})
+	if err == nil && slices.Contains(enclave, v.ID) {
+		return fault.New("directory_sgx", "the %s is for SGX enclaves (id %s), and a directory has room for TDX's", what, v.ID).
+			WithFix("take the file out, and fetch the document under /tdx/certification/v4 instead")
+	}
+	return nil
 }
 
 func (d *directory) state(s *statement, what, document string, signature Hex) error {
@@ -439,6 +460,12 @@ func (d *directory) set(text []byte) error {
 		if err := d.crl(der); err != nil {
 			return err
 		}
+	}
+	if err := ofTDX("TCB info", b.TCBInfo, "SGX"); err != nil {
+		return err
+	}
+	if err := ofTDX("QE identity", b.QEIdentity, "QE", "QVE"); err != nil {
+		return err
 	}
 	if b.HasTDX() {
 		d.sets = append(d.sets, foundSet{b.TDX, d.name})

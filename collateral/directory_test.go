@@ -244,6 +244,17 @@ func TestDirectoryIsRefusedForItsOwnReason(t *testing.T) {
 	}
 	private := pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: []byte{1}})
 	chain := set.TCBInfoIssuerChain
+	p := tdxtest.New(t)
+	enclave, mixed := p.EnclaveCollateral(), p.Collateral()
+	mixed.QEIdentity, mixed.QEIdentitySignature = enclave.QEIdentity, enclave.QEIdentitySignature
+	sgx := scatter(enclave)
+	marshal := func(set collateral.TDX) []byte {
+		data, err := json.Marshal(collateral.Bundle{TDX: set})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
 	for _, c := range []struct {
 		name string
 		in   map[string][]byte
@@ -273,6 +284,12 @@ func TestDirectoryIsRefusedForItsOwnReason(t *testing.T) {
 		{"an object of two kinds", with(files, "x", []byte(`{"tcbInfo":{},"kty":"EC"}`)), "directory_malformed", "both"},
 		{"a TCB info without signature", with(without(files, "a"), "x", []byte(`{"tcbInfo":{}}`)), "collateral_malformed", "0 bytes"},
 		{"a TCB info that is text", with(without(files, "a"), "x", []byte(`{"tcbInfo":"{}","signature":""}`)), "collateral_malformed", "not an object"},
+		{"SGX's TCB info in TDX's place", with(without(files, "a"), "x", sgx["a"]), "directory_sgx", "collateral x"},
+		{"SGX's TCB info beside TDX's", with(files, "x", sgx["a"]), "directory_sgx", "id SGX"},
+		{"SGX's QE identity beside TDX's", with(files, "x", sgx["b"]), "directory_sgx", "id QE"},
+		{"the identity of SGX's QVE", with(files, "x", bytes.Replace(sgx["b"], []byte(`"id":"QE"`), []byte(`"id":"QVE"`), 1)), "directory_sgx", "id QVE"},
+		{"a whole set of SGX", map[string][]byte{"x": marshal(enclave)}, "directory_sgx", "id SGX"},
+		{"a whole set with SGX's QE identity", map[string][]byte{"x": marshal(mixed)}, "directory_sgx", "id QE"},
 		{"development roots", with(files, "x", dev), "directory_roots", "x"},
 		{"a TCB info of another signature", with(files, "x", bytes.Replace(files["a"], []byte(`"signature":"0`), []byte(`"signature":"1`), 1)), "directory_ambiguous", "in a"},
 		{"two TCB infos", with(files, "x", scatter(newer)["a"]), "directory_ambiguous", "in a"},

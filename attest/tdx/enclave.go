@@ -139,11 +139,13 @@ func VerifyEnclave(in attest.Input) (*Enclave, error) {
 }
 
 // EnclaveRequest names the collateral that an enclave's quote needs, as Request does
-// for a TD's; TCB info and QE identity are those of SGX.
+// for a TD's.
 func EnclaveRequest(quote []byte) (collateral.Request, error) {
 	q, err := ParseEnclaveQuote(quote)
 	if err != nil {
 		return collateral.Request{}, err
 	}
-	return request(&q.quote)
+	want, err := request(&q.quote)
+	want.Enclave = true
+	return want, err
 }

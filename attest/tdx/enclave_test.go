@@ -40,7 +40,7 @@ func TestAnEnclavesQuoteVerifies(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 	want, err := tdx.EnclaveRequest(quote)
-	if err != nil || want.FMSPC != "90c06f000000" || want.PCKCA != collateral.Platform {
+	if err != nil || want.FMSPC != "90c06f000000" || want.PCKCA != collateral.Platform || !want.Enclave {
 		t.Errorf("%+v, %v", want, err)
 	}
 	// Hosts pad quotes with zeros.

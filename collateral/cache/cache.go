@@ -223,7 +223,7 @@ func (c *Cache) key(want collateral.Request) string {
 	case want.Product == "Turin":
 		clear(want.ChipID[8:])
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %q %t %x %d", c.Scope, want.FMSPC, want.PCKCA, want.Product, want.VLEK, want.ChipID, want.TCB))
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %t %q %t %x %d", c.Scope, want.FMSPC, want.PCKCA, want.Enclave, want.Product, want.VLEK, want.ChipID, want.TCB))
 	return hex.EncodeToString(sum[:])
 }
 

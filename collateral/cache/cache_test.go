@@ -235,7 +235,7 @@ func TestRequestsAreKeptApartByWhatMatters(t *testing.T) {
 	edit := func(w collateral.Request, f func(*collateral.Request)) collateral.Request { f(&w); return w }
 	asked := 0
 	for _, w := range []collateral.Request{
-		one, edit(one, func(w *collateral.Request) { w.FMSPC = "b0c06f000001" }), edit(one, func(w *collateral.Request) { w.PCKCA = collateral.Processor }),
+		one, edit(one, func(w *collateral.Request) { w.Enclave = true }), edit(one, func(w *collateral.Request) { w.FMSPC = "b0c06f000001" }), edit(one, func(w *collateral.Request) { w.PCKCA = collateral.Processor }),
 		snp, edit(snp, func(w *collateral.Request) { w.Product = "Genoa" }), edit(snp, func(w *collateral.Request) { w.ChipID[63] = 1 }),
 		edit(snp, func(w *collateral.Request) { w.TCB = 8 }), edit(snp, func(w *collateral.Request) { w.VLEK = true }), turin,
 		{FMSPC: `a" "b`}, {FMSPC: "a", PCKCA: "b"},

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package fetch gets collateral from the vendors' services, or from caches that
-// speak like them: [PCS] for TDX from Intel's provisioning certification service
-// or a PCCS, [KDS] for SEV-SNP from AMD's key distribution service.
+// speak like them: [PCS] for TDX and SGX from Intel's provisioning certification
+// service or a PCCS, [KDS] for SEV-SNP from AMD's key distribution service.
 //
 // # Guarantees
 //

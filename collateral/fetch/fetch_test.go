@@ -32,6 +32,7 @@ import (
 	"github.com/google/go-sev-guest/verify/trust"
 	"github.com/google/go-tdx-guest/pcs"
 
+	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
@@ -47,6 +48,9 @@ const (
 	qePath   = "/tdx/certification/v4/qe/identity"
 	crlPath  = "/sgx/certification/v4/pckcrl"
 	rootPath = "/sgx/certification/v4/rootcacrl"
+
+	sgxTCBPath = "/sgx/certification/v4/tcb"
+	sgxQEPath  = "/sgx/certification/v4/qe/identity"
 )
 
 // service answers real collateral by path, counts what it is asked, and lets a test
@@ -230,6 +234,101 @@ func TestPCSAsksWhatTheSpecificationSays(t *testing.T) {
 	}
 	if _, err := fetch.NewPCS(fetch.PCSOptions{Update: "latest"}); fault.Code(err) != "collateral_update" {
 		t.Errorf("an unknown channel: %v", err)
+	}
+}
+
+// enclaveService serves the collateral of a simulated platform as a PCCS has it: TDX's
+// and SGX's documents under paths of their own, the revocation lists once.
+func enclaveService(t testing.TB, p *tdxtest.Platform) *service {
+	mux := pccs(p.Collateral())
+	sgx := pccs(p.EnclaveCollateral())
+	mux[sgxTCBPath], mux[sgxQEPath] = sgx[tcbPath], sgx[qePath]
+	return newService(t, mux)
+}
+
+var wantEnclave = collateral.Request{FMSPC: "90c06f000000", PCKCA: collateral.Platform, Enclave: true}
+
+func TestCollateralOfSGXVerifiesAnEnclavesQuote(t *testing.T) {
+	p := tdxtest.New(t)
+	s := enclaveService(t, p)
+	quote := p.EnclaveQuote(tdxtest.EnclaveReport([32]byte{1}, dstack.ReportData{2}))
+	want, err := tdx.EnclaveRequest(quote)
+	if err != nil || want != wantEnclave {
+		t.Fatalf("%+v, %v", want, err)
+	}
+	verify := func(b *collateral.Bundle) error {
+		_, err := tdx.VerifyEnclave(attest.Input{
+			Evidence: &attest.Evidence{Quote: quote}, Collateral: b, Roots: []attest.Roots{p.Roots()}, At: tdxtest.Issued.Add(time.Hour),
+		})
+		return err
+	}
+	now := tdxtest.Issued.Add(time.Hour)
+	c, err := cache.Open(filepath.Join(t.TempDir(), "cache"), fetch.Vendors{PCS: newPCS(t, fetch.PCSOptions{Base: s.URL + "/sgx/certification/v4"})},
+		cache.Options{Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	td := want
+	td.Enclave = false
+	// The cache is asked in turns: neither answer may stand for the other.
+	for range 2 {
+		b, err := c.Collateral(t.Context(), td)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := verify(b); fault.Code(err) != "tcb_info_id" {
+			t.Errorf("an enclave with TDX's documents: %v", err)
+		}
+		if _, err := tdxtest.Verify(p.Quote(p.Body()), b.TDX, []attest.Roots{p.Roots()}, now); err != nil {
+			t.Error(err)
+		}
+		if b, err = c.Collateral(t.Context(), want); err != nil {
+			t.Fatal(err)
+		}
+		if err := verify(b); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, uri := range []string{
+		sgxTCBPath + "?fmspc=90C06F000000&update=standard", sgxQEPath + "?update=standard",
+		tcbPath + "?fmspc=90C06F000000&update=standard", qePath + "?update=standard",
+	} {
+		if s.count(uri) != 1 {
+			t.Errorf("%s was asked %d times, want once; asked %q", uri, s.count(uri), s.asked)
+		}
+	}
+}
+
+func TestAnswersAboutSGXAreRefusedForTheirOwnReason(t *testing.T) {
+	p := tdxtest.New(t)
+	good := pccs(p.EnclaveCollateral())
+	set := p.EnclaveCollateral()
+	for _, c := range []struct {
+		name  string
+		path  string
+		serve http.HandlerFunc
+		code  string
+	}{
+		{"an unknown machine", sgxTCBPath, sendStatus(404), "collateral_not_found"},
+		{"no QE identity", sgxQEPath, sendStatus(404), "collateral_not_found"},
+		{"a server that fails", sgxQEPath, sendStatus(500), "collateral_unavailable"},
+		{"QE identity instead of TCB info", sgxTCBPath, good[qePath], "collateral_response"},
+		{"TCB info instead of QE identity", sgxQEPath, good[tcbPath], "collateral_response"},
+		{"no issuer chain", sgxTCBPath, send(fmt.Appendf(nil, `{"tcbInfo":%s,"signature":"%x"}`, set.TCBInfo, set.TCBInfoSignature)), "collateral_issuer_chain"},
+		{"no issuer chain of the identity", sgxQEPath, send(fmt.Appendf(nil, `{"enclaveIdentity":%s,"signature":"%x"}`, set.QEIdentity, set.QEIdentitySignature)), "collateral_issuer_chain"},
+		{"a document beyond the limit", sgxTCBPath, func(w http.ResponseWriter, r *http.Request) { io.Copy(w, io.LimitReader(zeros{}, 1<<30)) }, "collateral_too_large"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := enclaveService(t, p)
+			s.mux[c.path] = c.serve
+			_, err := newPCS(t, fetch.PCSOptions{Base: s.URL}).Collateral(t.Context(), wantEnclave)
+			if fault.Code(err) != c.code {
+				t.Errorf("err = %v (code %q), want %q", err, fault.Code(err), c.code)
+			}
+			if s.count("/tdx/") != 0 {
+				t.Errorf("TDX's documents were asked for: %q", s.asked)
+			}
+		})
 	}
 }
 
@@ -712,6 +811,7 @@ func FuzzAnswers(f *testing.F) {
 		for _, header := range []string{"TCB-Info-Issuer-Chain", "SGX-Enclave-Identity-Issuer-Chain", "SGX-PCK-CRL-Issuer-Chain"} {
 			if v := w.Header().Get(header); v != "" || path == rootPath {
 				f.Add(path, v, w.Body.Bytes())
+				f.Add(strings.Replace(path, "/tdx/", "/sgx/", 1), v, w.Body.Bytes())
 			}
 		}
 	}
@@ -719,6 +819,7 @@ func FuzzAnswers(f *testing.F) {
 	f.Add("/vcek/v1/Milan/crl", "", []byte(set.PCKCRL))
 	f.Fuzz(func(t *testing.T, path, header string, body []byte) {
 		answers := pccs(set)
+		answers[sgxTCBPath], answers[sgxQEPath] = answers[tcbPath], answers[qePath]
 		answers["/vcek/v1/Milan/cert_chain"] = send(trust.AskArkMilanVcekBytes)
 		answers["/vcek/v1/Milan/crl"] = send(set.PCKCRL)
 		h := fetch.HTTP{Attempts: 1, RoundTripper: roundTripper(func(r *http.Request) *http.Response {
@@ -735,7 +836,7 @@ func FuzzAnswers(f *testing.F) {
 			t.Fatal(err)
 		}
 		all := fetch.Vendors{PCS: newPCS(t, fetch.PCSOptions{HTTP: h}), KDS: k}
-		for _, want := range []collateral.Request{wantTDX, {Product: "Milan"}} {
+		for _, want := range []collateral.Request{wantTDX, wantEnclave, {Product: "Milan"}} {
 			b, err := all.Collateral(t.Context(), want)
 			if err != nil && fault.Code(err) == "" {
 				t.Fatalf("an error without a code: %v", err)

@@ -41,8 +41,8 @@ type PCSOptions struct {
 	HTTP    HTTP
 }
 
-// PCS is a Source of collateral for TDX: TCB info, QE identity, and the revocation
-// lists of root and PCK issuer, each with its issuer chain.
+// PCS is a Source of collateral for TDX and for SGX enclaves: TCB info, QE identity,
+// and the revocation lists of root and PCK issuer, each with its issuer chain.
 type PCS struct {
 	base, rootCRL string
 	update        Update
@@ -84,17 +84,24 @@ func (p *PCS) Collateral(ctx context.Context, want collateral.Request) (*collate
 	if want.PCKCA != collateral.Platform && want.PCKCA != collateral.Processor {
 		return nil, fault.New("collateral_request", "PCK issuer %.40q is neither %s nor %s", want.PCKCA, collateral.Platform, collateral.Processor)
 	}
+	// The service keeps the two kinds of documents under the same paths of each TEE;
+	// revocation lists are common to both and under SGX's.
+	tee := "tdx"
+	if want.Enclave {
+		tee = "sgx"
+	}
+	documents := "/" + tee + "/certification/v4"
 	var t collateral.TDX
 	err := together(ctx,
 		func(ctx context.Context) (err error) {
 			t.TCBInfo, t.TCBInfoSignature, t.TCBInfoIssuerChain, err = p.signed(ctx,
-				"TCB info of FMSPC "+want.FMSPC, "/tdx/certification/v4/tcb?fmspc="+strings.ToUpper(want.FMSPC)+"&update="+string(p.update),
+				strings.ToUpper(tee)+" TCB info of FMSPC "+want.FMSPC, documents+"/tcb?fmspc="+strings.ToUpper(want.FMSPC)+"&update="+string(p.update),
 				collateral.ParseTCBInfo, "TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
 			return err
 		},
 		func(ctx context.Context) (err error) {
 			t.QEIdentity, t.QEIdentitySignature, t.QEIdentityIssuerChain, err = p.signed(ctx,
-				"QE identity", "/tdx/certification/v4/qe/identity?update="+string(p.update),
+				strings.ToUpper(tee)+" QE identity", documents+"/qe/identity?update="+string(p.update),
 				collateral.ParseQEIdentity, "SGX-Enclave-Identity-Issuer-Chain")
 			return err
 		},

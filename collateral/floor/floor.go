@@ -72,9 +72,10 @@ func Open(dir string) (*Store, error) {
 }
 
 // Floor returns the highest number seen for a product: an FMSPC as 12 lowercase
-// hexadecimal digits, or Milan, Genoa or Turin, as in attest.Claims.Product. It is
-// zero when there was none. A store that cannot be read has the code
-// floor_unreadable, another product floor_product.
+// hexadecimal digits, or Milan, Genoa or Turin, as in attest.Claims.Product. An FMSPC
+// alone stands for the statements about TDX; behind "sgx:" it stands for those about
+// SGX, which the vendor numbers apart. It is zero when there was none. A store that
+// cannot be read has the code floor_unreadable, another product floor_product.
 func (s *Store) Floor(product string) (uint64, error) {
 	if err := checkProduct(product); err != nil {
 		return 0, err
@@ -132,7 +133,7 @@ func CRLNumber(crl *x509.RevocationList) (uint64, error) {
 	return crl.Number.Uint64(), nil
 }
 
-var products = regexp.MustCompile(`^([0-9a-f]{12}|Milan|Genoa|Turin)$`)
+var products = regexp.MustCompile(`^((sgx:)?[0-9a-f]{12}|Milan|Genoa|Turin)$`)
 
 func checkProduct(product string) error {
 	if !products.MatchString(product) {

@@ -78,6 +78,19 @@ func TestThreat_B03_AfterNumber18WasSeenNumber17IsRefused(t *testing.T) {
 	if err := s.Raise(t.Context(), "b0c06f000000", older); err != nil {
 		t.Error(err)
 	}
+	// So have the statements about SGX, which are numbered apart.
+	if err := s.Raise(t.Context(), "sgx:"+fmspc, older); err != nil {
+		t.Error(err)
+	}
+	if err := s.Raise(t.Context(), "sgx:"+fmspc, older-1); fault.Code(err) != "collateral_rollback" {
+		t.Errorf("an older statement about SGX: %v", err)
+	}
+	if n, err := s.Floor("sgx:" + fmspc); n != older || err != nil {
+		t.Errorf("the floor of SGX is %d, %v", n, err)
+	}
+	if n, err := s.Floor(fmspc); n != newer || err != nil {
+		t.Errorf("the floor of TDX is %d, %v after a statement about SGX", n, err)
+	}
 	if n, err := s.Floor("Genoa"); n != 0 || err != nil {
 		t.Errorf("a product never seen: %d, %v", n, err)
 	}
@@ -181,7 +194,7 @@ func write(data string) func(string) error {
 
 func TestProductsAreRefusedForTheirOwnReason(t *testing.T) {
 	s := open(t, storeDir(t))
-	for _, p := range []string{"", "90C06F000000", "90c06f00000", "90c06f000000\n", "genoa", "../floor", strings.Repeat("a", 1000)} {
+	for _, p := range []string{"", "90C06F000000", "90c06f00000", "90c06f000000\n", "genoa", "../floor", "sgx:", "sgx:Milan", "sgx:sgx:90c06f000000", "tdx:90c06f000000", strings.Repeat("a", 1000)} {
 		if _, err := s.Floor(p); fault.Code(err) != "floor_product" {
 			t.Errorf("Floor(%.20q): %v", p, err)
 		}

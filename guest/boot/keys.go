@@ -5,12 +5,16 @@ package boot
 import (
 	"bytes"
 	"context"
+	"time"
 
 	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/api/hostapi"
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/channel"
+	"github.com/dstack-go/dstack/collateral/fetch"
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/keyprovider"
 	"github.com/dstack-go/dstack/hostshare"
@@ -96,7 +100,8 @@ func (m *Machine) runtimeEvents(ctx context.Context) error {
 }
 
 // provider returns the key provider that the manifest names, and whether asking it
-// takes the network. Code key_provider_unavailable.
+// takes the network. Codes: key_provider_unavailable, and collateral_url for a PCCS that
+// cannot be asked.
 func (m *Machine) provider() (p keyprovider.Provider, network bool, err error) {
 	attester := channel.AttesterFunc(m.evidence)
 	switch kind := m.manifest.KeyProviderKind(); kind {
@@ -112,10 +117,37 @@ func (m *Machine) provider() (p keyprovider.Provider, network bool, err error) {
 			URLs: m.sysConfig.KMSURLs, Pin: m.manifest.KeyProviderID, App: m.identity.appID,
 			VMConfig: m.sysConfig.VMConfig, Attester: attester,
 		}, true, nil
+	case manifest.KeyProviderLocal:
+		service, err := fetch.NewPCS(fetch.PCSOptions{Base: m.sysConfig.PCCS(), HTTP: fetch.HTTP{Timeout: collateralAttempt, Total: collateralLimit}})
+		if err != nil {
+			return nil, false, err
+		}
+		// The hardware's vendor vouches for the enclave, in an image for development
+		// too: one that a simulated TEE vouches for could be anyone's.
+		return &keyprovider.Local{
+			Pin: m.manifest.KeyProviderID, Quote: m.tee.Quote, SealingKey: m.sealingKey, Collateral: service.Collateral,
+			Roots: []attest.Roots{tdx.VendorRoots()}, Attester: attester,
+		}, true, nil
 	default:
 		return nil, false, fault.New("key_provider_unavailable", "the manifest asks for the key provider %s, which this image does not have", kind).
 			WithFix("use the key provider kms")
 	}
+}
+
+// The wait for collateral ends before the key provider's own limit does, for the
+// failure to say what was waited for.
+const (
+	collateralAttempt = 6 * time.Second
+	collateralLimit   = 15 * time.Second
+)
+
+// sealingKey asks the host for the answer of its local key provider to a quote.
+func (m *Machine) sealingKey(ctx context.Context, quote []byte) (sealed, providerQuote []byte, err error) {
+	var answer hostapi.GetSealingKeyResponse
+	if err := m.hostAPI().Call(ctx, "GetSealingKey", &hostapi.GetSealingKeyRequest{Quote: quote}, &answer); err != nil {
+		return nil, nil, err
+	}
+	return answer.EncryptedKey, answer.ProviderQuote, nil
 }
 
 // development reports whether this image is for development; what does not say that

@@ -94,9 +94,14 @@ func (m *Machine) runningEngine() *engine.Engine {
 	return m.engine
 }
 
+// hostAPI returns a client of HostApi, over hostlink.
+func (m *Machine) hostAPI() *prpc.Client {
+	return prpc.NewClient("http://host/api", func(ctx context.Context) (net.Conn, error) { return m.dial(ctx, "hostapi") })
+}
+
 // sendHost returns the caller of HostApi.Notify.
 func (m *Machine) sendHost() func(ctx context.Context, event, payload string) error {
-	client := prpc.NewClient("http://host/api", func(ctx context.Context) (net.Conn, error) { return m.dial(ctx, "hostapi") })
+	client := m.hostAPI()
 	return func(ctx context.Context, event, payload string) error {
 		// What happens before there is a link is told once there is one.
 		select {

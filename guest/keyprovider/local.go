@@ -81,6 +81,11 @@ func (l *Local) Keys(ctx context.Context) (*Grant, error) {
 		return nil, fault.Wrap(err, "key_evidence", "make a quote for the local key provider")
 	}
 	sealed, providerQuote, err := l.SealingKey(ctx, quote)
+	if refusal, ok := err.(*fault.Error); ok {
+		// The host's words, behind whatever code it chose to give.
+		return nil, fault.New("provider_unavailable", "the host gives no key of the local key provider: %s", printable(refusal.Message)).
+			WithFix("see whether the host runs a key provider, and its log")
+	}
 	if err != nil {
 		return nil, fault.Wrap(err, "provider_unavailable", "ask the local key provider").
 			WithFix("see whether the host runs a key provider, and its log")

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
+	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
 	"github.com/dstack-go/dstack/keys"
 )
@@ -259,6 +261,16 @@ func TestAnswersOfTheLocalProviderThatAreRefused(t *testing.T) {
 		{"no answer", "provider_unavailable", nil, func(l *Local) {
 			l.SealingKey = func(context.Context, []byte) ([]byte, []byte, error) { return nil, nil, errors.New("refused") }
 		}},
+		{"a host that says no", "provider_unavailable", nil, func(l *Local) {
+			l.SealingKey = func(context.Context, []byte) ([]byte, []byte, error) {
+				return nil, nil, fault.New("key_provider_unpinned", "no \x1b[2J provider")
+			}
+		}},
+		{"no collateral", "collateral_not_found", nil, func(l *Local) {
+			l.Collateral = func(context.Context, collateral.Request) (*collateral.Bundle, error) {
+				return nil, fault.New("collateral_not_found", "no such machine")
+			}
+		}},
 		{"no quote", "quote_malformed", nil, func(l *Local) {
 			l.SealingKey = func(context.Context, []byte) ([]byte, []byte, error) { return nil, nil, nil }
 		}},
@@ -273,6 +285,42 @@ func TestAnswersOfTheLocalProviderThatAreRefused(t *testing.T) {
 			c.guest(l)
 		}
 		_, err := l.Keys(t.Context())
-		t.Run(c.name, func(t *testing.T) { wantCode(t, err, c.code) })
+		t.Run(c.name, func(t *testing.T) {
+			wantCode(t, err, c.code)
+			if err != nil && strings.Contains(err.Error(), "\x1b") {
+				t.Errorf("the host writes to the console: %q", err)
+			}
+		})
+	}
+}
+
+// A02: keys of quoting enclaves leak. What a leaked or made-up one signs is refused as
+// far as the vendor's statements tell: by who signed the enclave and its report, and
+// once the vendor has revoked the machine's certificate or the enclave's level.
+func TestThreat_A02_ProviderWithADeniedOrForgedQuotingEnclave(t *testing.T) {
+	for _, c := range []struct {
+		name, code string
+		change     func(*tdxtest.Platform)
+	}{
+		{"an enclave of another signer", "qe_mrsigner", func(p *tdxtest.Platform) { p.QEReport[tdx.QEOffMRSigner] ^= 1 }},
+		{"another enclave of the same signer", "qe_isvprodid", func(p *tdxtest.Platform) { p.QEReport[tdx.QEOffISVProdID] ^= 1 }},
+		{"an enclave that can be debugged", "qe_debug", func(p *tdxtest.Platform) { p.QEReport[tdx.QEOffAttributes] |= 2 }},
+		{"a key of one's own", "qe_report_data", func(p *tdxtest.Platform) { p.KeepReportData = true }},
+		{"a report signed by another machine", "qe_report_signature", func(p *tdxtest.Platform) {
+			p.PCK.Key = p.IssuePCK(p.PCKCA, tdxtest.Extension(), nil).Key
+		}},
+		{"a level that is revoked", "tcb_revoked", func(p *tdxtest.Platform) {
+			p.QEIdentity["tcbLevels"] = []any{tdxtest.Level(1, tdx.Revoked)}
+		}},
+		{"a machine that is revoked", "pck_revoked", func(p *tdxtest.Platform) {
+			p.PCKCRL.Revoked = append(p.PCKCRL.Revoked, p.PCK.Cert.SerialNumber)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newProviderServer(t)
+			c.change(s.platform)
+			_, err := s.local(bytes.Clone(s.enclave[:])).Keys(t.Context())
+			wantCode(t, err, c.code)
+		})
 	}
 }

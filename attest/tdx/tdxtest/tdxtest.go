@@ -260,8 +260,10 @@ func (p *Platform) EnclaveQuote(report []byte) []byte {
 	p.check(err)
 	key := point[1:]
 	qeReport := p.QEReport
-	sum := sha256.Sum256(slices.Concat(key, p.QEAuth))
-	copy(qeReport[tdx.QEOffReportData:], sum[:])
+	if !p.KeepReportData {
+		sum := sha256.Sum256(slices.Concat(key, p.QEAuth))
+		copy(qeReport[tdx.QEOffReportData:], sum[:])
+	}
 	certData := []byte(p.Chain(p.PCK, p.PCKCA, p.Root))
 	sig := slices.Concat(p.sign(p.AttestationKey, signed), key, qeReport[:], p.sign(p.PCK.Key, qeReport[:]))
 	sig = append(binary.LittleEndian.AppendUint16(sig, uint16(len(p.QEAuth))), p.QEAuth...)

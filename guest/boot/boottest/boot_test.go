@@ -176,7 +176,10 @@ func TestBootsThatMustFail(t *testing.T) {
 		}, "time", "time_unproven", false},
 		{"a key provider that is not there", func() vm {
 			return vm{draft: change(func(d *manifest.Draft) { d.KeyProvider = "kms" })}
-		}, "key-provider", "key_provider_unavailable", false},
+		}, "key-provider", "kms_url", false},
+		{"a local key provider of a host that has none", func() vm {
+			return vm{draft: change(func(d *manifest.Draft) { d.KeyProvider = "local" })}
+		}, "key-provider", "provider_unavailable", false},
 		{"no data disk", func() vm { return vm{draft: goodDraft(b, t), noData: true} }, "data-disk", "disk_missing", false},
 		{"an encrypted environment without a key", func() vm {
 			return vm{draft: goodDraft(b, t), files: hostshare.Files{hostshare.EncryptedEnvName: []byte("x")}}
