@@ -25,6 +25,7 @@ type imageCmd struct {
 
 type imageBuildCmd struct {
 	Flavour     string `arg:"" optional:"" help:"${enum}. prod needs a real TEE; sim adds the simulated TEE's driver; debug adds a shell." enum:"prod,sim,debug" default:"sim"`
+	Kernel      string `help:"${enum}. own is built from source, without modules; distribution is Debian's packaged cloud kernel with the modules that the guest needs." enum:"own,distribution" default:"own"`
 	Source      string `help:"Source tree to build from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
 	Out         string `help:"Where the release directory goes; the build cache by default." placeholder:"DIR"`
 	Check       bool   `help:"Build twice with another directory, umask, time zone and locale, and compare every byte."`
@@ -36,7 +37,7 @@ func (c *imageBuildCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
-	opt := image.Options{Flavour: c.Flavour, Source: source, Out: c.Out, Log: a.err}
+	opt := image.Options{Flavour: c.Flavour, Kernel: c.Kernel, Source: source, Out: c.Out, Log: a.err}
 	if c.Check {
 		if err := image.Check(a.ctx, opt, c.CheckKernel); err != nil {
 			return err

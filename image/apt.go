@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -212,7 +213,33 @@ func (a *apt) newestKernelSource(ctx context.Context) (string, error) {
 	return bestName, nil
 }
 
-// fetch makes sure that every locked package lies in the cache.
+// newestDistributionKernel returns the release of the newest packaged cloud kernel.
+func (a *apt) newestDistributionKernel(ctx context.Context) (string, error) {
+	out, err := a.run(ctx, a.dir, "apt-cache", "pkgnames", "linux-modules-")
+	if err != nil {
+		return "", err
+	}
+	best, release := []int{6, 16, 0}, "" // the least that can extend RTMRs
+	for line := range strings.Lines(out) {
+		m := distributionRE.FindStringSubmatch(strings.TrimSpace(line))
+		if m == nil {
+			continue
+		}
+		version := make([]int, 3)
+		for i := range version {
+			version[i], _ = strconv.Atoi(m[3+i])
+		}
+		if slices.Compare(version, best) > 0 {
+			best, release = version, m[2]
+		}
+	}
+	if release == "" {
+		return "", fault.New("kernel_too_old", "the mirror has no linux-modules-*-cloud-amd64 of 6.16 or later, which is the least that can extend RTMRs")
+	}
+	return release, nil
+}
+
+// fetch makes sure that every locked package of the build lies in the cache.
 func (b *build) fetch(ctx context.Context, _ *artifacts) (bool, error) {
 	missing := b.missing()
 	if len(missing) == 0 {
@@ -247,10 +274,13 @@ func (b *build) deb(p Package) string {
 	return filepath.Join(string(b.cache), "debs", p.SHA256+".deb")
 }
 
-// missing returns the locked packages that are not in the cache, whole.
+// missing returns the locked packages that the build takes and that are not in the cache, whole.
 func (b *build) missing() []Package {
 	var out []Package
 	for _, p := range b.lock.Packages {
+		if !b.usesPackage(p.Name) {
+			continue
+		}
 		if st, err := os.Stat(b.deb(p)); err != nil || st.Size() != p.Size {
 			out = append(out, p)
 		}

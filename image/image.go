@@ -48,11 +48,14 @@ const (
 type Options struct {
 	// Flavour is prod, sim or debug; sim if empty.
 	Flavour string
+	// Kernel is KernelOwn or KernelDistribution; KernelOwn if empty.
+	Kernel string
 	// Source is the root of the checkout that holds image/recipe, image/engine
 	// and the guest; found at or above the working directory if empty.
 	Source string
 	// Out is the directory that gets the release directory
-	// dstack-<flavour>-<version>; <cache>/out if empty.
+	// dstack-<flavour>-<version>, or dstack-<flavour>-distribution-<version> with
+	// that kernel; <cache>/out if empty.
 	Out string
 	// Cache holds downloads and built parts; $DSTACK_CACHE, else
 	// ~/.cache/dstack, if empty.
@@ -124,6 +127,12 @@ func newBuild(opt Options) (*build, error) {
 	}
 	if b.Flavour != Prod && b.Flavour != Sim && b.Flavour != Debug {
 		return nil, fault.New("image_flavour", "%q is not a flavour of the image", b.Flavour).WithFix("use prod, sim or debug")
+	}
+	if b.Kernel == "" {
+		b.Kernel = KernelOwn
+	}
+	if b.Kernel != KernelOwn && b.Kernel != KernelDistribution {
+		return nil, fault.New("image_kernel", "%q is no kernel of the image", b.Kernel).WithFix("use own or distribution")
 	}
 	if b.Log == nil {
 		b.Log = io.Discard
@@ -216,7 +225,8 @@ func (b *build) run(ctx context.Context) (*Result, error) {
 // artifacts is what the steps hand to one another.
 type artifacts struct {
 	kernel, firmware, initramfs []byte
-	engine, shim, guest         string // paths
+	engine, shim, guest         string   // paths
+	early, late                 []module // of the distribution's kernel: in the initramfs, in the root
 	pool                        *pool
 	scripts, rootfs             layer
 	dir                         string

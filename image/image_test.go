@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -555,7 +556,10 @@ func TestCommittedLockPinsTheWholeRecipe(t *testing.T) {
 	if _, err := l.kernelSource(); err != nil {
 		t.Error(err)
 	}
-	if want := len(debianPackages) + 1; len(l.Packages) != want {
+	if _, err := l.distributionKernel(); err != nil {
+		t.Error(err)
+	}
+	if want := len(debianPackages) + 1 + 3; len(l.Packages) != want {
 		t.Errorf("%d packages, the recipe has %d", len(l.Packages), want)
 	}
 }
@@ -591,7 +595,8 @@ func newMirror(t *testing.T) *mirror {
 		t.Skip("SKIP: apt-get is not installed")
 	}
 	m := &mirror{t.TempDir(), map[string][2]string{}}
-	for _, name := range append([]string{"linux-source-7.3", "linux-source-6.12"}, debianPackages...) {
+	for _, name := range slices.Concat([]string{"linux-source-7.3", "linux-source-6.12"},
+		distributionPackages("7.3.4+deb13-cloud-amd64"), distributionPackages("7.2.12+deb13-cloud-amd64"), distributionPackages("6.12.9+deb13-cloud-amd64"), debianPackages) {
 		m.packages[name] = [2]string{"1:1.0-1", "content of " + name}
 	}
 	m.publish(t)
@@ -652,6 +657,9 @@ func TestLockFetchAndGonePackages(t *testing.T) {
 			}
 			if p, err := b.lock.kernelSource(); err != nil || p.Name != "linux-source-7.3" {
 				t.Fatalf("kernel source %v, %v", p, err)
+			}
+			if release, err := b.lock.distributionKernel(); err != nil || release != "7.3.4+deb13-cloud-amd64" {
+				t.Fatalf("distribution's kernel %q, %v", release, err)
 			}
 			if cached, err := b.fetch(t.Context(), nil); err != nil || cached {
 				t.Fatalf("first fetch: cached %v, %v", cached, err)

@@ -18,9 +18,13 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
-// kernel builds bzImage from the locked source package and the committed
-// configuration: everything built in, no modules.
+// kernel makes the kernel of the image: the distribution's, or bzImage from the
+// locked source package and the committed configuration: everything built in, no
+// modules.
 func (b *build) kernel(ctx context.Context, p *artifacts) (bool, error) {
+	if b.Kernel == KernelDistribution {
+		return b.distributionKernel(ctx, p)
+	}
 	src, err := b.lock.kernelSource()
 	if err != nil {
 		return false, err

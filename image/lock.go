@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"regexp"
+	"slices"
 	"sort"
 	"strings"
 
@@ -174,7 +175,11 @@ func (b *build) relock(ctx context.Context) ([]string, error) {
 	if next.Tools, err = hostTools(ctx); err != nil {
 		return nil, err
 	}
-	for _, name := range append([]string{kernel}, debianPackages...) {
+	release, err := apt.newestDistributionKernel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Concat([]string{kernel}, distributionPackages(release), debianPackages) {
 		p, err := apt.candidate(ctx, name)
 		if err != nil {
 			return nil, err

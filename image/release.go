@@ -20,7 +20,8 @@ import (
 	"github.com/dstack-go/dstack/osimage"
 )
 
-// initramfs holds the first process and the directories it mounts on, no more.
+// initramfs holds the first process and the directories it mounts on, with the
+// distribution's kernel the modules it needs to open the root, and no more.
 // The archive is not compressed although upstream's name says gzip: the kernel
 // takes either. Measured under emulation with a 16 MB program, CPU seconds of
 // QEMU until power off: plain 4.1, gzip 4.5, zstd 4.9, lz4 4.2; through OVMF plain
@@ -32,6 +33,7 @@ func (b *build) initramfs(_ context.Context, p *artifacts) (bool, error) {
 	}
 	// The kernel opens it for the first process before anything is mounted.
 	t.add("dev/console", node{kind: char, mode: 0o600, major: 5, minor: 1})
+	addModules(t, "", p.early)
 	t.add("init", node{kind: file, mode: 0o755, from: p.guest})
 	var err error
 	p.initramfs, err = t.cpio()
@@ -62,6 +64,9 @@ func (b *build) firmware(_ context.Context, p *artifacts) (bool, error) {
 // release writes the release directory of guest-os.md §2.1.
 func (b *build) release(_ context.Context, p *artifacts) (bool, error) {
 	name := fmt.Sprintf("dstack-%s-%s", b.Flavour, Version)
+	if b.Kernel == KernelDistribution {
+		name = fmt.Sprintf("dstack-%s-%s-%s", b.Flavour, b.Kernel, Version)
+	}
 	if err := os.MkdirAll(b.Out, 0o755); err != nil {
 		return false, diskFull(err)
 	}

@@ -39,6 +39,7 @@ func (b *build) root(ctx context.Context, p *artifacts) (bool, error) {
 	if err := b.compareFileList(b.Flavour, t); err != nil {
 		return false, err
 	}
+	addModules(t, "", p.late) // their list was compared when they were chosen
 	var cached bool
 	p.rootfs, cached, err = b.packRoot(ctx, t, p.scripts)
 	return cached, err
@@ -330,8 +331,8 @@ func (b *build) certificates() ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// compareFileList holds a tree against the committed list of its name, a flavour or
-// "scripts", so that nothing enters or leaves an image without a line in a change.
+// compareFileList holds a tree against the committed list of its name, a flavour,
+// "scripts" or "modules", so that nothing enters or leaves an image without a line in a change.
 func (b *build) compareFileList(name string, t tree) error {
 	file := b.recipe("files." + name + ".txt")
 	have := t.list()
@@ -347,7 +348,7 @@ func (b *build) compareFileList(name string, t tree) error {
 		if err := os.WriteFile(found, []byte(have), 0o644); err != nil {
 			return diskFull(err)
 		}
-		return fault.New("image_files_differ", "the files of the %s file system are not those of %s:\n%s", name, filepath.Base(file), diff).
+		return fault.New("image_files_differ", "the files of %s are not those of %s:\n%s", name, filepath.Base(file), diff).
 			WithFix("if the change is meant: cp %s %s", found, file)
 	}
 	return nil

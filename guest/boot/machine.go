@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"fmt"
 	"net"
 	"os"
 	"sync"
@@ -27,6 +28,7 @@ import (
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/engine"
 	"github.com/dstack-go/dstack/guest/firewall"
+	"github.com/dstack-go/dstack/guest/modules"
 	"github.com/dstack-go/dstack/guest/script"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -189,6 +191,10 @@ func (m *Machine) dial(ctx context.Context, stream string) (net.Conn, error) {
 }
 
 func (m *Machine) mounts(context.Context) error {
+	// Those that the way to the root needs; the others lie in the root.
+	if err := m.loadModules(); err != nil {
+		return err
+	}
 	if err := mountAll(restMounts); err != nil {
 		return err
 	}
@@ -215,7 +221,23 @@ func (m *Machine) openRoot(context.Context) error {
 	if m.layers, err = openRoot(string(cmdline), m.finder, m.mapper); err != nil {
 		return err
 	}
-	return switchRoot()
+	if err := switchRoot(); err != nil {
+		return err
+	}
+	if err := m.loadModules(); err != nil {
+		return err
+	}
+	return modules.Seal("/proc")
+}
+
+// loadModules loads what the initramfs or, after the switch, the root has; nothing
+// on an image with the project's own kernel.
+func (m *Machine) loadModules() error {
+	n, err := modules.Load(modules.Dir)
+	if n > 0 {
+		m.console.Log(fmt.Sprintf("modules: %d loaded", n))
+	}
+	return err
 }
 
 // entropy waits until the kernel's generator is seeded; every key and every

@@ -81,7 +81,6 @@ var hardening = []sysctl{
 	{"kernel/unprivileged_bpf_disabled", "1"},
 	{"net/core/bpf_jit_harden", "2"},
 	{"kernel/kexec_load_disabled", "1"},
-	{"kernel/modules_disabled", "1"},
 	{"kernel/sysrq", "0"},
 	{"kernel/ctrl-alt-del", "0"},
 	{"fs/protected_hardlinks", "1"},
