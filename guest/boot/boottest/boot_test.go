@@ -184,9 +184,9 @@ func TestBootsThatMustFail(t *testing.T) {
 		{"an encrypted environment without a key", func() vm {
 			return vm{draft: goodDraft(b, t), files: hostshare.Files{hostshare.EncryptedEnvName: []byte("x")}}
 		}, "env", "env_without_key_provider", false},
-		{"scripts", func() vm {
-			return vm{draft: change(func(d *manifest.Draft) { d.PreLaunchScript = "true" })}
-		}, "scripts", "scripts_unsupported", false},
+		{"a script that fails", func() vm {
+			return vm{draft: change(func(d *manifest.Draft) { d.PreLaunchScript = "exit 3" })}
+		}, "scripts", "script_failed", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if !c.always && os.Getenv("DSTACK_TEST_BOOTS") != "all" {
