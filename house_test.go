@@ -62,9 +62,14 @@ var importTable = []importRule{
 		Never: []string{"vmm", "gateway", "kms", "guest", "stack", "cli", "cmd", "simtee"},
 	},
 	{
+		Why:   "components meet in wire contracts and on the ground floor only",
+		From:  []string{"kms"},
+		Never: []string{"vmm", "gateway", "guest", "image", "stack", "cli", "cmd", "simtee"},
+	},
+	{
 		Why: "the ground floor knows no component",
 		From: []string{"api", "prpc", "hostlink", "hostshare", "attest", "collateral", "measure", "manifest",
-			"verifier", "channel", "keys", "osimage", "internal"},
+			"verifier", "channel", "keys", "osimage", "internal", "governance", "releaselog"},
 		Never: append([]string{"stack", "cli", "cmd", "simtee"}, components...),
 	},
 	{
