@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,7 +17,8 @@ import (
 )
 
 // ALPN is the protocol token of an attested channel, with its version. Both ends
-// offer nothing else and refuse a session without it.
+// offer nothing else and refuse a session without it, but for a server that serves
+// other protocols beside (Config.Other).
 const ALPN = "dstack-attest/1"
 
 const (
@@ -46,6 +48,16 @@ type Config struct {
 	// Attester makes this end's evidence. A server must have one; a client needs one
 	// only for servers that ask for its evidence.
 	Attester Attester
+
+	// AppEvidence accepts evidence that the app of a guest made: its peer then is the
+	// app, on its own word, and not the guest's system. It is for peers that are apps,
+	// such as a KMS, whose workload the Appraiser knows. Without it only the key counts
+	// to which the guest's init committed, or evidence from before any app ran.
+	AppEvidence bool
+
+	// Other, when set at a server, serves clients that do not offer [ALPN]: their
+	// connections have no Peer, whatever they show. Its NextProtos must not hold ALPN.
+	Other *tls.Config
 
 	// Key is the channel key of this end, in a guest the one that init committed to.
 	// Nil makes an ephemeral one for each client connection and each listener.
@@ -83,6 +95,8 @@ func (c *Config) ready(role Role) (*Config, error) {
 		return bad("a client must say which app it means")
 	case role == ServerRole && c.Attester == nil:
 		return bad("a server must give evidence and has no attester")
+	case c.Other != nil && (role == ClientRole || slices.Contains(c.Other.NextProtos, ALPN)):
+		return bad("other protocols are a server's, and none of them is " + ALPN)
 	case role == ServerRole && (c.Appraiser == nil) != c.AnyClient:
 		return bad("a server must either judge its clients by an appraiser or admit any client")
 	}
@@ -115,8 +129,12 @@ type Conn struct {
 }
 
 // Peer returns who is at the other end; nil only at a server that admits clients
-// without evidence.
+// without evidence, or serves other protocols beside.
 func (c *Conn) Peer() *Peer { return c.peer }
+
+// ConnectionState describes the TLS session. It establishes nothing about the peer
+// but that it has the keys of the certificates that it presented.
+func (c *Conn) ConnectionState() tls.ConnectionState { return c.tls.ConnectionState() }
 
 // CloseWrite ends this end's half of the session.
 func (c *Conn) CloseWrite() error { return c.tls.CloseWrite() }
@@ -199,6 +217,7 @@ type session struct {
 	own, peer    []byte // DER SPKI of the leaves; nil where an end presented none
 	mine, theirs hello
 	exported     []byte
+	other        bool // the client did not offer ALPN, and that is served
 }
 
 // handshake takes over raw: TLS 1.3, then, inside it and strictly in turns:
@@ -225,7 +244,10 @@ func (c *Config) handshake(ctx context.Context, raw net.Conn, role Role, host st
 	if s.conn, err = s.secure(ctx, raw, host); err != nil {
 		return nil, err
 	}
-	peer, err := s.attest(ctx)
+	var peer *Peer
+	if !s.other {
+		peer, err = s.attest(ctx)
+	}
 	if err != nil {
 		if ctx.Err() != nil && fault.Code(err) == "channel_broken" {
 			err = fault.Wrap(ctx.Err(), "channel_broken", "attested handshake with the %s", role.other())
@@ -301,6 +323,15 @@ func (s *session) serverTLS() *tls.Config {
 	}
 	if s.cfg.Appraiser != nil {
 		cfg.ClientAuth = tls.RequireAnyClientCert
+	}
+	if s.cfg.Other != nil {
+		cfg.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			if slices.Contains(h.SupportedProtos, ALPN) {
+				return nil, nil
+			}
+			s.other = true
+			return s.cfg.Other, nil
+		}
 	}
 	return cfg
 }
@@ -477,7 +508,7 @@ func (s *session) judge(ctx context.Context, container []byte) (*Peer, error) {
 		}.reportData(),
 		SPKI: s.peer, Role: s.role.other(), Intended: s.cfg.Intended,
 		Binding: BindingSession, At: s.cfg.Now(),
-	}, true)
+	}, !s.cfg.AppEvidence)
 }
 
 // refuse tells the peer the code of err, and no more, unless the peer was the one

@@ -66,6 +66,12 @@ type Appraisal struct {
 	ReportData dstack.ReportData // as the hardware signed it
 	Trust      dstack.Trust
 	Claims     *attest.Claims // what the hardware said, for authorisation and logs; may be nil
+
+	// Booting says that the log ends before system-ready: no app has run, so that the
+	// guest's init made this evidence.
+	Booting bool
+	// Detail is whatever the appraiser has for those who serve the connection.
+	Detail any
 }
 
 // Identity is who a machine is, as its event log proves.
@@ -89,6 +95,7 @@ type Peer struct {
 	Role     Role
 	Binding  Binding
 	At       time.Time // when it was accepted
+	Detail   any       // of the Appraisal
 }
 
 // Role is an end of a connection: whoever dials is the client.
@@ -247,7 +254,7 @@ func admit(ctx context.Context, a Appraiser, c Candidate, committed bool) (*Peer
 	}
 	return &Peer{
 		Identity: r.Identity, Trust: r.Trust, Claims: r.Claims,
-		SPKI: c.SPKI, Role: c.Role, Binding: c.Binding, At: c.At,
+		SPKI: c.SPKI, Role: c.Role, Binding: c.Binding, At: c.At, Detail: r.Detail,
 	}, nil
 }
 
@@ -261,7 +268,7 @@ func confirm(r *Appraisal, c Candidate, committed bool) error {
 	if err := c.Intended.Check(r.Identity); err != nil {
 		return err
 	}
-	if !committed {
+	if !committed || r.Booting {
 		return nil
 	}
 	switch sum := sha256.Sum256(c.SPKI); {
