@@ -21,13 +21,14 @@ var missing = map[string]bool{"collateral_missing": true, "event_log_missing": t
 // appraisal is one run. Fields are set in the order of run, and only from what
 // earlier steps established.
 type appraisal struct {
-	src   *Source
-	ref   *Reference
-	pol   Policy
-	fresh Freshness
-	at    time.Time
-	memo  *attest.Memo
-	v     *Verdict
+	src       *Source
+	ref       *Reference
+	pol       Policy
+	fresh     Freshness
+	at        time.Time
+	memo      *attest.Memo
+	launching bool // the log may end before system-ready
+	v         *Verdict
 
 	ev     *attest.Evidence   // decoded, unverified
 	claims *attest.Claims     // of the verified quote
@@ -53,7 +54,7 @@ func Appraise(req Request) *Verdict {
 	}
 	ref := req.Reference
 	ref.addPolicy(req.Policy.Workload)
-	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, v: newVerdict(scope, req.At)}
+	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, v: newVerdict(scope, req.At)}
 	a.run(req.Roots, req.Collateral)
 	a.conclude()
 	return a.v

@@ -52,7 +52,11 @@ func (a *appraisal) eventLog() {
 	if !ok {
 		return
 	}
-	id, err := eventlog.Boundary(events)
+	read := eventlog.Boundary
+	if a.launching {
+		read = eventlog.LaunchIdentity
+	}
+	id, err := read(events)
 	if err != nil {
 		a.fail(err, "event_log", "log_malformed")
 		return
@@ -324,6 +328,10 @@ func (a *appraisal) mrConfigID(id dstack.MRConfigID) {
 			return
 		}
 	case mrconfig.FormV2:
+		if a.unprovided() {
+			a.add(lenient(a.pol.Workload.AllowUncommitted), "mr_config_open", "claims.mr_config_id", "", "the launch committed to a key provider in a form that cannot be checked before the guest has one")
+			return
+		}
 		kind, kpID, err := parseKeyProvider(a.id.KeyProvider)
 		var raw []byte
 		if err == nil {
@@ -367,6 +375,10 @@ func (a *appraisal) document(id dstack.MRConfigID, mismatch func(string, ...any)
 	return a.describes(doc, mismatch)
 }
 
+// unprovided says that the guest has not measured its key provider yet, and need not
+// have. That it takes the one that the document pins, the guest itself sees to.
+func (a *appraisal) unprovided() bool { return a.launching && a.id.KeyProvider == "" }
+
 // describes compares a committed document with what runs.
 func (a *appraisal) describes(doc mrconfig.Document, mismatch func(string, ...any)) bool {
 	kind, kpID, kpErr := parseKeyProvider(a.id.KeyProvider)
@@ -379,7 +391,7 @@ func (a *appraisal) describes(doc mrconfig.Document, mismatch func(string, ...an
 		mismatch("the launch committed to the instance %s, the guest measured %s", short(doc.InstanceID), hexString(a.id.InstanceID))
 	case a.id.KeyProvider != "" && (kpErr != nil || doc.KeyProvider != kind):
 		mismatch("the launch committed to the key provider %s, the guest measured %q", doc.KeyProvider, kind)
-	case len(doc.KeyProviderID) > 0 && hexString(doc.KeyProviderID) != kpID:
+	case len(doc.KeyProviderID) > 0 && hexString(doc.KeyProviderID) != kpID && !a.unprovided():
 		mismatch("the launch committed to another key provider's identity than the guest measured")
 	case doc.GPUPolicyHash != nil && !bytes.Equal(doc.GPUPolicyHash, a.id.GPUPolicyHash):
 		mismatch("the launch committed to another GPU policy than the guest measured")

@@ -202,6 +202,10 @@ type Request struct {
 	Freshness Freshness
 	At        time.Time
 
+	// Launching accepts the log of a guest that has not got its keys yet and ends after
+	// boot-mr-done: what a KMS is shown. Relying parties of what runs leave it false.
+	Launching bool
+
 	// Memo, when not nil, remembers what verifying collateral gave, for callers that
 	// judge many. It changes no verdict.
 	Memo *attest.Memo
