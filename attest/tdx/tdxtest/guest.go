@@ -11,6 +11,7 @@ import (
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/mrconfig"
+	"github.com/dstack-go/dstack/attest/tdx"
 )
 
 // Guest is a dstack guest on a platform: what it committed to at boot.
@@ -19,8 +20,12 @@ type Guest struct {
 	AppID       dstack.AppID
 	InstanceID  dstack.InstanceID
 	ComposeHash dstack.ComposeHash
-	ChannelSPKI []byte // whose hash was committed before any app ran; nil for none
-	NoConfig    bool   // MRCONFIGID is zero
+	ChannelSPKI []byte                // whose hash was committed before any app ran; nil for none
+	NoConfig    bool                  // MRCONFIGID is zero
+	Booting     bool                  // it has not got its keys yet: the log ends at boot-mr-done
+	Provider    []byte                // payload of the event key-provider; nil for none
+	Config      string                // vm_config; empty for {}
+	Edit        func(*tdx.ReportBody) // last change before the quote is signed; may be nil
 }
 
 // Events returns the guest's runtime events.
@@ -31,8 +36,11 @@ func (g *Guest) Events() ([]eventlog.Event, error) {
 		payload []byte
 	}{
 		{eventlog.SystemPreparing, nil}, {eventlog.AppIDEvent, g.AppID[:]}, {eventlog.ComposeHashEvent, g.ComposeHash[:]},
-		{eventlog.InstanceIDEvent, g.InstanceID[:]}, {eventlog.BootMRDone, nil}, {eventlog.SystemChannelKey, nil}, {eventlog.SystemReady, nil},
+		{eventlog.InstanceIDEvent, g.InstanceID[:]}, {eventlog.BootMRDone, nil}, {eventlog.KeyProvider, g.Provider}, {eventlog.SystemChannelKey, nil}, {eventlog.SystemReady, nil},
 	} {
+		if e.name == eventlog.KeyProvider && g.Provider == nil {
+			continue
+		}
 		if e.name == eventlog.SystemChannelKey {
 			if g.ChannelSPKI == nil {
 				continue
@@ -45,6 +53,9 @@ func (g *Guest) Events() ([]eventlog.Event, error) {
 			return nil, err
 		}
 		events = append(events, ev)
+		if g.Booting && e.name == eventlog.BootMRDone {
+			break
+		}
 	}
 	return events, nil
 }
@@ -65,7 +76,14 @@ func (g *Guest) Attest(_ context.Context, data dstack.ReportData) ([]byte, error
 	if !g.NoConfig {
 		body.MRConfigID = mrconfig.IDv1(g.ComposeHash)
 	}
+	if g.Edit != nil {
+		g.Edit(&body)
+	}
+	config := g.Config
+	if config == "" {
+		config = "{}"
+	}
 	return container.EncodeV1(&attest.Evidence{
-		TEE: dstack.TDX, Quote: g.Platform.Quote(body), EventLog: events, ReportData: data, Config: "{}",
+		TEE: dstack.TDX, Quote: g.Platform.Quote(body), EventLog: events, ReportData: data, Config: config,
 	})
 }
