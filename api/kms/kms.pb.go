@@ -887,6 +887,51 @@ func (x *RenewLeaseResponse) GetRelease() *Release {
 	return nil
 }
 
+// A signed policy document (docs/kms-policy.md): JSON.
+type Policy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Signed        []byte                 `protobuf:"bytes,1,opt,name=signed,proto3" json:"signed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Policy) Reset() {
+	*x = Policy{}
+	mi := &file_kms_kms_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Policy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Policy) ProtoMessage() {}
+
+func (x *Policy) ProtoReflect() protoreflect.Message {
+	mi := &file_kms_kms_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Policy.ProtoReflect.Descriptor instead.
+func (*Policy) Descriptor() ([]byte, []int) {
+	return file_kms_kms_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Policy) GetSigned() []byte {
+	if x != nil {
+		return x.Signed
+	}
+	return nil
+}
+
 type LogConsistencyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	From          uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
@@ -896,7 +941,7 @@ type LogConsistencyRequest struct {
 
 func (x *LogConsistencyRequest) Reset() {
 	*x = LogConsistencyRequest{}
-	mi := &file_kms_kms_proto_msgTypes[12]
+	mi := &file_kms_kms_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +953,7 @@ func (x *LogConsistencyRequest) String() string {
 func (*LogConsistencyRequest) ProtoMessage() {}
 
 func (x *LogConsistencyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[12]
+	mi := &file_kms_kms_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +966,7 @@ func (x *LogConsistencyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogConsistencyRequest.ProtoReflect.Descriptor instead.
 func (*LogConsistencyRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{12}
+	return file_kms_kms_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LogConsistencyRequest) GetFrom() uint64 {
@@ -942,7 +987,7 @@ type LogConsistencyResponse struct {
 
 func (x *LogConsistencyResponse) Reset() {
 	*x = LogConsistencyResponse{}
-	mi := &file_kms_kms_proto_msgTypes[13]
+	mi := &file_kms_kms_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +999,7 @@ func (x *LogConsistencyResponse) String() string {
 func (*LogConsistencyResponse) ProtoMessage() {}
 
 func (x *LogConsistencyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[13]
+	mi := &file_kms_kms_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1012,7 @@ func (x *LogConsistencyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogConsistencyResponse.ProtoReflect.Descriptor instead.
 func (*LogConsistencyResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{13}
+	return file_kms_kms_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LogConsistencyResponse) GetHead() *LogHead {
@@ -995,7 +1040,7 @@ type LogEntriesRequest struct {
 
 func (x *LogEntriesRequest) Reset() {
 	*x = LogEntriesRequest{}
-	mi := &file_kms_kms_proto_msgTypes[14]
+	mi := &file_kms_kms_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1052,7 @@ func (x *LogEntriesRequest) String() string {
 func (*LogEntriesRequest) ProtoMessage() {}
 
 func (x *LogEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[14]
+	mi := &file_kms_kms_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1065,7 @@ func (x *LogEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntriesRequest.ProtoReflect.Descriptor instead.
 func (*LogEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{14}
+	return file_kms_kms_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *LogEntriesRequest) GetStart() uint64 {
@@ -1047,7 +1092,7 @@ type LogEntriesResponse struct {
 
 func (x *LogEntriesResponse) Reset() {
 	*x = LogEntriesResponse{}
-	mi := &file_kms_kms_proto_msgTypes[15]
+	mi := &file_kms_kms_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1104,7 @@ func (x *LogEntriesResponse) String() string {
 func (*LogEntriesResponse) ProtoMessage() {}
 
 func (x *LogEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[15]
+	mi := &file_kms_kms_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1117,7 @@ func (x *LogEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogEntriesResponse.ProtoReflect.Descriptor instead.
 func (*LogEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{15}
+	return file_kms_kms_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LogEntriesResponse) GetHead() *LogHead {
@@ -1098,7 +1143,7 @@ type GetKmsKeyRequest struct {
 
 func (x *GetKmsKeyRequest) Reset() {
 	*x = GetKmsKeyRequest{}
-	mi := &file_kms_kms_proto_msgTypes[16]
+	mi := &file_kms_kms_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1155,7 @@ func (x *GetKmsKeyRequest) String() string {
 func (*GetKmsKeyRequest) ProtoMessage() {}
 
 func (x *GetKmsKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[16]
+	mi := &file_kms_kms_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1168,7 @@ func (x *GetKmsKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKmsKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKmsKeyRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{16}
+	return file_kms_kms_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetKmsKeyRequest) GetVmConfig() string {
@@ -1147,7 +1192,7 @@ type KmsKeys struct {
 
 func (x *KmsKeys) Reset() {
 	*x = KmsKeys{}
-	mi := &file_kms_kms_proto_msgTypes[17]
+	mi := &file_kms_kms_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1204,7 @@ func (x *KmsKeys) String() string {
 func (*KmsKeys) ProtoMessage() {}
 
 func (x *KmsKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[17]
+	mi := &file_kms_kms_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1217,7 @@ func (x *KmsKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KmsKeys.ProtoReflect.Descriptor instead.
 func (*KmsKeys) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{17}
+	return file_kms_kms_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KmsKeys) GetCaKey() string {
@@ -1216,7 +1261,7 @@ type KmsKeyResponse struct {
 
 func (x *KmsKeyResponse) Reset() {
 	*x = KmsKeyResponse{}
-	mi := &file_kms_kms_proto_msgTypes[18]
+	mi := &file_kms_kms_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1273,7 @@ func (x *KmsKeyResponse) String() string {
 func (*KmsKeyResponse) ProtoMessage() {}
 
 func (x *KmsKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[18]
+	mi := &file_kms_kms_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1286,7 @@ func (x *KmsKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KmsKeyResponse.ProtoReflect.Descriptor instead.
 func (*KmsKeyResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{18}
+	return file_kms_kms_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *KmsKeyResponse) GetTempCaKey() string {
@@ -1280,7 +1325,7 @@ type SignCertRequest struct {
 
 func (x *SignCertRequest) Reset() {
 	*x = SignCertRequest{}
-	mi := &file_kms_kms_proto_msgTypes[19]
+	mi := &file_kms_kms_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1292,7 +1337,7 @@ func (x *SignCertRequest) String() string {
 func (*SignCertRequest) ProtoMessage() {}
 
 func (x *SignCertRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[19]
+	mi := &file_kms_kms_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1305,7 +1350,7 @@ func (x *SignCertRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertRequest.ProtoReflect.Descriptor instead.
 func (*SignCertRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{19}
+	return file_kms_kms_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignCertRequest) GetApiVersion() uint32 {
@@ -1347,7 +1392,7 @@ type SignCertResponse struct {
 
 func (x *SignCertResponse) Reset() {
 	*x = SignCertResponse{}
-	mi := &file_kms_kms_proto_msgTypes[20]
+	mi := &file_kms_kms_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1359,7 +1404,7 @@ func (x *SignCertResponse) String() string {
 func (*SignCertResponse) ProtoMessage() {}
 
 func (x *SignCertResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[20]
+	mi := &file_kms_kms_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1372,7 +1417,7 @@ func (x *SignCertResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertResponse.ProtoReflect.Descriptor instead.
 func (*SignCertResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{20}
+	return file_kms_kms_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SignCertResponse) GetCertificateChain() []string {
@@ -1400,7 +1445,7 @@ type ClearImageCacheRequest struct {
 
 func (x *ClearImageCacheRequest) Reset() {
 	*x = ClearImageCacheRequest{}
-	mi := &file_kms_kms_proto_msgTypes[21]
+	mi := &file_kms_kms_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1457,7 @@ func (x *ClearImageCacheRequest) String() string {
 func (*ClearImageCacheRequest) ProtoMessage() {}
 
 func (x *ClearImageCacheRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[21]
+	mi := &file_kms_kms_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1470,7 @@ func (x *ClearImageCacheRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClearImageCacheRequest.ProtoReflect.Descriptor instead.
 func (*ClearImageCacheRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{21}
+	return file_kms_kms_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ClearImageCacheRequest) GetImageHash() string {
@@ -1451,7 +1496,7 @@ type BootstrapRequest struct {
 
 func (x *BootstrapRequest) Reset() {
 	*x = BootstrapRequest{}
-	mi := &file_kms_kms_proto_msgTypes[22]
+	mi := &file_kms_kms_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1508,7 @@ func (x *BootstrapRequest) String() string {
 func (*BootstrapRequest) ProtoMessage() {}
 
 func (x *BootstrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[22]
+	mi := &file_kms_kms_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1521,7 @@ func (x *BootstrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootstrapRequest.ProtoReflect.Descriptor instead.
 func (*BootstrapRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{22}
+	return file_kms_kms_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *BootstrapRequest) GetDomain() string {
@@ -1498,7 +1543,7 @@ type BootstrapResponse struct {
 
 func (x *BootstrapResponse) Reset() {
 	*x = BootstrapResponse{}
-	mi := &file_kms_kms_proto_msgTypes[23]
+	mi := &file_kms_kms_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1510,7 +1555,7 @@ func (x *BootstrapResponse) String() string {
 func (*BootstrapResponse) ProtoMessage() {}
 
 func (x *BootstrapResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[23]
+	mi := &file_kms_kms_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1523,7 +1568,7 @@ func (x *BootstrapResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootstrapResponse.ProtoReflect.Descriptor instead.
 func (*BootstrapResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{23}
+	return file_kms_kms_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *BootstrapResponse) GetCaPubkey() []byte {
@@ -1557,7 +1602,7 @@ type OnboardRequest struct {
 
 func (x *OnboardRequest) Reset() {
 	*x = OnboardRequest{}
-	mi := &file_kms_kms_proto_msgTypes[24]
+	mi := &file_kms_kms_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1614,7 @@ func (x *OnboardRequest) String() string {
 func (*OnboardRequest) ProtoMessage() {}
 
 func (x *OnboardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[24]
+	mi := &file_kms_kms_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1627,7 @@ func (x *OnboardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OnboardRequest.ProtoReflect.Descriptor instead.
 func (*OnboardRequest) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{24}
+	return file_kms_kms_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *OnboardRequest) GetSourceUrl() string {
@@ -1608,7 +1653,7 @@ type OnboardResponse struct {
 
 func (x *OnboardResponse) Reset() {
 	*x = OnboardResponse{}
-	mi := &file_kms_kms_proto_msgTypes[25]
+	mi := &file_kms_kms_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1665,7 @@ func (x *OnboardResponse) String() string {
 func (*OnboardResponse) ProtoMessage() {}
 
 func (x *OnboardResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[25]
+	mi := &file_kms_kms_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1678,7 @@ func (x *OnboardResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OnboardResponse.ProtoReflect.Descriptor instead.
 func (*OnboardResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{25}
+	return file_kms_kms_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *OnboardResponse) GetK256Pubkey() []byte {
@@ -1659,7 +1704,7 @@ type AttestationInfoResponse struct {
 
 func (x *AttestationInfoResponse) Reset() {
 	*x = AttestationInfoResponse{}
-	mi := &file_kms_kms_proto_msgTypes[26]
+	mi := &file_kms_kms_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1671,7 +1716,7 @@ func (x *AttestationInfoResponse) String() string {
 func (*AttestationInfoResponse) ProtoMessage() {}
 
 func (x *AttestationInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kms_kms_proto_msgTypes[26]
+	mi := &file_kms_kms_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1684,7 +1729,7 @@ func (x *AttestationInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestationInfoResponse.ProtoReflect.Descriptor instead.
 func (*AttestationInfoResponse) Descriptor() ([]byte, []int) {
-	return file_kms_kms_proto_rawDescGZIP(), []int{26}
+	return file_kms_kms_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AttestationInfoResponse) GetDeviceId() []byte {
@@ -1822,7 +1867,9 @@ const file_kms_kms_proto_rawDesc = "" +
 	"\x12RenewLeaseResponse\x12 \n" +
 	"\x05lease\x18\x01 \x01(\v2\n" +
 	".kms.LeaseR\x05lease\x12&\n" +
-	"\arelease\x18\x02 \x01(\v2\f.kms.ReleaseR\arelease\"+\n" +
+	"\arelease\x18\x02 \x01(\v2\f.kms.ReleaseR\arelease\" \n" +
+	"\x06Policy\x12\x16\n" +
+	"\x06signed\x18\x01 \x01(\fR\x06signed\"+\n" +
 	"\x15LogConsistencyRequest\x12\x12\n" +
 	"\x04from\x18\x01 \x01(\x04R\x04from\"P\n" +
 	"\x16LogConsistencyResponse\x12 \n" +
@@ -1883,7 +1930,7 @@ const file_kms_kms_proto_rawDesc = "" +
 	"\tsite_name\x18\x05 \x01(\tR\bsiteName\x12\x1e\n" +
 	"\veth_rpc_url\x18\x06 \x01(\tR\tethRpcUrl\x120\n" +
 	"\x14kms_contract_address\x18\a \x01(\tR\x12kmsContractAddress\x12\x12\n" +
-	"\x04ppid\x18\b \x01(\fR\x04ppid2\xef\x04\n" +
+	"\x04ppid\x18\b \x01(\fR\x04ppid2\xcb\x05\n" +
 	"\x03KMS\x127\n" +
 	"\aGetMeta\x12\x16.google.protobuf.Empty\x1a\x14.kms.GetMetaResponse\x12C\n" +
 	"\rGetTempCaCert\x12\x16.google.protobuf.Empty\x1a\x1a.kms.GetTempCaCertResponse\x12<\n" +
@@ -1897,7 +1944,9 @@ const file_kms_kms_proto_rawDesc = "" +
 	"\n" +
 	"GetLogHead\x12\x16.google.protobuf.Empty\x1a\f.kms.LogHead\x12L\n" +
 	"\x11GetLogConsistency\x12\x1a.kms.LogConsistencyRequest\x1a\x1b.kms.LogConsistencyResponse\x12@\n" +
-	"\rGetLogEntries\x12\x16.kms.LogEntriesRequest\x1a\x17.kms.LogEntriesResponse2O\n" +
+	"\rGetLogEntries\x12\x16.kms.LogEntriesRequest\x1a\x17.kms.LogEntriesResponse\x120\n" +
+	"\tGetPolicy\x12\x16.google.protobuf.Empty\x1a\v.kms.Policy\x12(\n" +
+	"\fUpdatePolicy\x12\v.kms.Policy\x1a\v.kms.Policy2O\n" +
 	"\x05Admin\x12F\n" +
 	"\x0fClearImageCache\x12\x1b.kms.ClearImageCacheRequest\x1a\x16.google.protobuf.Empty2\x81\x02\n" +
 	"\aOnboard\x12:\n" +
@@ -1918,7 +1967,7 @@ func file_kms_kms_proto_rawDescGZIP() []byte {
 	return file_kms_kms_proto_rawDescData
 }
 
-var file_kms_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_kms_kms_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_kms_kms_proto_goTypes = []any{
 	(*GetMetaResponse)(nil),         // 0: kms.GetMetaResponse
 	(*GetTempCaCertResponse)(nil),   // 1: kms.GetTempCaCertResponse
@@ -1932,25 +1981,26 @@ var file_kms_kms_proto_goTypes = []any{
 	(*Lease)(nil),                   // 9: kms.Lease
 	(*RenewLeaseRequest)(nil),       // 10: kms.RenewLeaseRequest
 	(*RenewLeaseResponse)(nil),      // 11: kms.RenewLeaseResponse
-	(*LogConsistencyRequest)(nil),   // 12: kms.LogConsistencyRequest
-	(*LogConsistencyResponse)(nil),  // 13: kms.LogConsistencyResponse
-	(*LogEntriesRequest)(nil),       // 14: kms.LogEntriesRequest
-	(*LogEntriesResponse)(nil),      // 15: kms.LogEntriesResponse
-	(*GetKmsKeyRequest)(nil),        // 16: kms.GetKmsKeyRequest
-	(*KmsKeys)(nil),                 // 17: kms.KmsKeys
-	(*KmsKeyResponse)(nil),          // 18: kms.KmsKeyResponse
-	(*SignCertRequest)(nil),         // 19: kms.SignCertRequest
-	(*SignCertResponse)(nil),        // 20: kms.SignCertResponse
-	(*ClearImageCacheRequest)(nil),  // 21: kms.ClearImageCacheRequest
-	(*BootstrapRequest)(nil),        // 22: kms.BootstrapRequest
-	(*BootstrapResponse)(nil),       // 23: kms.BootstrapResponse
-	(*OnboardRequest)(nil),          // 24: kms.OnboardRequest
-	(*OnboardResponse)(nil),         // 25: kms.OnboardResponse
-	(*AttestationInfoResponse)(nil), // 26: kms.AttestationInfoResponse
-	(*emptypb.Empty)(nil),           // 27: google.protobuf.Empty
+	(*Policy)(nil),                  // 12: kms.Policy
+	(*LogConsistencyRequest)(nil),   // 13: kms.LogConsistencyRequest
+	(*LogConsistencyResponse)(nil),  // 14: kms.LogConsistencyResponse
+	(*LogEntriesRequest)(nil),       // 15: kms.LogEntriesRequest
+	(*LogEntriesResponse)(nil),      // 16: kms.LogEntriesResponse
+	(*GetKmsKeyRequest)(nil),        // 17: kms.GetKmsKeyRequest
+	(*KmsKeys)(nil),                 // 18: kms.KmsKeys
+	(*KmsKeyResponse)(nil),          // 19: kms.KmsKeyResponse
+	(*SignCertRequest)(nil),         // 20: kms.SignCertRequest
+	(*SignCertResponse)(nil),        // 21: kms.SignCertResponse
+	(*ClearImageCacheRequest)(nil),  // 22: kms.ClearImageCacheRequest
+	(*BootstrapRequest)(nil),        // 23: kms.BootstrapRequest
+	(*BootstrapResponse)(nil),       // 24: kms.BootstrapResponse
+	(*OnboardRequest)(nil),          // 25: kms.OnboardRequest
+	(*OnboardResponse)(nil),         // 26: kms.OnboardResponse
+	(*AttestationInfoResponse)(nil), // 27: kms.AttestationInfoResponse
+	(*emptypb.Empty)(nil),           // 28: google.protobuf.Empty
 }
 var file_kms_kms_proto_depIdxs = []int32{
-	23, // 0: kms.GetMetaResponse.bootstrap_info:type_name -> kms.BootstrapResponse
+	24, // 0: kms.GetMetaResponse.bootstrap_info:type_name -> kms.BootstrapResponse
 	7,  // 1: kms.GetMetaResponse.log_head:type_name -> kms.LogHead
 	7,  // 2: kms.GetTempCaCertResponse.log_head:type_name -> kms.LogHead
 	7,  // 3: kms.PublicKeyResponse.log_head:type_name -> kms.LogHead
@@ -1962,41 +2012,45 @@ var file_kms_kms_proto_depIdxs = []int32{
 	8,  // 9: kms.RenewLeaseResponse.release:type_name -> kms.Release
 	7,  // 10: kms.LogConsistencyResponse.head:type_name -> kms.LogHead
 	7,  // 11: kms.LogEntriesResponse.head:type_name -> kms.LogHead
-	17, // 12: kms.KmsKeyResponse.keys:type_name -> kms.KmsKeys
+	18, // 12: kms.KmsKeyResponse.keys:type_name -> kms.KmsKeys
 	8,  // 13: kms.KmsKeyResponse.release:type_name -> kms.Release
 	8,  // 14: kms.SignCertResponse.release:type_name -> kms.Release
-	27, // 15: kms.KMS.GetMeta:input_type -> google.protobuf.Empty
-	27, // 16: kms.KMS.GetTempCaCert:input_type -> google.protobuf.Empty
+	28, // 15: kms.KMS.GetMeta:input_type -> google.protobuf.Empty
+	28, // 16: kms.KMS.GetTempCaCert:input_type -> google.protobuf.Empty
 	2,  // 17: kms.KMS.GetAppEnvEncryptPubKey:input_type -> kms.AppId
 	4,  // 18: kms.KMS.GetAppKey:input_type -> kms.GetAppKeyRequest
-	16, // 19: kms.KMS.GetKmsKey:input_type -> kms.GetKmsKeyRequest
-	19, // 20: kms.KMS.SignCert:input_type -> kms.SignCertRequest
+	17, // 19: kms.KMS.GetKmsKey:input_type -> kms.GetKmsKeyRequest
+	20, // 20: kms.KMS.SignCert:input_type -> kms.SignCertRequest
 	10, // 21: kms.KMS.RenewLease:input_type -> kms.RenewLeaseRequest
-	27, // 22: kms.KMS.GetLogHead:input_type -> google.protobuf.Empty
-	12, // 23: kms.KMS.GetLogConsistency:input_type -> kms.LogConsistencyRequest
-	14, // 24: kms.KMS.GetLogEntries:input_type -> kms.LogEntriesRequest
-	21, // 25: kms.Admin.ClearImageCache:input_type -> kms.ClearImageCacheRequest
-	22, // 26: kms.Onboard.Bootstrap:input_type -> kms.BootstrapRequest
-	24, // 27: kms.Onboard.Onboard:input_type -> kms.OnboardRequest
-	27, // 28: kms.Onboard.GetAttestationInfo:input_type -> google.protobuf.Empty
-	27, // 29: kms.Onboard.Finish:input_type -> google.protobuf.Empty
-	0,  // 30: kms.KMS.GetMeta:output_type -> kms.GetMetaResponse
-	1,  // 31: kms.KMS.GetTempCaCert:output_type -> kms.GetTempCaCertResponse
-	3,  // 32: kms.KMS.GetAppEnvEncryptPubKey:output_type -> kms.PublicKeyResponse
-	5,  // 33: kms.KMS.GetAppKey:output_type -> kms.AppKeyResponse
-	18, // 34: kms.KMS.GetKmsKey:output_type -> kms.KmsKeyResponse
-	20, // 35: kms.KMS.SignCert:output_type -> kms.SignCertResponse
-	11, // 36: kms.KMS.RenewLease:output_type -> kms.RenewLeaseResponse
-	7,  // 37: kms.KMS.GetLogHead:output_type -> kms.LogHead
-	13, // 38: kms.KMS.GetLogConsistency:output_type -> kms.LogConsistencyResponse
-	15, // 39: kms.KMS.GetLogEntries:output_type -> kms.LogEntriesResponse
-	27, // 40: kms.Admin.ClearImageCache:output_type -> google.protobuf.Empty
-	23, // 41: kms.Onboard.Bootstrap:output_type -> kms.BootstrapResponse
-	25, // 42: kms.Onboard.Onboard:output_type -> kms.OnboardResponse
-	26, // 43: kms.Onboard.GetAttestationInfo:output_type -> kms.AttestationInfoResponse
-	27, // 44: kms.Onboard.Finish:output_type -> google.protobuf.Empty
-	30, // [30:45] is the sub-list for method output_type
-	15, // [15:30] is the sub-list for method input_type
+	28, // 22: kms.KMS.GetLogHead:input_type -> google.protobuf.Empty
+	13, // 23: kms.KMS.GetLogConsistency:input_type -> kms.LogConsistencyRequest
+	15, // 24: kms.KMS.GetLogEntries:input_type -> kms.LogEntriesRequest
+	28, // 25: kms.KMS.GetPolicy:input_type -> google.protobuf.Empty
+	12, // 26: kms.KMS.UpdatePolicy:input_type -> kms.Policy
+	22, // 27: kms.Admin.ClearImageCache:input_type -> kms.ClearImageCacheRequest
+	23, // 28: kms.Onboard.Bootstrap:input_type -> kms.BootstrapRequest
+	25, // 29: kms.Onboard.Onboard:input_type -> kms.OnboardRequest
+	28, // 30: kms.Onboard.GetAttestationInfo:input_type -> google.protobuf.Empty
+	28, // 31: kms.Onboard.Finish:input_type -> google.protobuf.Empty
+	0,  // 32: kms.KMS.GetMeta:output_type -> kms.GetMetaResponse
+	1,  // 33: kms.KMS.GetTempCaCert:output_type -> kms.GetTempCaCertResponse
+	3,  // 34: kms.KMS.GetAppEnvEncryptPubKey:output_type -> kms.PublicKeyResponse
+	5,  // 35: kms.KMS.GetAppKey:output_type -> kms.AppKeyResponse
+	19, // 36: kms.KMS.GetKmsKey:output_type -> kms.KmsKeyResponse
+	21, // 37: kms.KMS.SignCert:output_type -> kms.SignCertResponse
+	11, // 38: kms.KMS.RenewLease:output_type -> kms.RenewLeaseResponse
+	7,  // 39: kms.KMS.GetLogHead:output_type -> kms.LogHead
+	14, // 40: kms.KMS.GetLogConsistency:output_type -> kms.LogConsistencyResponse
+	16, // 41: kms.KMS.GetLogEntries:output_type -> kms.LogEntriesResponse
+	12, // 42: kms.KMS.GetPolicy:output_type -> kms.Policy
+	12, // 43: kms.KMS.UpdatePolicy:output_type -> kms.Policy
+	28, // 44: kms.Admin.ClearImageCache:output_type -> google.protobuf.Empty
+	24, // 45: kms.Onboard.Bootstrap:output_type -> kms.BootstrapResponse
+	26, // 46: kms.Onboard.Onboard:output_type -> kms.OnboardResponse
+	27, // 47: kms.Onboard.GetAttestationInfo:output_type -> kms.AttestationInfoResponse
+	28, // 48: kms.Onboard.Finish:output_type -> google.protobuf.Empty
+	32, // [32:49] is the sub-list for method output_type
+	15, // [15:32] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -2014,7 +2068,7 @@ func file_kms_kms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kms_kms_proto_rawDesc), len(file_kms_kms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -147,6 +147,11 @@ func Sign(scalar []byte, message ...[]byte) ([]byte, error) {
 	return append(compact[1:], compact[0]-31), nil
 }
 
+// Signer returns [Sign] of a scalar.
+func Signer(scalar []byte) func(message ...[]byte) ([]byte, error) {
+	return func(message ...[]byte) ([]byte, error) { return Sign(scalar, message...) }
+}
+
 // Recover returns the compressed public key, 33 bytes, that made a signature of
 // [Sign] over message.
 func Recover(signature []byte, message ...[]byte) ([]byte, error) {
@@ -164,14 +169,19 @@ func Recover(signature []byte, message ...[]byte) ([]byte, error) {
 // issued begins what a KMS signs about an app's key.
 const issued = "dstack-kms-issued:"
 
+// AppMessage is what a KMS's root signs about an app's compressed public key.
+func AppMessage(app dstack.AppID, public []byte) [][]byte {
+	return [][]byte{[]byte(issued), app[:], public}
+}
+
 // SignApp signs an app's compressed public key as the KMS's root.
 func SignApp(root []byte, app dstack.AppID, public []byte) ([]byte, error) {
-	return Sign(root, []byte(issued), app[:], public)
+	return Sign(root, AppMessage(app, public)...)
 }
 
 // RecoverApp returns the KMS root's compressed public key from [SignApp]'s result.
 func RecoverApp(signature []byte, app dstack.AppID, public []byte) ([]byte, error) {
-	return Recover(signature, []byte(issued), app[:], public)
+	return Recover(signature, AppMessage(app, public)...)
 }
 
 // Roots is the root material of a KMS.

@@ -27,13 +27,13 @@ func keyMessage(app dstack.AppID, at *uint64, public []byte) [][]byte {
 	return append(m, public)
 }
 
-// SignKey signs an app's environment public key as the KMS's secp256k1 root: without
-// a time, which old clients read and anyone can replay, and with one.
-func SignKey(root []byte, app dstack.AppID, public []byte, at uint64) (v0, v1 []byte, err error) {
-	if v0, err = derive.Sign(root, keyMessage(app, nil, public)...); err != nil {
+// SignKey has an app's environment public key signed by the KMS's secp256k1 root:
+// without a time, which old clients read and anyone can replay, and with one.
+func SignKey(root func(message ...[]byte) ([]byte, error), app dstack.AppID, public []byte, at uint64) (v0, v1 []byte, err error) {
+	if v0, err = root(keyMessage(app, nil, public)...); err != nil {
 		return nil, nil, err
 	}
-	v1, err = derive.Sign(root, keyMessage(app, &at, public)...)
+	v1, err = root(keyMessage(app, &at, public)...)
 	return v0, v1, err
 }
 

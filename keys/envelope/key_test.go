@@ -31,7 +31,7 @@ func TestSignaturesOverEnvironmentKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	public := unhex(t, v.Want["env_encrypt_pubkey"])
-	v0, v1, err := SignKey(unhex(t, v.Inputs["root_k256_scalar"]), dstack.AppID(unhex(t, v.Inputs["app_id"])), public, at)
+	v0, v1, err := SignKey(derive.Signer(unhex(t, v.Inputs["root_k256_scalar"])), dstack.AppID(unhex(t, v.Inputs["app_id"])), public, at)
 	if err != nil || hex.EncodeToString(v0) != v.Want["env_pubkey_signature_v0"] || hex.EncodeToString(v1) != v.Want["env_pubkey_signature_v1"] {
 		t.Errorf("%x\n%x\n%v", v0, v1, err)
 	}
@@ -52,13 +52,13 @@ func TestThreat_G12_AnotherEnvironmentKey(t *testing.T) {
 	app, public, now := dstack.AppID{1}, bytes.Repeat([]byte{5}, 32), time.Unix(1_800_000_000, 0)
 	at := uint64(now.Unix())
 	sign := func(root []byte, app dstack.AppID, public []byte, at uint64) []byte {
-		_, v1, err := SignKey(root, app, public, at)
+		_, v1, err := SignKey(derive.Signer(root), app, public, at)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return v1
 	}
-	v0, good, _ := SignKey(root, app, public, at)
+	v0, good, _ := SignKey(derive.Signer(root), app, public, at)
 	if err := VerifyKey(kms, app, public, good, at, now); err != nil {
 		t.Fatal(err)
 	}

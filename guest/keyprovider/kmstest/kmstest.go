@@ -245,7 +245,7 @@ func (s *Server) getEnvKey(_ context.Context, r *kmsapi.AppId) (*kmsapi.PublicKe
 		return nil, err
 	}
 	at := uint64(s.opt.Now().Unix())
-	v0, v1, err := envelope.SignKey(s.roots.K256, app, public, at)
+	v0, v1, err := envelope.SignKey(derive.Signer(s.roots.K256), app, public, at)
 	return &kmsapi.PublicKeyResponse{PublicKey: public, Signature: v0, SignatureV1: v1, Timestamp: at}, err
 }
 
