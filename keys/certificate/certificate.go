@@ -18,6 +18,7 @@ package certificate
 import (
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha1"
 	"crypto/x509"
@@ -52,7 +53,7 @@ var caStart = time.Date(1975, 1, 1, 0, 0, 0, 0, time.UTC)
 // Authority is a certificate that may issue others, and its key.
 type Authority struct {
 	Certificate *x509.Certificate
-	key         *ecdsa.PrivateKey
+	key         crypto.Signer // P-256
 }
 
 // Subject names an authority. Path is how many authorities may follow it.
@@ -80,14 +81,43 @@ func Open(certPEM, keyPEM []byte) (*Authority, error) {
 	if err != nil {
 		return fail(err, "its key")
 	}
-	key, ok := parsed.(*ecdsa.PrivateKey)
-	if !ok || !key.PublicKey.Equal(cert.PublicKey) {
-		return fail(fmt.Errorf("it is not the key of the certificate"), "its key")
+	key, ok := parsed.(crypto.Signer)
+	if !ok {
+		return fail(fmt.Errorf("it does not sign"), "its key")
+	}
+	return From(cert, key)
+}
+
+// From makes an authority of a certificate and what signs with its key, which may
+// lie elsewhere: nothing here asks for more than a signature. Code
+// authority_malformed; the key must be the P-256 one of the certificate.
+func From(cert *x509.Certificate, key crypto.Signer) (*Authority, error) {
+	fail := func(why, what string) (*Authority, error) {
+		return nil, fault.Wrap(errors.New(why), "authority_malformed", "the certificate authority: %s", what)
+	}
+	public, err := publicKey(key)
+	if err != nil {
+		return fail(err.Error(), "its key")
+	}
+	if !public.Equal(cert.PublicKey) {
+		return fail("it is not the key of the certificate", "its key")
 	}
 	if !cert.IsCA {
-		return fail(fmt.Errorf("it is not one of an authority"), "its certificate")
+		return fail("it is not one of an authority", "its certificate")
 	}
 	return &Authority{cert, key}, nil
+}
+
+// publicKey returns the key with which a signer's signatures are checked.
+func publicKey(key crypto.Signer) (*ecdsa.PublicKey, error) {
+	if key == nil {
+		return nil, errors.New("there is none")
+	}
+	public, ok := key.Public().(*ecdsa.PublicKey)
+	if !ok || public.Curve != elliptic.P256() {
+		return nil, errors.New("it is no P-256 key")
+	}
+	return public, nil
 }
 
 // Parse reads the first certificate of a PEM text.
@@ -107,23 +137,28 @@ func Encode(der []byte) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
-// Self makes an authority that signs itself. evidence, if any, was made over
-// ratls.ReportData of its key.
-func Self(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, evidence []byte, now time.Time) (*Authority, error) {
+// Self makes an authority that signs itself; key is of P-256. evidence, if any, was
+// made over ratls.ReportData of its key. Code authority_malformed.
+func Self(key crypto.Signer, s Subject, issued ratls.Issued, evidence []byte, now time.Time) (*Authority, error) {
 	return authority(key, s, issued, evidence, now, nil)
 }
 
-// Authority issues the certificate of another authority.
-func (a *Authority) Authority(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, now time.Time) (*Authority, error) {
+// Authority issues the certificate of another authority; key is of P-256 and signs
+// nothing yet. Code authority_malformed.
+func (a *Authority) Authority(key crypto.Signer, s Subject, issued ratls.Issued, now time.Time) (*Authority, error) {
 	return authority(key, s, issued, nil, now, a)
 }
 
-func authority(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, evidence []byte, now time.Time, by *Authority) (*Authority, error) {
+func authority(key crypto.Signer, s Subject, issued ratls.Issued, evidence []byte, now time.Time, by *Authority) (*Authority, error) {
+	public, err := publicKey(key)
+	if err != nil {
+		return nil, fault.Wrap(err, "authority_malformed", "the certificate authority: its key")
+	}
 	extensions, err := ratls.Extensions(issued, evidence)
 	if err != nil {
 		return nil, err
 	}
-	t, err := template(key.Public(), s.Organization, s.Name)
+	t, err := template(public, s.Organization, s.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +173,7 @@ func authority(key *ecdsa.PrivateKey, s Subject, issued ratls.Issued, evidence [
 			t.NotAfter = parent.NotAfter
 		}
 	}
-	der, err := x509.CreateCertificate(rand.Reader, t, parent, key.Public(), signer)
+	der, err := x509.CreateCertificate(rand.Reader, t, parent, public, signer)
 	if err != nil {
 		return nil, err
 	}

@@ -4,7 +4,9 @@ package certificate
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
@@ -92,6 +94,41 @@ func TestAnAuthorityOpens(t *testing.T) {
 		"a leaf for authority": {[]byte(Encode(leaf)), text},
 	} {
 		if _, err := Open(c.cert, c.key); fault.Code(err) != "authority_malformed" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// remote is a key that is elsewhere: it signs and is no *ecdsa.PrivateKey.
+type remote struct{ crypto.Signer }
+
+func TestAnAuthorityWhoseKeyIsElsewhere(t *testing.T) {
+	rootKey, appKey := remote{key(t)}, remote{key(t)}
+	root := must(Self(rootKey, Subject{Name: "root", Path: 1}, ratls.Issued{}, nil, now))
+	again := must(From(root.Certificate, rootKey))
+	app := must(again.Authority(appKey, Subject{Name: "app"}, ratls.Issued{}, now))
+	k := key(t)
+	leaf := must(x509.ParseCertificate(must(app.Issue(Leaf{Public: &k.PublicKey}, now))))
+	if err := leaf.CheckSignatureFrom(app.Certificate); err != nil {
+		t.Error(err)
+	}
+	if err := app.Certificate.CheckSignatureFrom(root.Certificate); err != nil {
+		t.Error(err)
+	}
+	_, edwards, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wide := must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))
+	for name, make := range map[string]func() (*Authority, error){
+		"another's key":        func() (*Authority, error) { return From(root.Certificate, appKey) },
+		"no key":               func() (*Authority, error) { return From(root.Certificate, nil) },
+		"a leaf":               func() (*Authority, error) { return From(leaf, k) },
+		"Ed25519":              func() (*Authority, error) { return Self(edwards, Subject{}, ratls.Issued{}, nil, now) },
+		"P-384":                func() (*Authority, error) { return Self(wide, Subject{}, ratls.Issued{}, nil, now) },
+		"P-384 under the root": func() (*Authority, error) { return root.Authority(wide, Subject{}, ratls.Issued{}, now) },
+	} {
+		if _, err := make(); fault.Code(err) != "authority_malformed" {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
