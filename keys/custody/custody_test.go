@@ -370,9 +370,10 @@ func TestThreat_E06_RootsCannotBePrinted(t *testing.T) {
 		R Roots
 		P *Roots
 		q *Roots
+		r Roots
 		s crypto.Signer
 	}
-	h := holder{*r, r, r, r.CA()}
+	h := holder{*r, r, r, *r, r.CA()}
 	var shown bytes.Buffer
 	for _, v := range []any{r, *r, h, &h, []*Roots{r}, r.CA(), must(r.AppCA(ctx, app)), map[string]any{"x": h}} {
 		fmt.Fprintf(&shown, "%v %+v %#v %s %x %d %q\n", v, v, v, v, v, v, v)

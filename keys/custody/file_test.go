@@ -48,7 +48,7 @@ func opened(t testing.TB, path string) *Roots {
 
 // same reports whether two roots hold the same secrets.
 func same(a, b *Roots) bool {
-	return bytes.Equal(a.s.page[:pageUsed], b.s.page[:pageUsed]) && a.s.first == b.s.first && a.Identity().Equal(b.Identity())
+	return bytes.Equal(a.s.page.b[:pageUsed], b.s.page.b[:pageUsed]) && a.s.first == b.s.first && a.Identity().Equal(b.Identity())
 }
 
 func names(t testing.TB, dir string) []string {
@@ -338,7 +338,7 @@ func TestThreat_G02_ErasedEpochsAreGone(t *testing.T) {
 			}
 		}
 		for _, secret := range secrets[1:3] {
-			if bytes.Contains(at.s.page, secret) {
+			if bytes.Contains(at.s.page.b, secret) {
 				t.Error("an erased secret is in memory")
 			}
 		}
@@ -366,7 +366,7 @@ func TestThreat_G02_ErasedEpochsAreGone(t *testing.T) {
 	}
 	// Roots without a file.
 	free := fixed(t)
-	if err := free.EraseBefore(2); err != nil || bytes.Contains(free.s.page, secrets[1]) {
+	if err := free.EraseBefore(2); err != nil || bytes.Contains(free.s.page.b, secrets[1]) {
 		t.Errorf("in memory: %v", err)
 	}
 	if k := must(free.DiskKey(ctx, scope(7))); !bytes.Equal(k.Bytes(), want[7]) {

@@ -62,8 +62,6 @@ type Provenance struct {
 // by themselves, and a backup gives what it was made of.
 type Roots struct {
 	_ [0]func() // not comparable
-	// Behind a pointer, which fmt does not follow even where the value is an
-	// unexported field of something printed.
 	s *state
 }
 
@@ -71,7 +69,7 @@ var _ Custodian = (*Roots)(nil)
 
 type state struct {
 	mu         sync.RWMutex
-	page       []byte // secrets as below; nil after Wipe
+	page       *page // nil after Wipe
 	cleanup    runtime.Cleanup
 	unlocked   error
 	identity   Identity
@@ -80,6 +78,10 @@ type state struct {
 	path       string       // of the file that holds the roots; "": none
 	step       func(string) // called after each step of changing the file
 }
+
+// page keeps the secrets two pointers away from Roots: fmt follows one, for a verb that
+// does not fit, where Roots are an unexported field and Format is out of its reach.
+type page struct{ b []byte }
 
 // The layout of the page.
 const (
@@ -95,7 +97,8 @@ type material struct {
 }
 
 func (s *state) material() material {
-	return material{derive.Roots{CA: s.page[caAt:k256At:k256At], K256: s.page[k256At:epochAt:epochAt]}, s.page[epochAt:pageUsed:pageUsed], s.first}
+	b := s.page.b
+	return material{derive.Roots{CA: b[caAt:k256At:k256At], K256: b[k256At:epochAt:epochAt]}, b[epochAt:pageUsed:pageUsed], s.first}
 }
 
 // newRoots copies secrets of 32 bytes; first is 0 and epoch empty for roots without
@@ -122,16 +125,16 @@ func newRoots(ca, k256, epoch []byte, first uint64, p Provenance) (*Roots, error
 	if id.K256, err = derive.K256Public(k256); err != nil {
 		return nil, err
 	}
-	page, unlocked, err := newPage()
+	b, unlocked, err := newPage()
 	if err != nil {
 		return nil, err
 	}
-	copy(page[caAt:], ca)
-	copy(page[k256At:], k256)
-	copy(page[epochAt:], epoch)
+	copy(b[caAt:], ca)
+	copy(b[k256At:], k256)
+	copy(b[epochAt:], epoch)
 	p.Time = p.Time.UTC().Truncate(time.Second)
-	s := &state{page: page, unlocked: unlocked, identity: id, first: first, provenance: p, step: func(string) {}}
-	s.cleanup = runtime.AddCleanup(s, freePage, page)
+	s := &state{page: &page{b}, unlocked: unlocked, identity: id, first: first, provenance: p, step: func(string) {}}
+	s.cleanup = runtime.AddCleanup(s, freePage, b)
 	return &Roots{s: s}, nil
 }
 
@@ -183,7 +186,7 @@ func (r *Roots) Wipe() {
 	defer r.s.mu.Unlock()
 	if r.s.page != nil {
 		r.s.cleanup.Stop()
-		freePage(r.s.page)
+		freePage(r.s.page.b)
 		r.s.page = nil
 	}
 }
