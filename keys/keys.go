@@ -58,8 +58,12 @@ type (
 // Secret is 32 secret bytes in one role. The zero value has none.
 type Secret[R role] struct {
 	_ [0]func() // not comparable
-	b *[Size]byte
+	h *hidden
 }
+
+// hidden keeps the bytes two pointers away: fmt follows one, for a verb that does not
+// fit, where the Secret is an unexported field and Format is out of its reach.
+type hidden struct{ b *[Size]byte }
 
 // New copies 32 bytes into a secret; code key_length for any other number.
 func New[R role](b []byte) (Secret[R], error) {
@@ -67,8 +71,8 @@ func New[R role](b []byte) (Secret[R], error) {
 		var r R
 		return Secret[R]{}, fault.New("key_length", "the %s has %d bytes, not %d", r.role(), len(b), Size)
 	}
-	s := Secret[R]{b: new([Size]byte)}
-	copy(s.b[:], b)
+	s := Secret[R]{h: &hidden{new([Size]byte)}}
+	copy(s.h.b[:], b)
 	return s, nil
 }
 
@@ -79,30 +83,30 @@ func NewEnvKey(b []byte) (EnvKey, error)   { return New[envRole](b) }
 func NewSeed(b []byte) (Seed, error)       { return New[seedRole](b) }
 
 // IsZero reports whether there is no secret here: never set, or wiped.
-func (s Secret[R]) IsZero() bool { return s.b == nil || *s.b == [Size]byte{} }
+func (s Secret[R]) IsZero() bool { return s.h == nil || *s.h.b == [Size]byte{} }
 
 // Bytes returns the secret's own 32 bytes, nil of a zero value. They are zero after
 // Wipe; the caller does not change them.
 func (s Secret[R]) Bytes() []byte {
-	if s.b == nil {
+	if s.h == nil {
 		return nil
 	}
-	return s.b[:]
+	return s.h.b[:]
 }
 
 // Clone returns a copy that outlives Wipe of s.
 func (s Secret[R]) Clone() Secret[R] {
-	if s.b == nil {
+	if s.h == nil {
 		return s
 	}
-	b := *s.b
-	return Secret[R]{b: &b}
+	b := *s.h.b
+	return Secret[R]{h: &hidden{&b}}
 }
 
 // Wipe overwrites the secret in every copy of this value.
 func (s Secret[R]) Wipe() {
-	if s.b != nil {
-		clear(s.b[:])
+	if s.h != nil {
+		clear(s.h.b[:])
 	}
 }
 

@@ -23,8 +23,13 @@ func TestThreat_E06_SecretsCannotBePrinted(t *testing.T) {
 	}
 	var log bytes.Buffer
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "key", s, "in", struct{ K DiskKey }{s})
-	shown := fmt.Sprintf("%v %+v %#v %s %x %d %v %v", s, s, s, s, s, s, &s, struct{ K DiskKey }{s}) + log.String()
-	for _, leak := range []string{"abab", "ABAB", "171", "q6ur"} {
+	shown := log.String()
+	for _, v := range []any{s, &s, struct{ K DiskKey }{s}, struct{ k DiskKey }{s}, &struct{ k *DiskKey }{&s}} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%d", "%q", "%t", "%f", "%p"} {
+			shown += fmt.Sprintf(verb, v)
+		}
+	}
+	for _, leak := range []string{"abab", "ABAB", "171 171", "0xab, 0xab", "q6ur"} {
 		if strings.Contains(shown, leak) {
 			t.Errorf("a secret shows as %s", shown)
 		}
