@@ -11,6 +11,7 @@ setup:
 
 build:
 	$(GO) build -trimpath -buildvcs=false -o bin/ ./cmd/...
+	$(GO) build -trimpath -buildvcs=false -tags dstack_sim -o bin/dstack-kms-dev ./cmd/dstack-kms
 
 demo: setup build
 	scripts/demo.sh

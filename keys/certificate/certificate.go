@@ -120,6 +120,27 @@ func publicKey(key crypto.Signer) (*ecdsa.PublicKey, error) {
 	return public, nil
 }
 
+// KeyFromPEM reads a P-256 key, PEM of PKCS #8. Code authority_malformed.
+func KeyFromPEM(text []byte) (*ecdsa.PrivateKey, error) {
+	bad := func(why string) (*ecdsa.PrivateKey, error) {
+		return nil, fault.New("authority_malformed", "the key of an authority: %s", why)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return bad("not PEM")
+	}
+	defer clear(block.Bytes)
+	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return bad("not PKCS #8")
+	}
+	key, ok := parsed.(*ecdsa.PrivateKey)
+	if !ok || key.Curve != elliptic.P256() {
+		return bad("it is no P-256 key")
+	}
+	return key, nil
+}
+
 // Parse reads the first certificate of a PEM text.
 func Parse(text []byte) (*x509.Certificate, error) {
 	block, _ := pem.Decode(text)

@@ -31,6 +31,7 @@ import (
 	"github.com/dstack-go/dstack/attest/identity"
 	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -195,6 +196,22 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 		out.Request.Boot.TCBStatus = "" // as upstream sends it
 	}
 	return out, nil
+}
+
+// Appraisal is what an attested channel holds against its connection, with a as its
+// Detail.
+func (a *Applicant) Appraisal() *channel.Appraisal {
+	out := &channel.Appraisal{
+		Identity: channel.Identity{AppID: a.Info.AppID, ComposeHash: a.Info.ComposeHash, ChannelKey: a.ChannelKey},
+		Trust:    a.Request.Trust, Claims: a.Claims, Booting: a.Booting, Detail: a,
+	}
+	if len(a.Claims.ReportData) == dstack.ReportDataSize {
+		out.ReportData = dstack.ReportData(a.Claims.ReportData)
+	}
+	if len(a.Info.InstanceID) == dstack.InstanceIDSize {
+		out.Identity.InstanceID = (*dstack.InstanceID)(a.Info.InstanceID)
+	}
+	return out
 }
 
 // authority is the origin of expectations that an authority is asked about next.

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command dstack-kms gives keys to attested and authorised apps. See package
+// kms/node.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/kms/node"
+)
+
+// version is that of the release that the source belongs to.
+const version = "0.1.0"
+
+type cli struct {
+	Serve       serveCmd   `cmd:"" default:"withargs" help:"Get the root keys, if there are none yet, and serve until SIGTERM or SIGINT."`
+	CheckConfig checkCmd   `cmd:"" help:"Check the configuration and say whether it is valid."`
+	Version     versionCmd `cmd:"" help:"Print the version."`
+}
+
+type configFlag struct {
+	Config string `short:"c" type:"path" placeholder:"FILE" help:"TOML configuration file. Each key can also be set as DSTACK_KMS_<KEY>, two underscores for a dot (DSTACK_KMS_CORE__DOMAIN=kms.example.org)."`
+}
+
+type serveCmd struct {
+	configFlag
+	LogLevel slog.Level `default:"INFO" help:"Least level of the log on stderr: DEBUG, INFO, WARN or ERROR."`
+}
+
+type checkCmd struct{ configFlag }
+
+type versionCmd struct{}
+
+func (c *serveCmd) Run() error {
+	syscall.Umask(0o077)
+	config, err := node.LoadConfig(c.Config, os.Environ())
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	n, err := node.Open(ctx, config, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})))
+	if err != nil {
+		return err
+	}
+	err = n.Run(ctx, func(a net.Addr) { fmt.Printf("listening on %s\n", a) })
+	if ctx.Err() != nil {
+		return nil // it was asked to stop
+	}
+	return err
+}
+
+func (c *checkCmd) Run() error {
+	if _, err := node.LoadConfig(c.Config, os.Environ()); err != nil {
+		return err
+	}
+	fmt.Println("configuration is valid")
+	return nil
+}
+
+func (*versionCmd) Run() error {
+	fmt.Printf("dstack-kms v%s (%s), %s\n", version, revision(), node.Build())
+	return nil
+}
+
+// revision is the commit that the binary was built from, if the build recorded it.
+func revision() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value
+			}
+		}
+	}
+	return "unknown"
+}
+
+func main() {
+	var c cli
+	ctx := kong.Parse(&c, kong.Name("dstack-kms"), kong.UsageOnError(),
+		kong.Description("Gives keys to attested and authorised apps."))
+	if err := ctx.Run(); err != nil {
+		fmt.Fprintf(os.Stderr, "dstack-kms: %v\n", err)
+		if code := fault.Code(err); code != "" {
+			fmt.Fprintf(os.Stderr, "code: %s\n", code)
+		}
+		if fix := fault.Fix(err); fix != "" {
+			fmt.Fprintf(os.Stderr, "fix: %s\n", fix)
+		}
+		os.Exit(1)
+	}
+}
