@@ -79,7 +79,7 @@ var importTable = []importRule{
 	},
 	{
 		Why:   "the verifier is pure: it opens no socket and runs no program",
-		From:  []string{"verifier", "measure", "attest", "collateral", "manifest", "keys"},
+		From:  []string{"verifier", "measure", "attest", "collateral", "manifest", "keys", "governance/policy"},
 		Never: []string{"net/http", "os/exec"},
 		Except: []string{
 			"manifest/lint", "manifest/lock", "collateral/fetch", "attest/collect", "attest/collect/tdx", "attest/collect/sim",

@@ -99,7 +99,7 @@ func (d *Document) Revoke(app dstack.AppID, hash *dstack.ComposeHash, at time.Ti
 			}
 		}
 		if !found {
-			return fault.New("policy_edit", "app %s has no such compose hash", app).WithFix("dstack policy show lists them")
+			return fault.New("policy_edit", "app %s has no such compose hash", app).WithFix("take one of those that the policy lists")
 		}
 		return nil
 	})

@@ -90,7 +90,7 @@ func parseSigned(data []byte) (*signed, error) {
 		err = noNull(data)
 	}
 	if err != nil {
-		return nil, fault.Wrap(err, "policy_malformed", "the signed policy does not parse").WithFix("sign it with dstack policy sign")
+		return nil, fault.Wrap(err, "policy_malformed", "the signed policy does not parse").WithFix("docs/kms-policy.md has the form")
 	}
 	if len(s.Document) == 0 || len(s.Document) > MaxDocument || len(s.Signatures) > maxSignatures {
 		return nil, fault.New("policy_malformed", "the signed policy has a document of %d bytes and %d signatures; the most are %d and %d",

@@ -30,9 +30,9 @@ type Authority struct {
 	URL string
 	// Key signs the answers: 32 bytes.
 	Key ed25519.PublicKey
-	// TLS is for https; nil means the system's roots. The answers' signature stands
-	// whoever the server is.
-	TLS *tls.Config
+	// HTTP, when given, has the transport for https and http: such as one with a client
+	// certificate. Nil means one of its own, with the system's roots and no proxy.
+	HTTP *http.Client
 }
 
 // Decide implements governance.Authority. Codes: those of [Verify], webhook_url,
@@ -101,8 +101,13 @@ func (a *Authority) do(ctx context.Context, method, path string, body []byte) ([
 	if method == http.MethodPost {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	// A round trip follows no redirect: one would carry the question elsewhere.
-	res, err := transport.RoundTrip(req)
+	client := http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse // one would carry the question elsewhere
+	}}
+	if a.HTTP != nil && a.HTTP.Transport != nil && !strings.HasPrefix(a.URL, "unix:") {
+		client.Transport = a.HTTP.Transport
+	}
+	res, err := client.Do(req)
 	if err != nil {
 		return nil, a.unreachable(err, "ask the webhook")
 	}
@@ -150,9 +155,6 @@ func (a *Authority) transport() (string, *http.Transport, error) {
 			return bad("names no host")
 		}
 		t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
-		if a.TLS != nil {
-			t.TLSClientConfig = a.TLS.Clone()
-		}
 	case "http":
 		ip, err := netip.ParseAddr(u.Hostname())
 		if u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {

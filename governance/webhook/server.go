@@ -14,9 +14,6 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
-// clockSkew is how far an asker's clock may be from the server's.
-const clockSkew = time.Minute
-
 // Handler answers requests by an authority and signs what it answers. An authority
 // that has no answer denies, signed, with the code of its error.
 type Handler struct {
@@ -61,7 +58,7 @@ func (h *Handler) decide(w http.ResponseWriter, r *http.Request, role governance
 	}
 	at := now()
 	d := governance.Deny("", "webhook_expired", "the request's time is not that of this server")
-	if ahead := req.At.Sub(at); ahead < clockSkew && ahead > -clockSkew {
+	if ahead := req.At.Sub(at); ahead < validity && ahead > -validity {
 		req.At = at
 		if d, err = h.Authority.Decide(r.Context(), req); err != nil {
 			code := fault.Code(err)

@@ -81,7 +81,10 @@ const (
 )
 
 const (
-	domain    = "dstack-webhook-v1"
+	domain = "dstack-webhook-v1"
+	// validity of the answers that Sign makes: half of what counts, so that two clocks
+	// may differ by as much.
+	validity  = MaxAhead / 2
 	maxReason = 512 // bytes
 	maxNames  = 256
 )
@@ -267,8 +270,8 @@ func (a *answer) message() []byte {
 	return out
 }
 
-// Sign answers a request's exact body, as a server: the answer counts for a minute from
-// at. A body without a nonce cannot be answered: webhook_malformed.
+// Sign answers a request's exact body, as a server: the answer counts for half a minute
+// from at. A body without a nonce cannot be answered: webhook_malformed.
 func Sign(key ed25519.PrivateKey, body []byte, d governance.Decision, at time.Time) ([]byte, error) {
 	if len(key) != ed25519.PrivateKeySize {
 		return nil, fault.New("webhook_signature", "the signing key has %d bytes, want %d", len(key), ed25519.PrivateKeySize)
@@ -280,7 +283,7 @@ func Sign(key ed25519.PrivateKey, body []byte, d governance.Decision, at time.Ti
 	reason, hash := cut(d.Reason, maxReason), hex32(sha256.Sum256(body))
 	a := answer{
 		IsAllowed: &d.Allowed, GatewayAppID: &d.GatewayAppID, Reason: &reason, RequestHash: &hash, Nonce: nonce,
-		Expires: at.Add(MaxAhead).UTC().Format(time.RFC3339), Code: d.Code, By: cut(d.By, maxReason),
+		Expires: at.Add(validity).UTC().Format(time.RFC3339), Code: d.Code, By: cut(d.By, maxReason),
 		LeaseSeconds: uint64(max(d.Lease, 0) / time.Second), KeyEpoch: d.Epoch, OldestKeyEpoch: d.OldestEpoch,
 	}
 	if d.Names != nil {
@@ -344,7 +347,7 @@ func Verify(key ed25519.PublicKey, body, data []byte, at time.Time) (governance.
 		return none, fault.Wrap(err, "webhook_malformed", "the webhook's answer: expires")
 	case !at.Before(expires):
 		return none, fault.New("webhook_expired", "the webhook's answer counted until %s", a.Expires).WithFix("see whether the clocks are right")
-	case expires.Sub(at) > MaxAhead+time.Second:
+	case expires.Sub(at) > MaxAhead:
 		return none, fault.New("webhook_expired", "the webhook's answer counts until %s, which is more than a minute ahead", a.Expires).WithFix("see whether the clocks are right")
 	}
 	return a.decision(key)
