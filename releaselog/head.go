@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -224,11 +225,9 @@ func VerifyRelease(release *kmsapi.Release, rootSPKI []byte) (Entry, Head, error
 	if err != nil {
 		return Entry{}, Head{}, err
 	}
-	if err = checkProof(release.Inclusion); err == nil {
-		err = proof.VerifyInclusion(hasher, release.Index, head.size, hasher.HashLeaf(release.Entry), release.Inclusion, head.root[:])
-	}
-	if err != nil {
-		return Entry{}, Head{}, fault.Wrap(err, "release_log_inclusion", "the KMS does not prove that it logged what it gave")
+	if !wellFormed(release.Inclusion) ||
+		proof.VerifyInclusion(hasher, release.Index, head.size, hasher.HashLeaf(release.Entry), release.Inclusion, head.root[:]) != nil {
+		return Entry{}, Head{}, fault.New("release_log_inclusion", "the KMS does not prove that it logged what it gave")
 	}
 	if entry.Kind != Grant {
 		return Entry{}, Head{}, fault.New("release_log_not_granted", "the KMS logged a %s, not that it gave something", entry.Kind)
@@ -236,16 +235,9 @@ func VerifyRelease(release *kmsapi.Release, rootSPKI []byte) (Entry, Head, error
 	return entry, head, nil
 }
 
-func checkProof(hashes [][]byte) error {
-	if len(hashes) > maxProof {
-		return fmt.Errorf("a proof of %d hashes", len(hashes))
-	}
-	for _, h := range hashes {
-		if len(h) != len(Hash{}) {
-			return fmt.Errorf("a hash of %d bytes", len(h))
-		}
-	}
-	return nil
+// wellFormed tells whether something may be a proof.
+func wellFormed(hashes [][]byte) bool {
+	return len(hashes) <= maxProof && !slices.ContainsFunc(hashes, func(h []byte) bool { return len(h) != len(Hash{}) })
 }
 
 // Fork is two heads of one log of which neither was shown to continue the other. With
@@ -279,17 +271,11 @@ func Compare(a, b Head, consistency [][]byte) error {
 		return fault.Wrap(fork, "release_log_fork", "the KMS's root vouches for two keys of one release log")
 	case a.size == b.size && a.root != b.root:
 		return fault.Wrap(fork, "release_log_fork", "the KMS signed two release logs under one name")
-	case a.size == b.size:
-		return nil
-	case a.size == 0: // Every log continues the empty one.
+	case a.size == b.size || a.size == 0: // Every log continues the empty one.
 		return nil
 	}
-	err := checkProof(consistency)
-	if err == nil {
-		err = proof.VerifyConsistency(hasher, a.size, b.size, consistency, a.root[:], b.root[:])
-	}
-	if err != nil {
-		return fault.Wrap(fork, "release_log_fork", "the KMS's release log of %d entries was not shown to continue that of %d (%v)", b.size, a.size, err)
+	if !wellFormed(consistency) || proof.VerifyConsistency(hasher, a.size, b.size, consistency, a.root[:], b.root[:]) != nil {
+		return fault.Wrap(fork, "release_log_fork", "the KMS's release log of %d entries was not shown to continue that of %d", b.size, a.size)
 	}
 	return nil
 }
