@@ -34,7 +34,7 @@ var upstreamCFV = dstack.Measurement{
 
 // Document is the content of measurement.tdx.cbor, version 3: what a verifier
 // needs of an image to derive the registers of the VM shapes for which the kernel
-// is patched alike ([KernelIsConstant]) (spec/measurement.md §7).
+// is patched alike ([KernelIsConstant]), and for some small ones (spec/measurement.md §7).
 type Document struct {
 	Cmdline    dstack.Measurement // SHA-384 of the command line as measured
 	Kernel     dstack.Measurement // Authenticode SHA-384 of the patched kernel
@@ -47,7 +47,21 @@ type Document struct {
 	// the additional key "cfv_sha384" in "tdvf" when it differs, which upstream's
 	// decoders ignore.
 	CFV dstack.Measurement
+	// Small are the kernel's digests for small memories, which upstream's documents do
+	// not carry; ours has them as the additional key "kernel_authenticode_mib" in
+	// "image".
+	Small []SmallKernel
 }
+
+// SmallKernel is the Authenticode SHA-384 of the kernel as a VM with so much memory
+// gets it.
+type SmallKernel struct {
+	MiB    uint64
+	Digest dstack.Measurement
+}
+
+// smallMemories are those for which a document of ours has the kernel's digest, in MiB.
+var smallMemories = []uint64{512, 768, 1024, 1536}
 
 // The CBOR form. Field order is the order on the wire.
 type (
@@ -60,6 +74,13 @@ type (
 		Cmdline []byte `cbor:"cmdline_sha384"`
 		Kernel  []byte `cbor:"kernel_authenticode"`
 		Initrd  []byte `cbor:"initrd_sha384"`
+
+		Small []wireSmall `cbor:"kernel_authenticode_mib,omitempty"`
+	}
+	wireSmall struct {
+		_      struct{} `cbor:",toarray"`
+		MiB    uint64
+		Digest []byte
 	}
 	wireTDVF struct {
 		OVMF string   `cbor:"ovmf"`
@@ -89,10 +110,22 @@ func TDXDocument(l Launch) ([]byte, error) {
 	if f.kernel, err = kernelDigest(kernel); err != nil {
 		return nil, err
 	}
-	return (&Document{
+	d := &Document{
 		Cmdline: f.cmdline, Kernel: f.kernel, Initrd: f.initrd,
 		SinglePass: f.singlePass, TwoPass: f.twoPass, HOB: f.hob, CFV: f.cfv,
-	}).Marshal()
+	}
+	for _, mib := range smallMemories {
+		kernel, err := PatchKernel(l.Kernel, len(l.Initrd), mib<<20)
+		if err != nil {
+			continue // the initrd does not fit
+		}
+		digest, err := kernelDigest(kernel)
+		if err != nil {
+			return nil, err
+		}
+		d.Small = append(d.Small, SmallKernel{MiB: mib, Digest: digest})
+	}
+	return d.Marshal()
 }
 
 // Marshal returns the CBOR form: definite lengths, keys in upstream's order.
@@ -111,6 +144,9 @@ func (d *Document) Marshal() ([]byte, error) {
 	}
 	if d.CFV != upstreamCFV {
 		w.TDVF.CFV = d.CFV[:]
+	}
+	for _, k := range d.Small {
+		w.Image.Small = append(w.Image.Small, wireSmall{MiB: k.MiB, Digest: k.Digest[:]})
 	}
 	return cbor.Marshal(w)
 }
@@ -168,6 +204,12 @@ func ParseTDXDocument(data []byte) (*Document, error) {
 		}
 		*field.to = dstack.Measurement(field.from)
 	}
+	for i, k := range w.Image.Small {
+		if len(k.Digest) != dstack.MeasurementSize || i > 0 && k.MiB <= w.Image.Small[i-1].MiB {
+			return nil, badDocument("kernel_authenticode_mib has a digest of %d bytes, or is not in order", len(k.Digest))
+		}
+		d.Small = append(d.Small, SmallKernel{MiB: k.MiB, Digest: dstack.Measurement(k.Digest)})
+	}
 	if d.HOB, err = parseHOBLayout(w.TDVF.HOB); err != nil {
 		return nil, fault.Wrap(err, "measurement_malformed", "measurement document")
 	}
@@ -181,15 +223,29 @@ func (d *Document) TDX(memory uint64, twoPass bool) (*TDX, error) {
 	if err := checkMemory(memory); err != nil {
 		return nil, err
 	}
-	if !KernelIsConstant(memory) {
+	kernel, ok := d.kernel(memory)
+	if !ok {
 		return nil, fault.New("memory_not_constant", "the measurement of a VM with %d bytes of memory does not follow from a measurement document", memory).
-			WithFix("give the VM 2 GiB, or at least 2816 MiB, or verify with the image's files")
+			WithFix("give the VM 1 or 2 GiB, or at least 2816 MiB, or verify with the image's files")
 	}
 	f := facts{
 		singlePass: d.SinglePass, twoPass: d.TwoPass, hob: d.HOB, cfv: d.CFV,
-		kernel: d.Kernel, cmdline: d.Cmdline, initrd: d.Initrd,
+		kernel: kernel, cmdline: d.Cmdline, initrd: d.Initrd,
 	}
 	return f.tdx(memory, twoPass)
+}
+
+// kernel returns the digest of the kernel in a VM with so much memory.
+func (d *Document) kernel(memory uint64) (dstack.Measurement, bool) {
+	if KernelIsConstant(memory) {
+		return d.Kernel, true
+	}
+	for _, k := range d.Small {
+		if k.MiB<<20 == memory {
+			return k.Digest, true
+		}
+	}
+	return dstack.Measurement{}, false
 }
 
 // Split is a measurement document together with the checksum file that names it,
