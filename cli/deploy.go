@@ -96,6 +96,9 @@ func (c *deployCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
+	if err := p.allow(a); err != nil {
+		return err
+	}
 	if err := p.store(a); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 type upCmd struct {
 	Image  string `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
 	Source string `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
+	NoKMS  bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
 	Tee    string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
 }
 
@@ -31,7 +32,7 @@ func (c *upCmd) Run(a *app) error {
 			return err
 		}
 	}
-	if err := a.stack.Up(a.ctx, stack.UpOptions{ImageDir: dir, TEE: c.Tee, Step: a.step}); err != nil {
+	if err := a.stack.Up(a.ctx, stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Step: a.step}); err != nil {
 		return err
 	}
 	a.step("the stack is up after %s", seconds(time.Since(began)))
@@ -39,6 +40,15 @@ func (c *upCmd) Run(a *app) error {
 	if c.Tee == "sim" {
 		a.printf("Trust       %s\n", a.paint(amber, "development: the TEE is simulated and proves nothing about hardware"))
 		a.printf("Dev roots   %s\n", a.stack.DevRoots())
+	}
+	if k, err := a.stack.Keys(); err == nil {
+		for _, n := range k.Nodes {
+			where := "a CVM, " + n.VM
+			if n.VM == "" {
+				where = a.paint(amber, "a process of this machine: development trust")
+			}
+			a.printf("KMS         %s (%s)\n", n.URL, where)
+		}
 	}
 	a.printf("Next        dstack deploy -c docker-compose.yaml\n")
 	return a.result(map[string]any{"state": a.stack.Dir, "tee": c.Tee, "dev_roots": a.stack.DevRoots(), "socket": a.stack.Socket()})
@@ -82,6 +92,10 @@ func (c *downCmd) Run(a *app) error {
 				return err
 			}
 		}
+	}
+	a.step("stop the KMS")
+	if err := a.stack.StopKMS(20 * time.Second); err != nil {
+		return err
 	}
 	a.step("stop the VMM")
 	if err := a.stack.StopVMM(20 * time.Second); err != nil {

@@ -74,6 +74,9 @@ func (c *upgradeCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
+	if err := p.allow(a); err != nil {
+		return err
+	}
 	if err := p.store(a); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@
 package cli
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/hex"
@@ -18,11 +19,14 @@ import (
 	"github.com/dstack-go/dstack"
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/cli/appimage"
+	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lint"
 	"github.com/dstack-go/dstack/manifest/lock"
 	"github.com/dstack-go/dstack/measure"
+	"github.com/dstack-go/dstack/osimage"
+	"github.com/dstack-go/dstack/stack"
 )
 
 // workload is what deploy and upgrade are told about an app. What deploy is not
@@ -37,7 +41,7 @@ type workload struct {
 	PublicLogs   *bool             `help:"Let anyone read the containers' logs at the agent." negatable:""`
 	Lock         string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
 
-	KeyProvider string   `help:"Who keeps the app's keys: none (the data disk is new at each boot), local, tpm or kms." enum:",none,local,tpm,kms" default:"" placeholder:"KIND"`
+	KeyProvider string   `help:"Who keeps the app's keys: none (the data disk is new at each boot), local, tpm or kms; by default the stack's KMS, if it has one." enum:",none,local,tpm,kms" default:"" placeholder:"KIND"`
 	KMS         []string `name:"kms" help:"URL of the KMS; may be given again." placeholder:"URL" sep:"none"`
 	ProviderID  string   `name:"kms-id" aliases:"key-provider-id" help:"Who the key provider must be, in hex: for kms the public key of its root CA (DER), for local the MRENCLAVE of the enclave. It is measured." placeholder:"HEX"`
 	NoInstance  *bool    `name:"no-instance-id" help:"All instances of the app share their keys and can open each other's disks." negatable:"instance-id"`
@@ -75,7 +79,10 @@ type plan struct {
 	blobs []appimage.Blob
 	disks []volumeFile
 	ports []mapping
-	kms   []string
+	kms   []string // where this machine asks
+
+	governed *stack.Keys  // the stack's KMSs, if the app's keys come from them
+	image    policy.Image // as their policy names it
 
 	env       []variable // nil: none are given
 	pin       []byte     // of the KMS's root
@@ -117,11 +124,22 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if w.Memory > 0 {
 		mem = uint64(w.Memory)
 	}
+	var err error
+	if p.governed, err = w.stackKeys(a, &draft, was); err != nil {
+		return nil, err
+	}
 	if err := w.keys(&draft); err != nil {
 		return nil, err
 	}
-	p.pin = draft.KeyProviderID
-	var err error
+	if p.pin = draft.KeyProviderID; p.governed != nil && !bytes.Equal(p.pin, p.governed.Pin()) {
+		p.governed = nil // another KMS is meant
+	}
+	if p.governed != nil && len(w.KMS) == 0 {
+		p.kms = nil
+		for _, n := range p.governed.Nodes {
+			p.kms = append(p.kms, n.URL)
+		}
+	}
 	if p.env, err = w.variables(draft.KeyProvider); err != nil {
 		return nil, err
 	}
@@ -193,6 +211,12 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if err != nil {
 		return nil, err
 	}
+	if p.governed != nil {
+		if err := provable(img, p.vm); err != nil {
+			return nil, err
+		}
+		p.image = policy.Image{Hash: img.Hash, Name: filepath.Base(img.Dir), Dev: img.Metadata.IsDev, Epoch: img.Metadata.SecurityEpoch}
+	}
 	a.step("measured: compose %s…, image %s…, app id %s", hash.String()[:16], img.Hash.String()[:16], appID)
 	shape, err := json.Marshal(p.vm)
 	if err != nil {
@@ -204,6 +228,61 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 		Created: time.Now().UTC().Format(time.RFC3339),
 	}
 	return p, nil
+}
+
+// stackKeys makes the stack's KMS the provider of an app for which nobody names
+// another, and returns what the stack has.
+func (w *workload) stackKeys(a *app, d *manifest.Draft, was *previous) (*stack.Keys, error) {
+	k, err := a.stack.Keys()
+	if fault.Code(err) == "kms_absent" {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	kind := w.KeyProvider
+	if kind == "" {
+		kind = d.KeyProvider
+	}
+	if kind == "" && was == nil {
+		kind = manifest.KeyProviderKMS
+	}
+	if kind != manifest.KeyProviderKMS {
+		return nil, nil
+	}
+	if w.KeyProvider == "" {
+		w.KeyProvider = kind
+	}
+	if w.ProviderID == "" && len(w.KMS) == 0 && (was == nil || d.KeyProvider != kind) {
+		w.ProviderID = k.RootCA
+	}
+	return k, nil
+}
+
+// provable makes sure that a KMS will be able to tell from its hash that the image is
+// the one that runs. Code memory_not_constant.
+func provable(img *osimage.Image, vm measure.VMConfig) error {
+	raw, err := readLimited(img.TDXMeasurement(), 1<<20)
+	if err != nil {
+		return err
+	}
+	doc, err := measure.ParseTDXDocument(raw)
+	if err != nil {
+		return err
+	}
+	_, err = doc.TDX(vm.MemorySize, false)
+	return err
+}
+
+// allow has the stack's KMSs give keys to the app as it is planned.
+func (p *plan) allow(a *app) error {
+	if p.governed == nil {
+		return nil
+	}
+	a.step("allow the app in the stack's policy")
+	return a.stack.AllowApp(a.ctx, policy.App{
+		AppID: p.lock.AppID, Name: p.lock.Name, ComposeHashes: []policy.Compose{{Hash: p.lock.ComposeHash}}, AnyName: true,
+	}, p.image)
 }
 
 // keys sets who keeps the keys. The provider is always pinned: without a pin the

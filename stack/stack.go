@@ -3,7 +3,8 @@
 // Package stack is the local stack: everything one machine needs to run apps,
 // kept under one state directory and started and stopped as one thing.
 //
-// Today it holds the test PKI of the simulated TEE, one OS image and the VMM.
+// It holds the test PKI of the simulated TEE, one OS image, the VMM, a KMS, and the
+// key and the policy by which that KMS decides.
 // Up is idempotent: what already runs is left running. Down stops every process
 // that Up or the VMM started, by its recorded process id and start time, and
 // removes the state directory; nothing else on the machine is touched.
@@ -145,6 +146,8 @@ type UpOptions struct {
 	ImageDir string
 	// TEE is sim (default) or tdx.
 	TEE string
+	// NoKMS starts no KMS: apps then have keys of their own boot only.
+	NoKMS bool
 	// Step is told what Up does, one line each; may be nil.
 	Step func(format string, args ...any)
 }
@@ -178,11 +181,21 @@ func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
 			return err
 		}
 	}
+	var guestKMS []string
+	if !opt.NoKMS {
+		k, err := s.startKMS(ctx, opt.TEE, step)
+		if err != nil {
+			return err
+		}
+		for _, n := range k.Nodes {
+			guestKMS = append(guestKMS, n.GuestURL)
+		}
+	}
 	if s.Responding(ctx) {
 		step("the VMM is running already")
 		return nil
 	}
-	if err := s.writeConfig(opt.TEE); err != nil {
+	if err := s.writeConfig(opt.TEE, guestKMS); err != nil {
 		return err
 	}
 	step("start the VMM")
@@ -288,7 +301,14 @@ func copyContent(from, to string) error {
 	return out.Close()
 }
 
-func (s *Stack) writeConfig(tee string) error {
+func (s *Stack) writeConfig(tee string, kms []string) error {
+	urls, err := json.Marshal(kms) // an array of strings is the same in TOML
+	if err != nil {
+		return err
+	}
+	if kms == nil {
+		urls = []byte("[]")
+	}
 	text := fmt.Sprintf(`# Written by dstack up.
 address = %q
 state_dir = %q
@@ -297,44 +317,61 @@ state_dir = %q
 tee = %q
 tee_helper = %q
 tee_pki = %q
-`, "unix:"+s.Socket(), s.Dir, tee, filepath.Join(s.Bin, "dstack-simtee"), s.PKIDir())
+kms_urls = %s
+`, "unix:"+s.Socket(), s.Dir, tee, filepath.Join(s.Bin, "dstack-simtee"), s.PKIDir(), urls)
 	return durable.WriteFile(s.ConfigFile(), []byte(text), 0o600)
 }
 
-func (s *Stack) startVMM(ctx context.Context) error {
-	log, err := os.OpenFile(s.LogFile(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+// spawned is a process that outlives this command.
+type spawned struct {
+	exited   chan error
+	logStart int64 // where its part of the log begins
+}
+
+// spawn starts a program of the stack and records its process id.
+func (s *Stack) spawn(program, logFile, pidFile string, args ...string) (*spawned, error) {
+	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer log.Close()
 	start, err := log.Seek(0, io.SeekEnd)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	cmd := exec.Command(filepath.Join(s.Bin, "dstack-vmm"), "serve", "--config", s.ConfigFile())
+	cmd := exec.Command(filepath.Join(s.Bin, program), args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// The VMM and its VMs outlive this command. What it inherited from its caller,
-	// such as a lock, must not live on in them.
+	// It outlives this command. What this one inherited from its caller, such as a
+	// lock, must not live on in it.
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return fmt.Errorf("close what was inherited: %w", err)
+		return nil, fmt.Errorf("close what was inherited: %w", err)
 	}
 	if err := cmd.Start(); err != nil {
-		return fault.Wrap(err, "binary_missing", "start dstack-vmm").WithFix("run `make build` and use bin/dstack")
+		return nil, fault.Wrap(err, "binary_missing", "start %s", program).WithFix("run `make build` and use bin/dstack")
 	}
 	id, err := process.Identify(cmd.Process.Pid)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	data, err := json.Marshal(id)
 	if err != nil {
+		return nil, err
+	}
+	if err := durable.WriteFile(pidFile, data, 0o600); err != nil {
+		return nil, err
+	}
+	p := &spawned{make(chan error, 1), start}
+	go func() { p.exited <- cmd.Wait() }()
+	return p, nil
+}
+
+func (s *Stack) startVMM(ctx context.Context) error {
+	p, err := s.spawn("dstack-vmm", s.LogFile(), s.PIDFile(), "serve", "--config", s.ConfigFile())
+	if err != nil {
 		return err
 	}
-	if err := durable.WriteFile(s.PIDFile(), data, 0o600); err != nil {
-		return err
-	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
+	start, exited := p.logStart, p.exited
 	deadline := time.After(60 * time.Second)
 	for {
 		if s.Responding(ctx) {
@@ -342,9 +379,9 @@ func (s *Stack) startVMM(ctx context.Context) error {
 		}
 		select {
 		case <-exited:
-			return fault.New("vmm_start", "the VMM stopped while starting:\n%s", s.logTail(start)).WithFix("run `dstack doctor`; the whole log is %s", s.LogFile())
+			return fault.New("vmm_start", "the VMM stopped while starting:\n%s", tail(s.LogFile(), start)).WithFix("run `dstack doctor`; the whole log is %s", s.LogFile())
 		case <-deadline:
-			return fault.New("vmm_start", "the VMM did not answer within 60 s:\n%s", s.logTail(start)).WithFix("see %s", s.LogFile())
+			return fault.New("vmm_start", "the VMM did not answer within 60 s:\n%s", tail(s.LogFile(), start)).WithFix("see %s", s.LogFile())
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(100 * time.Millisecond):
@@ -352,8 +389,8 @@ func (s *Stack) startVMM(ctx context.Context) error {
 	}
 }
 
-func (s *Stack) logTail(from int64) string {
-	f, err := os.Open(s.LogFile())
+func tail(file string, from int64) string {
+	f, err := os.Open(file)
 	if err != nil {
 		return ""
 	}
@@ -367,8 +404,10 @@ func (s *Stack) logTail(from int64) string {
 
 // StopVMM asks the VMM to stop and waits for it; VMs go on running. A VMM that
 // does not stop within the grace time is killed.
-func (s *Stack) StopVMM(grace time.Duration) error {
-	data, err := os.ReadFile(s.PIDFile())
+func (s *Stack) StopVMM(grace time.Duration) error { return stopRecorded(s.PIDFile(), grace) }
+
+func stopRecorded(pidFile string, grace time.Duration) error {
+	data, err := os.ReadFile(pidFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -377,12 +416,12 @@ func (s *Stack) StopVMM(grace time.Duration) error {
 	}
 	var id process.ID
 	if err := json.Unmarshal(data, &id); err != nil {
-		return fmt.Errorf("read %s: %w", s.PIDFile(), err)
+		return fmt.Errorf("read %s: %w", pidFile, err)
 	}
 	if err := id.Stop(grace); err != nil {
 		return err
 	}
-	return os.Remove(s.PIDFile())
+	return os.Remove(pidFile)
 }
 
 // RemoveState deletes the state directory.
