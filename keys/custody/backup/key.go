@@ -155,8 +155,8 @@ func parseKey(text []byte) (*Key, error) {
 	if err != nil {
 		return nil, errors.New("it is no PKCS #8 key")
 	}
-	key, ok := parsed.(*ecdh.PrivateKey)
-	if !ok || key.Curve() != ecdh.X25519() {
+	key, ok := parsed.(*ecdh.PrivateKey) // of X25519; the library reads other curves as ECDSA's
+	if !ok {
 		return nil, errors.New("it is no X25519 key")
 	}
 	return &Key{h: &hidden{key}}, nil
