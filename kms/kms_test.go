@@ -410,11 +410,14 @@ func TestReplication(t *testing.T) {
 func TestConfigurationsThatCannotBeSafe(t *testing.T) {
 	w := newWorld(t, nil)
 	for name, edit := range map[string]func(*Config){
-		"no authority":                     func(c *Config) { c.Authority = nil },
-		"no custodian":                     func(c *Config) { c.Custodian = nil },
-		"no log":                           func(c *Config) { c.Log = nil },
-		"no name":                          func(c *Config) { c.Names = nil },
-		"no TEE, in production":            func(c *Config) { c.Self, c.Development, c.Judge = nil, false, &*w.service.cfg.Judge; c.Judge.Development = false },
+		"no authority": func(c *Config) { c.Authority = nil },
+		"no custodian": func(c *Config) { c.Custodian = nil },
+		"no log":       func(c *Config) { c.Log = nil },
+		"no name":      func(c *Config) { c.Names = nil },
+		"no TEE, in production": func(c *Config) {
+			c.Self, c.Development, c.Judge = nil, false, &*w.service.cfg.Judge
+			c.Judge.Development = false
+		},
 		"development roots, in production": func(c *Config) { c.Development = false },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -104,11 +104,6 @@ func (s *Service) getAppKey(ctx context.Context, r *kmsapi.GetAppKeyRequest) (*k
 	if err != nil {
 		return nil, err
 	}
-	// The host committed to a key provider before launch: another KMS than that one
-	// has nothing to give.
-	if len(a.ProviderID) > 0 && !bytes.Equal(a.ProviderID, s.identity.CA) {
-		return nil, fault.New("key_provider_mismatch", "the launch of this guest committed to another key provider").WithFix("the guest asks the wrong KMS: see key_provider_id of its manifest")
-	}
 	d, err := s.allow(ctx, a, governance.App, governance.Keys)
 	if err != nil {
 		return nil, err

@@ -159,6 +159,8 @@ func New(c Config) (*Service, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	s := &Service{cfg: c, now: c.Now, log: c.Logger, identity: c.Custodian.Identity()}
+	// A guest whose launch committed to another key provider has nothing to get here.
+	c.Judge.Provider = s.identity.CA
 	s.limits.init(c.Limits, c.Now)
 	var err error
 	if s.root, err = certificate.Self(c.Custodian.CA(), rootSubject, ratls.Issued{}, nil, s.now()); err != nil {

@@ -27,7 +27,8 @@ type appraisal struct {
 	fresh     Freshness
 	at        time.Time
 	memo      *attest.Memo
-	launching bool // the log may end before system-ready
+	assumed   string // key provider of a guest that has none yet
+	launching bool   // the log may end before system-ready
 	v         *Verdict
 
 	ev     *attest.Evidence   // decoded, unverified
@@ -54,7 +55,7 @@ func Appraise(req Request) *Verdict {
 	}
 	ref := req.Reference
 	ref.addPolicy(req.Policy.Workload)
-	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, v: newVerdict(scope, req.At)}
+	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, assumed: req.Provider, v: newVerdict(scope, req.At)}
 	a.run(req.Roots, req.Collateral)
 	a.conclude()
 	return a.v

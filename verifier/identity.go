@@ -332,7 +332,7 @@ func (a *appraisal) mrConfigID(id dstack.MRConfigID) {
 			a.add(lenient(a.pol.Workload.AllowUncommitted), "mr_config_open", "claims.mr_config_id", "", "the launch committed to a key provider in a form that cannot be checked before the guest has one")
 			return
 		}
-		kind, kpID, err := parseKeyProvider(a.id.KeyProvider)
+		kind, kpID, err := parseKeyProvider(a.provider())
 		var raw []byte
 		if err == nil {
 			raw, err = decodeHex(kpID)
@@ -375,13 +375,22 @@ func (a *appraisal) document(id dstack.MRConfigID, mismatch func(string, ...any)
 	return a.describes(doc, mismatch)
 }
 
-// unprovided says that the guest has not measured its key provider yet, and need not
-// have. That it takes the one that the document pins, the guest itself sees to.
-func (a *appraisal) unprovided() bool { return a.launching && a.id.KeyProvider == "" }
+// provider is the key provider that the guest measured, or that one who has not yet is
+// taken to get.
+func (a *appraisal) provider() string {
+	if a.launching && a.id.KeyProvider == "" {
+		return a.assumed
+	}
+	return a.id.KeyProvider
+}
+
+// unprovided says that nothing is known of the key provider, and need not be. That the
+// guest takes the one that the document pins, it sees to itself.
+func (a *appraisal) unprovided() bool { return a.launching && a.provider() == "" }
 
 // describes compares a committed document with what runs.
 func (a *appraisal) describes(doc mrconfig.Document, mismatch func(string, ...any)) bool {
-	kind, kpID, kpErr := parseKeyProvider(a.id.KeyProvider)
+	kind, kpID, kpErr := parseKeyProvider(a.provider())
 	switch {
 	case doc.ComposeHash != a.id.ComposeHash:
 		mismatch("the launch committed to the manifest %s, the guest measured %s", short(doc.ComposeHash), short(a.id.ComposeHash))
@@ -389,7 +398,7 @@ func (a *appraisal) describes(doc mrconfig.Document, mismatch func(string, ...an
 		mismatch("the launch committed to the app %s, the guest measured %s", short(doc.AppID), short(a.id.AppID))
 	case doc.InstanceID != nil && !bytes.Equal(doc.InstanceID[:], a.id.InstanceID):
 		mismatch("the launch committed to the instance %s, the guest measured %s", short(doc.InstanceID), hexString(a.id.InstanceID))
-	case a.id.KeyProvider != "" && (kpErr != nil || doc.KeyProvider != kind):
+	case a.provider() != "" && (kpErr != nil || doc.KeyProvider != kind):
 		mismatch("the launch committed to the key provider %s, the guest measured %q", doc.KeyProvider, kind)
 	case len(doc.KeyProviderID) > 0 && hexString(doc.KeyProviderID) != kpID && !a.unprovided():
 		mismatch("the launch committed to another key provider's identity than the guest measured")
@@ -406,7 +415,7 @@ func (a *appraisal) describes(doc mrconfig.Document, mismatch func(string, ...an
 // truthful returns every document that our own hosts would write for what runs:
 // each optional field is there or not, and true when it is.
 func (a *appraisal) truthful() []mrconfig.Document {
-	kind, kpID, err := parseKeyProvider(a.id.KeyProvider)
+	kind, kpID, err := parseKeyProvider(a.provider())
 	if err != nil {
 		return nil
 	}

@@ -205,6 +205,10 @@ type Request struct {
 	// Launching accepts the log of a guest that has not got its keys yet and ends after
 	// boot-mr-done: what a KMS is shown. Relying parties of what runs leave it false.
 	Launching bool
+	// Provider is, with Launching, the key provider that such a guest would have if it
+	// took the caller's keys, as the event key-provider spells it: what the launch
+	// committed to is held against it. Empty: that is left open.
+	Provider string
 
 	// Memo, when not nil, remembers what verifying collateral gave, for callers that
 	// judge many. It changes no verdict.

@@ -29,12 +29,12 @@ import (
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/identity"
-	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/verifier"
 )
 
@@ -61,9 +61,6 @@ type Applicant struct {
 	Booting bool
 	// ChannelKey is the SHA-256 of the SPKI that the guest's init committed to; nil: none.
 	ChannelKey []byte
-	// ProviderID is the key provider that the host committed to before launch, DER
-	// SubjectPublicKeyInfo of a KMS's root; nil where it names none.
-	ProviderID []byte
 }
 
 // Judge verifies evidence. It must not be changed once in use; the zero value has no
@@ -74,6 +71,10 @@ type Judge struct {
 	Development bool
 	// Collateral is where the vendors' statements come from; required.
 	Collateral collateral.Source
+	// Provider is the key provider that this KMS is to its guests: root CA's key, DER
+	// SubjectPublicKeyInfo. A guest whose launch committed to another has the code
+	// mr_config_mismatch. Nil: no guest boots by this KMS.
+	Provider []byte
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 
@@ -115,6 +116,13 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	req := verifier.Request{
 		Source: src, Roots: j.Roots, Policy: j.platform(), At: now(), Memo: &j.memo, Launching: true,
 		Freshness: verifier.Freshness{ReportData: e.ReportData[:]},
+	}
+	if j.Provider != nil {
+		payload, err := keys.Provider{Kind: keys.KMS, SPKI: j.Provider}.Event()
+		if err != nil {
+			return nil, err
+		}
+		req.Provider = string(payload)
 	}
 	if want, ok, err := verifier.CollateralFor(&src); err != nil {
 		return nil, err
@@ -161,21 +169,12 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	if !e.BootTime && (ready || v.Workload.BoundBy == boundByDocument) {
 		mode = identity.Final
 	}
-	document := vm.MRConfig
-	info, err := identity.Of(identity.Input{Claims: v.Claims, Evidence: ev, Document: document, Image: imageHash, Mode: mode})
+	info, err := identity.Of(identity.Input{Claims: v.Claims, Evidence: ev, Document: vm.MRConfig, Image: imageHash, Mode: mode})
 	if err != nil {
 		return nil, err
 	}
 	if v.Claims.DeviceScheme != "" {
 		info.DeviceID = v.Claims.DeviceID
-	}
-	if document == "" {
-		document = ev.MRConfig
-	}
-	if document != "" {
-		if doc, err := mrconfig.Parse([]byte(document)); err == nil {
-			out.ProviderID = doc.KeyProviderID
-		}
 	}
 	out.Info = *info
 	out.Request = governance.Request{

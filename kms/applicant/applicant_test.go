@@ -4,7 +4,11 @@ package applicant
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"slices"
@@ -15,6 +19,7 @@ import (
 	"github.com/dstack-go/dstack/attest"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
@@ -177,5 +182,55 @@ func TestBootInfoIsUpstreams(t *testing.T) {
 	want := []string{"teeVariant", "mrAggregated", "osImageHash", "mrSystem", "appId", "composeHash", "instanceId", "deviceId", "keyProviderInfo", "tcbStatus", "advisoryIds"}
 	if len(m) != len(want) || slices.ContainsFunc(want, func(k string) bool { _, ok := m[k]; return !ok }) || m["appId"] != hex.EncodeToString(g.AppID[:]) {
 		t.Errorf("%s", text)
+	}
+}
+
+// What the host committed to before launch is held against what the guest would get
+// here: this KMS, pinned or not.
+func TestThreat_C02_ALaunchForAnotherKMSIsRefused(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name     string
+		kind     string
+		id       []byte
+		carried  bool
+		provider []byte
+		code     string
+	}{
+		{"this KMS, pinned", "kms", spki, false, spki, ""},
+		{"this KMS, pinned, in a document that is carried", "kms", spki, true, spki, ""},
+		{"any KMS", "kms", nil, false, spki, ""},
+		{"another KMS", "kms", []byte("another"), false, spki, "mr_config_mismatch"},
+		{"another KMS, carried", "kms", []byte("another"), true, spki, "mr_config_mismatch"},
+		{"no KMS", "none", nil, true, spki, "mr_config_mismatch"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			j, g := fixture(t)
+			j.Provider = c.provider
+			doc := mrconfig.Document{AppID: &g.AppID, ComposeHash: g.ComposeHash, KeyProvider: c.kind, KeyProviderID: c.id}
+			g.Edit = func(b *tdx.ReportBody) { b.MRConfigID = mrconfig.IDv3(doc.Bytes()) }
+			if c.carried {
+				config, err := json.Marshal(map[string]string{"mr_config": string(doc.Bytes())})
+				if err != nil {
+					t.Fatal(err)
+				}
+				g.Config = string(config)
+			}
+			raw, err := g.Attest(t.Context(), data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = j.Judge(t.Context(), Evidence{Container: raw, ReportData: data})
+			if fault.Code(err) != c.code || (err == nil) != (c.code == "") {
+				t.Errorf("want %q, got %q: %v", c.code, fault.Code(err), err)
+			}
+		})
 	}
 }
