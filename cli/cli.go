@@ -44,7 +44,7 @@ type grammar struct {
 	JSON    bool             `name:"json" help:"Print one JSON document on standard output."`
 	Version kong.VersionFlag `help:"Print the version and stop."`
 
-	Up     upCmd     `cmd:"" help:"Start the local stack: test PKI, OS image, VMM."`
+	Up     upCmd     `cmd:"" help:"Start the local stack: test PKI, OS image, KMS, VMM."`
 	Down   downCmd   `cmd:"" help:"Stop the local stack and its VMs and remove its state."`
 	Status statusCmd `cmd:"" help:"Show the local stack."`
 
@@ -58,6 +58,9 @@ type grammar struct {
 	Stop    stopCmd    `cmd:"" help:"Stop an app."`
 	Start   startCmd   `cmd:"" help:"Start a stopped app."`
 	Rm      rmCmd      `cmd:"" help:"Remove an app and its disk."`
+
+	App appCmd `cmd:"" help:"Say which apps get keys of the stack's KMSs."`
+	KMS kmsCmd `cmd:"" name:"kms" help:"Look at the stack's KMSs, their policy and their release logs."`
 
 	Image  imageCmd  `cmd:"" help:"Build, list and check OS images."`
 	Volume volumeCmd `cmd:"" help:"Make read-only volumes of data for apps."`
