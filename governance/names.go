@@ -34,7 +34,7 @@ func NameAllowed(names []string, name string) bool {
 			return true
 		}
 		if parent, wild := strings.CutPrefix(n, "*."); wild {
-			if label, rest, ok := strings.Cut(name, "."); ok && rest == parent && label != "*" {
+			if _, rest, ok := strings.Cut(name, "."); ok && rest == parent {
 				return true
 			}
 		}

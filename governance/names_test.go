@@ -56,7 +56,7 @@ func TestNameAllowed(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]bool{
-		"a.example": true, "*.a.example": true, "::1": true, "a": true,
+		"a.example": true, "*.a.example": true, "::1": true, "a": true, "::ffff:10.0.0.1": false, "fe80::1%eth0": false,
 		"*": false, "*.*.a": false, "": false, "a..b": false, strings.Repeat("a.", 126) + "b": true, strings.Repeat("a.", 127) + "b": false,
 	} {
 		if NameWellFormed(name) != want {

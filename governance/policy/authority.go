@@ -159,6 +159,8 @@ func (a *Authority) use() *accepted {
 
 func (d *accepted) by() string { return by(d.doc) + " sha256:" + d.digest[:16] }
 
+var _ governance.Authority = (*Authority)(nil)
+
 // Decide implements governance.Authority. It has an answer always.
 func (a *Authority) Decide(_ context.Context, r governance.Request) (governance.Decision, error) {
 	in := a.use()

@@ -40,12 +40,6 @@ const (
 	codeKMS              = "kms_not_allowed"
 )
 
-// purposes are what each role may ask for.
-var purposes = map[governance.Role][]governance.Purpose{
-	governance.App: {governance.Keys, governance.Certificate, governance.Renewal},
-	governance.KMS: {governance.Replication, governance.Service, governance.Source},
-}
-
 // refusal is why not; nil is no objection.
 type refusal struct{ code, reason string }
 
@@ -88,7 +82,7 @@ func (d *Document) judge(r governance.Request) (*App, *refusal) {
 	if no := d.inForce(r.At); no != nil {
 		return nil, no
 	}
-	if !slices.Contains(purposes[r.Role], r.Purpose) {
+	if !r.Role.MayAsk(r.Purpose) {
 		return nil, refuse(codePurpose, "a machine of role %.20q cannot ask for %.20q", r.Role, r.Purpose)
 	}
 	if n := len(r.Boot.InstanceID); n != 0 && n != dstack.InstanceIDSize {

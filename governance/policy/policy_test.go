@@ -627,6 +627,7 @@ func TestOpen(t *testing.T) {
 		{"a threshold below none", sign(t, d, 1, 2, 3), with(two, -1), now, "policy_threshold"},
 		{"no keys", sign(t, d, 1, 2, 3), Keys{Threshold: 1}, now, "policy_signature"},
 		{"a pinned key of no length", sign(t, d, 1), Keys{[]ed25519.PublicKey{nil, public(1)[:31]}, 1}, now, "policy_signature"},
+		{"a signature by the name of a key of no length", edit(sign(t, d, 1), func(s *signed) { s.Signatures[0].KeyID = KeyID(nil) }), Keys{[]ed25519.PublicKey{nil}, 1}, now, "policy_signature"},
 		{"a document changed after it was signed", edit(sign(t, d, 1, 2), func(s *signed) {
 			s.Document = bytes.Replace(s.Document, []byte(`"sequence": 7`), []byte(`"sequence": 9`), 1)
 		}), two, now, "policy_signature"},

@@ -35,6 +35,8 @@ type Authority struct {
 	HTTP *http.Client
 }
 
+var _ governance.Authority = (*Authority)(nil)
+
 // Decide implements governance.Authority. Codes: those of [Verify], webhook_url,
 // webhook_unreachable when there is no answer in 5 seconds or none of status 200, and
 // purpose_denied. What a webhook denies without a code has the code webhook_denied.
@@ -165,10 +167,9 @@ func (a *Authority) transport() (string, *http.Transport, error) {
 			if err != nil {
 				return nil, err
 			}
-			// localhost is what a resolver says it is.
-			if to, ok := c.RemoteAddr().(*net.TCPAddr); !ok || !to.IP.IsLoopback() {
+			if err := isHere(c.RemoteAddr()); err != nil {
 				c.Close()
-				return nil, errors.New("localhost is another machine")
+				return nil, err
 			}
 			return c, nil
 		}
@@ -184,4 +185,12 @@ func (a *Authority) transport() (string, *http.Transport, error) {
 		return bad("is neither https, http nor unix")
 	}
 	return base, t, nil
+}
+
+// isHere refuses an address of another machine: localhost is what a resolver says it is.
+func isHere(a net.Addr) error {
+	if to, ok := a.(*net.TCPAddr); !ok || !to.IP.IsLoopback() {
+		return errors.New("localhost is another machine")
+	}
+	return nil
 }

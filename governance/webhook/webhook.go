@@ -89,14 +89,8 @@ const (
 	maxNames  = 256
 )
 
-// paths are where each role is asked for, and purposes what each may ask.
-var (
-	paths    = map[governance.Role]string{governance.App: "/bootAuth/app", governance.KMS: "/bootAuth/kms"}
-	purposes = map[governance.Role][]governance.Purpose{
-		governance.App: {governance.Keys, governance.Certificate, governance.Renewal},
-		governance.KMS: {governance.Replication, governance.Service, governance.Source},
-	}
-)
+// paths are where each role is asked for.
+var paths = map[governance.Role]string{governance.App: "/bootAuth/app", governance.KMS: "/bootAuth/kms"}
 
 // bootInfo is governance.BootInfo as it is read.
 type bootInfo struct {
@@ -147,7 +141,7 @@ func (h *hexBytes) UnmarshalText(b []byte) (err error) {
 
 // newRequest writes the body that asks r, with a fresh nonce.
 func newRequest(r governance.Request) ([]byte, error) {
-	if !slices.Contains(purposes[r.Role], r.Purpose) {
+	if !r.Role.MayAsk(r.Purpose) {
 		return nil, fault.New("purpose_denied", "a machine of role %.20q cannot ask for %.20q", r.Role, r.Purpose)
 	}
 	head, err := r.Boot.MarshalJSON()
@@ -191,7 +185,7 @@ func ParseRequest(role governance.Role, body []byte) (governance.Request, error)
 	switch {
 	case b.Nonce == nil:
 		return bad("there is no nonce")
-	case !slices.Contains(purposes[role], b.Purpose):
+	case !role.MayAsk(b.Purpose):
 		return bad("a machine of role %.20q cannot ask for %.20q", role, b.Purpose)
 	case len(b.OSImageHash) != 0 && len(b.OSImageHash) != dstack.ImageHashSize:
 		return bad("osImageHash has %d bytes", len(b.OSImageHash))
