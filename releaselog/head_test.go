@@ -286,6 +286,9 @@ func TestThreat_G10_ASplitViewIsDetected(t *testing.T) {
 		root, _ := left.root()
 		wantCode(t, Compare(l, a.head(t, logB, 2, 7, root), nil), "release_log_other")
 		wantCode(t, Compare(l, newAuthority(t).head(t, logA, 1, 7, root), nil), "release_log_other")
+		collision := l // of the 8 bytes of a root that the name has
+		collision.spki = string(newAuthority(t).spki)
+		wantCode(t, Compare(l, collision, nil), "release_log_other")
 	})
 	t.Run("none", func(t *testing.T) {
 		wantCode(t, Compare(l, Head{}, nil), "release_log_missing")

@@ -379,6 +379,37 @@ func TestThreat_G10_NoReleaseWithoutInclusion(t *testing.T) {
 	})
 }
 
+// recorder notes the steps of a commit, and what the log says of itself meanwhile.
+type recorder struct {
+	disk
+	log   *Log
+	steps []string
+}
+
+func (r *recorder) note(step string) {
+	r.steps = append(r.steps, fmt.Sprintf("%s at %d", step, r.log.Head().Size()))
+}
+func (r *recorder) write(data []byte, at int64) error {
+	defer r.note("write")
+	return r.disk.write(data, at)
+}
+func (r *recorder) sync() error { defer r.note("sync"); return r.disk.sync() }
+func (r *recorder) publish(head Head) error {
+	defer r.note("publish")
+	return r.disk.publish(head)
+}
+
+func TestAHeadIsKnownOnlyOnceItIsDurable(t *testing.T) {
+	l, _ := newAuthority(t).create(t)
+	r := &recorder{disk: l.disk, log: l}
+	l.disk = r
+	grow(t, l, 2)
+	want := []string{"write at 0", "sync at 0", "publish at 0", "write at 1", "sync at 1", "publish at 1"}
+	if !slices.Equal(r.steps, want) {
+		t.Fatalf("steps %q, want %q", r.steps, want)
+	}
+}
+
 // Every prefix of the writes of a commit, and of the files of an acknowledged one: Open
 // recovers or refuses, and forgets nothing that was acknowledged.
 func TestCrashes(t *testing.T) {

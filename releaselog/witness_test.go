@@ -25,6 +25,13 @@ func TestExportFollowsALog(t *testing.T) {
 	var heads []Head
 	for _, n := range []int{0, 5, 0, 300} {
 		grow(t, l, n)
+		if n == 300 { // what an export left that failed
+			f, err := os.OpenFile(filepath.Join(dir, entriesFile), os.O_WRONLY|os.O_APPEND, 0)
+			must(t, err)
+			_, err = f.Write(make([]byte, 1<<20))
+			must(t, err)
+			must(t, f.Close())
+		}
 		must(t, Export(t.Context(), dir, l.Head(), fetcher(l)))
 		heads = append(heads, l.Head())
 		for _, h := range heads {
@@ -142,10 +149,17 @@ func TestExportRefuses(t *testing.T) {
 	})
 	t.Run("a damaged copy", func(t *testing.T) {
 		saved := l.Head()
+		path := filepath.Join(dir, entriesFile)
+		whole, err := os.ReadFile(path)
+		must(t, err)
+		must(t, os.WriteFile(path, bytes.Replace(whole, []byte("grant"), []byte("start"), 1), 0o600))
+		_, err = Witness(dir, saved)
+		wantCode(t, err, "release_log_damaged") // and not a fork
+		must(t, os.WriteFile(path, whole, 0o600))
 		grow(t, l, 1)
 		must(t, os.Truncate(filepath.Join(dir, entriesFile), 9))
 		wantCode(t, Export(t.Context(), dir, l.Head(), fetcher(l)), "release_log_damaged")
-		_, err := Witness(dir, saved)
+		_, err = Witness(dir, saved)
 		wantCode(t, err, "release_log_damaged")
 	})
 	t.Run("no copy", func(t *testing.T) {
