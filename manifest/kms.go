@@ -33,8 +33,8 @@ type KMSPolicy struct {
 	OSImageHashes []dstack.ImageHash
 	Registers     map[string][][]byte
 	Devices       []dstack.DeviceID // devices: the only machines; empty = any
-	// DevRoots (dev_roots) is the text of a file of development roots, under which the
-	// KMS's evidence counts too. Images for production refuse it.
+	// DevRoots (dev_roots) is the text of a file of development roots, by which the KMS's
+	// evidence is judged in place of the vendors'. Images for production refuse it.
 	DevRoots string
 	// RequireSession (require_session) refuses keys over RA-TLS, of which the evidence
 	// speaks of a key and not of the connection.
