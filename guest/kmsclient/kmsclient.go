@@ -155,7 +155,7 @@ func parseURL(text string) (endpoint, error) {
 		return endpoint{}, fault.New("kms_url", "%.200q is not the https URL of a KMS", text).WithFix("it looks like https://kms.example.com:8000")
 	}
 	base := strings.TrimRight(u.String(), "/")
-	if !strings.HasSuffix(u.Path, "/prpc") {
+	if !strings.HasSuffix(base, "/prpc") {
 		base += "/prpc"
 	}
 	return endpoint{base: base, host: u.Hostname()}, nil
