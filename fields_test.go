@@ -91,6 +91,9 @@ var manifestFields = []field{
 	{name: "key_scopes", support: supported, note: "ours: service to key paths", sample: `{"web":["web/"]}`},
 	{name: "time_servers", support: supported, note: "ours: three or more NTS servers instead of the image's", sample: `[{"host":"a:1"},{"host":"b:1"},{"host":"c:1"}]`},
 	{name: "env_signers", support: supported, note: "ours: Ed25519 keys that may sign the environment", sample: `["` + strings.Repeat("5a", 32) + `"]`},
+	{name: "kms_policy", support: supported, note: "ours: which KMS may give the keys, by its evidence; development roots only in a development image", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, with: `"key_provider":"kms"`},
+	{name: "kms_policy", support: refused, note: "for another key provider than kms", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, code: "manifest_field"},
+	{name: "on_lease_loss", support: supported, note: "ours: continue (the default) or stop, once the KMS no longer authorises the instance", sample: `"stop"`},
 }
 
 // sysConfigFields are the fields of .sys-config.json (spec/guest-os.md §3.1).

@@ -495,6 +495,9 @@ func (t *simTEE) Status(context.Context) (initrpc.Status, error) {
 	return initrpc.Status{Phase: "simulator", Ready: true}, nil
 }
 
+// Lease implements agent.Init: there is no KMS.
+func (t *simTEE) Lease(context.Context, initrpc.LeaseChange) error { return nil }
+
 // Shutdown implements agent.Init; only the host asks for it, and there is none.
 func (t *simTEE) Shutdown(context.Context, initrpc.ShutdownRequest) error { return nil }
 

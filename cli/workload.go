@@ -291,7 +291,7 @@ func (p *plan) allow(a *app) error {
 // Codes: key_provider_unpinned, key_provider_id, key_provider_unused.
 func (w *workload) keys(d *manifest.Draft) error {
 	if w.KeyProvider != "" && w.KeyProvider != d.KeyProvider {
-		d.KeyProvider, d.KeyProviderID = w.KeyProvider, nil
+		d.KeyProvider, d.KeyProviderID, d.KMSPolicy = w.KeyProvider, nil, nil
 	}
 	if d.KeyProvider == "" {
 		d.KeyProvider = manifest.KeyProviderNone
@@ -432,7 +432,10 @@ func draftOf(m *manifest.Manifest) (manifest.Draft, error) {
 		KeyProvider: m.KeyProviderKind(), KeyProviderID: m.KeyProviderID, GatewayEnabled: m.GatewayWanted(), AllowedEnvs: m.AllowedEnvs,
 		NoInstanceID: m.NoInstanceID, SecureTime: m.SecureTime, StorageFS: m.StorageFS, SwapSize: m.SwapSize,
 		PortPolicy: &m.PortPolicy, VerityVolumes: m.VerityVolumes, ImagePolicy: m.ImagePolicy, ImageLock: m.ImageLock,
-		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners,
+		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners, KMSPolicy: m.KMSPolicy,
+	}
+	if m.OnLeaseLoss != manifest.OnLeaseLossContinue {
+		d.OnLeaseLoss = m.OnLeaseLoss
 	}
 	if !m.PublicTCBInfo {
 		d.PublicTCBInfo = new(bool)

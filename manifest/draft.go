@@ -46,6 +46,8 @@ type Draft struct {
 	KeyScopes   map[string][]string
 	TimeServers []TimeServer
 	EnvSigners  [][]byte // Ed25519 public keys
+	KMSPolicy   *KMSPolicy
+	OnLeaseLoss string
 }
 
 // Build writes the normalised manifest: keys sorted, compact, UTF-8 unescaped,
@@ -91,6 +93,7 @@ func Build(d Draft) ([]byte, error) {
 	setString("key_provider_id", hex.EncodeToString(d.KeyProviderID))
 	setString("storage_fs", d.StorageFS)
 	setString("image_policy", d.ImagePolicy)
+	setString("on_lease_loss", d.OnLeaseLoss)
 	setBool("public_logs", d.PublicLogs)
 	setBool("public_sysinfo", d.PublicSysinfo)
 	setBool("gateway_enabled", d.GatewayEnabled)
@@ -172,6 +175,9 @@ func Build(d Draft) ([]byte, error) {
 			signers = append(signers, hex.EncodeToString(key))
 		}
 		o["env_signers"] = anys(signers)
+	}
+	if d.KMSPolicy != nil {
+		o["kms_policy"] = d.KMSPolicy.document()
 	}
 	b, err := appendJCS(nil, o)
 	if err != nil {

@@ -6,8 +6,8 @@
 // The compose hash is the SHA-256 of the exact bytes, so this package never
 // changes what it reads: [Parse] returns the meaning and keeps the bytes. Unknown
 // top-level fields are measured but inert, as upstream has it; inside
-// `requirements` and `gpu_policy`, where an ignored field would be an ignored
-// demand, they are errors. [Build] writes the normalised form (sorted keys,
+// `requirements`, `gpu_policy` and our own objects, where an ignored field would be
+// an ignored demand, they are errors. [Build] writes the normalised form (sorted keys,
 // compact, no needless escapes) that our own tools always produce.
 //
 // Guarantees: pure (no clock, disk or network; compiles to js/wasm), bounded
@@ -102,6 +102,8 @@ type Manifest struct {
 	KeyScopes   map[string][]string // key_scopes (ours): compose service -> key paths; see InScope
 	TimeServers []TimeServer        // time_servers (ours): empty, or at least MinTimeServers
 	EnvSigners  [][]byte            // env_signers (ours): Ed25519 public keys, 32 bytes each
+	KMSPolicy   *KMSPolicy          // kms_policy (ours): nil when absent
+	OnLeaseLoss string              // on_lease_loss (ours): continue or stop
 
 	Raw []byte // the exact bytes that were parsed
 }
@@ -243,6 +245,8 @@ func Parse(raw []byte) (*Manifest, error) {
 	m.KeyScopes = d.keyScopes()
 	m.TimeServers = d.timeServers()
 	m.EnvSigners = d.envSigners()
+	m.KMSPolicy = d.kmsPolicy(d.obj["kms_policy"])
+	m.OnLeaseLoss = d.optionalString("on_lease_loss")
 	if d.err != nil {
 		return nil, d.err
 	}
@@ -287,6 +291,16 @@ func (m *Manifest) check(top object) error {
 		if err := oneOf("image_policy", m.ImagePolicy, ImagePolicyDigest); err != nil {
 			return err
 		}
+	}
+	if m.OnLeaseLoss != "" || isString(top["on_lease_loss"]) {
+		if err := oneOf("on_lease_loss", m.OnLeaseLoss, OnLeaseLossContinue, OnLeaseLossStop); err != nil {
+			return err
+		}
+	} else {
+		m.OnLeaseLoss = OnLeaseLossContinue
+	}
+	if k := m.KeyProviderKind(); m.KMSPolicy != nil && k != KeyProviderKMS {
+		return fieldError("kms_policy", "says which KMS may give keys, but the key provider is %s", k)
 	}
 	if k := m.KeyProviderKind(); len(m.KeyProviderID) > 0 && (k == KeyProviderNone || k == KeyProviderTPM) {
 		return fieldError("key_provider_id", "pins a key provider, but the key provider is %s, which has no identity", k)

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
+	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/testkit"
 )
@@ -73,6 +74,7 @@ func TestSampleManifest(t *testing.T) {
 		AllowedEnvs: []string{"API_KEY"}, SecureTime: &f, StorageFS: "ext4", SwapSize: 1 << 30, EventLogVersion: 1,
 		PortPolicy:    PortPolicy{Ports: []Port{{8080, true}}, RestrictMode: true},
 		VerityVolumes: []VerityVolume{{Source: "models.img", Target: "/run/models", Root: [32]byte(bytes.Repeat([]byte{0x5a}, 32))}},
+		OnLeaseLoss:   OnLeaseLossContinue,
 		Raw:           raw,
 	}
 	req := m.Requirements
@@ -210,6 +212,13 @@ func TestAccepted(t *testing.T) {
 		}},
 		{"time servers", `"time_servers":[{"host":"a:4460"},{"host":"b:4460","ca_cert":"x"},{"host":"[::1]:4460"}]`, func(m *Manifest) bool { return len(m.TimeServers) == 3 && m.TimeServers[1].CACert == "x" }},
 		{"signers of the environment", `"env_signers":["` + strings.Repeat("0a", 32) + `"]`, func(m *Manifest) bool { return len(m.EnvSigners) == 1 && m.EnvSigners[0][31] == 10 }},
+		{"a KMS policy", `"key_provider":"kms","on_lease_loss":"stop","kms_policy":` + kmsPolicy(`"os_image_hashes":["`+strings.Repeat("0b", 32)+`"],"devices":["`+strings.Repeat("0c", 32)+`"],"registers":{"mrtd":["0d","0e"]},"dev_roots":"x","require_session":true`), func(m *Manifest) bool {
+			p := m.KMSPolicy
+			return p.AppID[19] == 10 && p.ComposeHashes[0][31] == 10 && p.OSImageHashes[0][31] == 11 && p.Devices[0][31] == 12 &&
+				p.Registers["mrtd"][1][0] == 14 && p.DevRoots == "x" && p.RequireSession && m.OnLeaseLoss == OnLeaseLossStop
+		}},
+		{"a KMS policy of registers alone", `"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"mrtd":["0d"]}`), func(m *Manifest) bool { return !m.KMSPolicy.RequireSession }},
+		{"no KMS policy", `"kms_policy":null`, func(m *Manifest) bool { return m.KMSPolicy == nil && m.OnLeaseLoss == OnLeaseLossContinue }},
 		{"a surrogate pair", `"bash_script":"\ud83d\ude00"`, func(m *Manifest) bool { return m.BashScript == "😀" }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -317,6 +326,23 @@ func TestRefused(t *testing.T) {
 		{"an unknown field of a time server", string(doc(`"time_servers":[{"host":"a:1"},{"host":"b:1"},{"host":"c:1","ca":"x"}]`)), "manifest_unknown_field"},
 		{"no signer of the environment", string(doc(`"env_signers":[]`)), "manifest_field"},
 		{"a signer of 31 bytes", string(doc(`"env_signers":["` + root[2:] + `"]`)), "manifest_field"},
+		{"a KMS policy that is a list", string(doc(`"key_provider":"kms","kms_policy":[]`)), "manifest_field"},
+		{"a KMS policy for another provider", string(doc(`"key_provider":"local","kms_policy":` + kmsPolicy(`"registers":{"a":["0a"]}`))), "manifest_field"},
+		{"a KMS policy that anchors no system", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"require_session":true`))), "manifest_field"},
+		{"a KMS policy with an unknown demand", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":["0a"]},"min_tcb":1`))), "manifest_unknown_field"},
+		{"a KMS policy without an app", string(doc(`"key_provider":"kms","kms_policy":{"compose_hashes":["` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
+		{"a KMS policy of the zero app", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + strings.Repeat("0", 40) + `","compose_hashes":["` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
+		{"a KMS policy without a manifest", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + root[:40] + `","compose_hashes":[],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
+		{"a KMS policy with 17 manifests", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + root[:40] + `","compose_hashes":[` + strings.Repeat(`"`+root+`",`, MaxKMSHashes) + `"` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
+		{"a KMS policy with a short hash", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"os_image_hashes":["`+root[2:]+`"]`))), "manifest_field"},
+		{"a KMS policy of no machine", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"devices":[],"os_image_hashes":["`+root+`"]`))), "manifest_field"},
+		{"a register without a value", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":[]}`))), "manifest_field"},
+		{"a register that is text", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":"0a"}`))), "manifest_field"},
+		{"a register's value in words", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":["zz"]}`))), "manifest_field"},
+		{"registers that are a list", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":[]`))), "manifest_field"},
+		{"development roots that are too large", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":["0a"]},"dev_roots":"`+strings.Repeat("a", MaxDevRoots+1)+`"`))), "manifest_field"},
+		{"an unknown answer to a lost lease", string(doc(`"on_lease_loss":"reboot"`)), "manifest_field"},
+		{"an empty answer to a lost lease", string(doc(`"on_lease_loss":""`)), "manifest_field"},
 		{"an image lock that is a list", string(doc(`"image_lock":[]`)), "manifest_field"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -361,6 +387,11 @@ func TestBuild(t *testing.T) {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 	ours := Draft{
+		KeyProvider: KeyProviderKMS, OnLeaseLoss: OnLeaseLossStop,
+		KMSPolicy: &KMSPolicy{
+			AppID: dstack.AppID{1}, ComposeHashes: []dstack.ComposeHash{{2}, {3}}, OSImageHashes: []dstack.ImageHash{{4}}, Devices: []dstack.DeviceID{{5}},
+			Registers: map[string][][]byte{"b": {{6}}, "a": {{7}, {8}}}, DevRoots: "{}", RequireSession: true,
+		},
 		Name: "n", KeyScopes: map[string][]string{"b": {"y/"}, "a": {}}, EnvSigners: [][]byte{make([]byte, 32)},
 		TimeServers: []TimeServer{{Host: "a:1"}, {Host: "b:1", CACert: "pem"}, {Host: "c:1"}},
 	}
@@ -372,7 +403,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff([]any{ours.KeyScopes, ours.EnvSigners, ours.TimeServers}, []any{m.KeyScopes, m.EnvSigners, m.TimeServers}); d != "" {
+	if d := cmp.Diff([]any{ours.KeyScopes, ours.EnvSigners, ours.TimeServers, ours.KMSPolicy, ours.OnLeaseLoss}, []any{m.KeyScopes, m.EnvSigners, m.TimeServers, m.KMSPolicy, m.OnLeaseLoss}); d != "" {
 		t.Error(d)
 	}
 	n, err := Normalise(got, false)
@@ -385,6 +416,11 @@ func TestBuild(t *testing.T) {
 	if _, err := Build(Draft{Name: "n", Requirements: json.RawMessage(`{"x":1}`)}); fault.Code(err) != "manifest_unknown_field" {
 		t.Errorf("a draft with an unknown requirement: %v", err)
 	}
+}
+
+// kmsPolicy is a policy with further members.
+func kmsPolicy(members string) string {
+	return `{"app_id":"` + strings.Repeat("0a", 20) + `","compose_hashes":["` + strings.Repeat("0a", 32) + `"],` + members + `}`
 }
 
 // The same draft always gives the same bytes, and Parse returns what was drafted.

@@ -612,6 +612,19 @@ func TestPolicyMayAllow(t *testing.T) {
 			g.provider, g.document.KeyProvider = `{"name":"kms","id":"00"}`, "kms"
 			remanifest(g, r, d)
 		}},
+		{"kms_unappraised", func(g *guest, r *request) {
+			d := draft()
+			d.KeyProvider = "kms"
+			g.provider, g.document.KeyProvider = `{"name":"kms","id":"00"}`, "kms"
+			remanifest(g, r, d)
+		}},
+		{"kms_dev_roots", func(g *guest, r *request) {
+			d := draft()
+			d.KeyProvider, d.KMSPolicy = "kms", kmsPolicy()
+			d.KMSPolicy.DevRoots = "{}"
+			g.provider, g.document.KeyProvider = `{"name":"kms","id":"00"}`, "kms"
+			remanifest(g, r, d)
+		}},
 	} {
 		t.Run(tc.code, func(t *testing.T) {
 			g := newGuest(t)
@@ -622,6 +635,29 @@ func TestPolicyMayAllow(t *testing.T) {
 				t.Error(show(v))
 			}
 		})
+	}
+}
+
+func kmsPolicy() *manifest.KMSPolicy {
+	return &manifest.KMSPolicy{AppID: dstack.AppID{1}, ComposeHashes: []dstack.ComposeHash{{2}}, OSImageHashes: []dstack.ImageHash{{3}}}
+}
+
+// The verdict says what the guest demands of its KMS, and what a lost lease does.
+func TestKMSPolicyIsShown(t *testing.T) {
+	for _, tc := range []struct {
+		loss, words string
+	}{{"", "keep running"}, {"stop", "the app stops"}} {
+		g := newGuest(t)
+		r := g.request()
+		d := draft()
+		d.KeyProvider, d.KMSPolicy, d.OnLeaseLoss = "kms", kmsPolicy(), tc.loss
+		g.provider, g.document.KeyProvider = `{"name":"kms","id":"00"}`, "kms"
+		remanifest(g, r, d)
+		v := r.appraise(g.evidence())
+		i := slices.IndexFunc(v.Findings, func(f Finding) bool { return f.Code == "on_lease_loss" })
+		if !v.Accepted || !v.Has(Info, "kms_appraised") || v.Has(Warning, "kms_unappraised") || i < 0 || !strings.Contains(v.Findings[i].Message, tc.words) {
+			t.Error(show(v))
+		}
 	}
 }
 

@@ -153,6 +153,28 @@ func (a *appraisal) manifest() {
 	if m.KeyProviderKind() == manifest.KeyProviderKMS && len(m.KeyProviderID) == 0 {
 		a.add(Warning, "key_provider_unpinned", "manifest.key_provider_id", "", "the manifest does not pin which KMS gives the keys; the host chose it")
 	}
+	a.lease(m)
+}
+
+// lease says what the guest demands of its KMS, and what becomes of it when the KMS no
+// longer authorises it.
+func (a *appraisal) lease(m *manifest.Manifest) {
+	if m.KeyProviderKind() != manifest.KeyProviderKMS {
+		return
+	}
+	if p := m.KMSPolicy; p == nil {
+		a.add(Warning, "kms_unappraised", "manifest.kms_policy", "", "the guest takes its keys from the KMS without appraising it: what the KMS runs, its pin does not say")
+	} else {
+		a.add(Info, "kms_appraised", "manifest.kms_policy", "", "the guest takes its keys only from the app %s that shows evidence of one of %d manifests", p.AppID, len(p.ComposeHashes))
+		if p.DevRoots != "" {
+			a.add(Warning, "kms_dev_roots", "manifest.kms_policy.dev_roots", "", "the guest appraises its KMS under development roots, which say nothing about hardware")
+		}
+	}
+	what := "no new keys, and the containers keep running"
+	if m.OnLeaseLoss == manifest.OnLeaseLossStop {
+		what = "no new keys, and the app stops"
+	}
+	a.add(Info, "on_lease_loss", "manifest.on_lease_loss", "", "when a lease of the KMS ends without another: %s", what)
 }
 
 // mutable names the services that could change what runs after it was measured.

@@ -524,9 +524,12 @@ type AppInfo struct {
 	KeyProviderInfo string `protobuf:"bytes,12,opt,name=key_provider_info,json=keyProviderInfo,proto3" json:"key_provider_info,omitempty"`
 	ComposeHash     []byte `protobuf:"bytes,13,opt,name=compose_hash,json=composeHash,proto3" json:"compose_hash,omitempty"`
 	// JSON object.
-	VmConfig      string `protobuf:"bytes,14,opt,name=vm_config,json=vmConfig,proto3" json:"vm_config,omitempty"`
-	CloudVendor   string `protobuf:"bytes,15,opt,name=cloud_vendor,json=cloudVendor,proto3" json:"cloud_vendor,omitempty"`
-	CloudProduct  string `protobuf:"bytes,16,opt,name=cloud_product,json=cloudProduct,proto3" json:"cloud_product,omitempty"`
+	VmConfig     string `protobuf:"bytes,14,opt,name=vm_config,json=vmConfig,proto3" json:"vm_config,omitempty"`
+	CloudVendor  string `protobuf:"bytes,15,opt,name=cloud_vendor,json=cloudVendor,proto3" json:"cloud_vendor,omitempty"`
+	CloudProduct string `protobuf:"bytes,16,opt,name=cloud_product,json=cloudProduct,proto3" json:"cloud_product,omitempty"`
+	// Ours: JSON of the KMS's lease, {"state": held, grace or lost, "until": time}; empty
+	// when it gives none.
+	Lease         string `protobuf:"bytes,1000,opt,name=lease,proto3" json:"lease,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -648,6 +651,13 @@ func (x *AppInfo) GetCloudVendor() string {
 func (x *AppInfo) GetCloudProduct() string {
 	if x != nil {
 		return x.CloudProduct
+	}
+	return ""
+}
+
+func (x *AppInfo) GetLease() string {
+	if x != nil {
+		return x.Lease
 	}
 	return ""
 }
@@ -1341,7 +1351,7 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\x0eAttestResponse\x12 \n" +
 	"\vattestation\x18\x01 \x01(\fR\vattestation\"3\n" +
 	"\x0fGpuInfoResponse\x12 \n" +
-	"\vattestation\x18\x01 \x01(\tR\vattestation\"\xac\x03\n" +
+	"\vattestation\x18\x01 \x01(\tR\vattestation\"\xc3\x03\n" +
 	"\aAppInfo\x12\x15\n" +
 	"\x06app_id\x18\x01 \x01(\fR\x05appId\x12\x1f\n" +
 	"\vinstance_id\x18\x02 \x01(\fR\n" +
@@ -1357,7 +1367,8 @@ const file_agent_agent_proto_rawDesc = "" +
 	"\fcompose_hash\x18\r \x01(\fR\vcomposeHash\x12\x1b\n" +
 	"\tvm_config\x18\x0e \x01(\tR\bvmConfig\x12!\n" +
 	"\fcloud_vendor\x18\x0f \x01(\tR\vcloudVendor\x12#\n" +
-	"\rcloud_product\x18\x10 \x01(\tR\fcloudProduct\"?\n" +
+	"\rcloud_product\x18\x10 \x01(\tR\fcloudProduct\x12\x15\n" +
+	"\x05lease\x18\xe8\a \x01(\tR\x05lease\"?\n" +
 	"\vSignRequest\x12\x1c\n" +
 	"\talgorithm\x18\x01 \x01(\tR\talgorithm\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"t\n" +

@@ -58,6 +58,8 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
+	"github.com/dstack-go/dstack/guest/clock"
+	"github.com/dstack-go/dstack/guest/kmsclient"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/manifest"
@@ -87,6 +89,7 @@ type Options struct {
 	// upstream's simulator, whose log knows neither its manifest nor a channel key.
 	gpuEvidence   string
 	fixtureConfig string
+	boottime      func() time.Duration // nil: CLOCK_BOOTTIME
 }
 
 // Init is what the agent asks of init; [initrpc.Client] implements it.
@@ -97,6 +100,7 @@ type Init interface {
 	Logs(ctx context.Context, request initrpc.LogsRequest) (initrpc.Logs, error)
 	Containers(ctx context.Context) ([]initrpc.Container, error)
 	Shutdown(ctx context.Context, request initrpc.ShutdownRequest) error
+	Lease(ctx context.Context, change initrpc.LeaseChange) error
 }
 
 // Agent is a guest agent. Make it with [New].
@@ -112,6 +116,7 @@ type Agent struct {
 	evidenceConfig string // the vm_config in evidence
 	wholeLog       bool
 	now            func() time.Time
+	boottime       func() time.Duration
 
 	manifest *manifest.Manifest
 	vmConfig string
@@ -119,6 +124,9 @@ type Agent struct {
 	body     *tdx.ReportBody // of the quote at start; nil where there is no TDX quote
 	keys     *keys.AppKeys
 	issuer   issuer
+	kms      *kmsclient.Client // nil: the keys are not from a KMS
+	kmsRoot  []byte            // DER SubjectPublicKeyInfo of its root CA
+	tenure   *tenure           // nil: the KMS gives no leases
 	scopes   map[string][]string
 
 	// extending is held while the register and the log change, and by those who
@@ -147,7 +155,8 @@ type Agent struct {
 // Error codes: those of eventlog.Boundary and manifest.Parse, log_replay_mismatch
 // (the log does not explain the runtime register), compose_hash_mismatch (the
 // manifest is not the one that was committed), channel_key_mismatch (the channel
-// key is not the one that was committed), app_keys_malformed.
+// key is not the one that was committed), app_keys_malformed, those of
+// kmsclient.PolicyOf and of kmsclient.Subject for the lease.
 func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Agent, error) {
 	defer cfg.Wipe()
 	if opt.EvidenceRate == 0 {
@@ -166,6 +175,9 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 		init: init, log: opt.Log, version: cfg.Version, revision: cfg.Revision, tee: cfg.TEE,
 		disks: cfg.DataDisks, vmConfig: cfg.VMConfig, scopes: cfg.Scopes,
 		gpuEvidence: opt.gpuEvidence, now: opt.Now, wholeLog: opt.WholeLog, logs: make(chan struct{}, maxLogStreams),
+	}
+	if a.boottime = opt.boottime; a.boottime == nil {
+		a.boottime = clock.Linux{}.Boottime
 	}
 	if a.gpuEvidence == "" {
 		a.gpuEvidence = gpuEvidence
@@ -196,7 +208,10 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 	if a.keys, err = keys.Parse(cfg.AppKeys); err != nil {
 		return nil, err
 	}
-	if a.issuer, err = newIssuer(a); err != nil {
+	if a.issuer, err = newIssuer(a, cfg); err != nil {
+		return nil, err
+	}
+	if err := a.takeLease(cfg); err != nil {
 		return nil, err
 	}
 	if a.tee == dstack.TDX {
@@ -340,6 +355,7 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		}
 	}
 	wg.Go(func() { a.keepAppCert(ctx) })
+	wg.Go(func() { a.keepLease(ctx) })
 	var err error
 	select {
 	case <-ctx.Done():

@@ -88,6 +88,7 @@ type fakeInit struct {
 	extends    int
 	extendFail error
 	logged     []initrpc.LogsRequest
+	leases     []initrpc.LeaseChange
 	openLogs   func(context.Context) (initrpc.Logs, error)
 	status     initrpc.Status
 	quoteFile  []byte        // a quote whose report data is patched
@@ -149,6 +150,13 @@ func (f *fakeInit) Containers(ctx context.Context) ([]initrpc.Container, error) 
 
 func (f *fakeInit) Shutdown(ctx context.Context, r initrpc.ShutdownRequest) error {
 	f.stop.Store(&r)
+	return nil
+}
+
+func (f *fakeInit) Lease(ctx context.Context, c initrpc.LeaseChange) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.leases = append(f.leases, c)
 	return nil
 }
 

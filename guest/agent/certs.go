@@ -29,6 +29,9 @@ func randomP256() (*ecdsa.PrivateKey, error) {
 // getTLSKey makes a new key and a certificate for it (guest-agent.md §9). No scope
 // limits it: nobody else ever has the key.
 func (c *caller) getTLSKey(ctx context.Context, req *agentpb.GetTlsKeyArgs) (*agentpb.GetTlsKeyResponse, error) {
+	if err := c.authorised(); err != nil {
+		return nil, err
+	}
 	key, err := randomP256()
 	if err != nil {
 		return nil, err
@@ -42,6 +45,9 @@ func (c *caller) getTLSKey(ctx context.Context, req *agentpb.GetTlsKeyArgs) (*ag
 // deriveKey is Tappd's: one path, one key, which is the app's key of that path under
 // another name (guest-agent.md §8.1); with a random seed it is one of its own.
 func (c *caller) deriveKey(ctx context.Context, req *agentpb.DeriveKeyArgs) (*agentpb.GetTlsKeyResponse, error) {
+	if err := c.authorised(); err != nil {
+		return nil, err
+	}
 	var key *ecdsa.PrivateKey
 	var err error
 	if req.RandomSeed {

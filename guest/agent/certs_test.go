@@ -11,7 +11,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"encoding/pem"
 	"io"
 	"log"
@@ -24,9 +23,11 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dstack-go/dstack"
 	agentpb "github.com/dstack-go/dstack/api/agent"
+	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
@@ -294,7 +295,7 @@ func newTestKMS(t *testing.T) *testKMS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	der, err := root.Issue(certificate.Leaf{Config: csr.Config{Subject: "kms", Names: []string{"127.0.0.1"}, ServerAuth: true}, Public: &rpc.PublicKey}, time.Now())
+	der, err := root.Issue(certificate.Leaf{Config: csr.Config{Subject: "kms", Names: []string{"127.0.0.1"}, ServerAuth: true}, Public: &rpc.PublicKey, Issued: ratls.Issued{Usage: ratls.UsageKMS}}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -311,6 +312,7 @@ func newTestKMS(t *testing.T) *testKMS {
 func (k *testKMS) serve(w http.ResponseWriter, r *http.Request) {
 	k.calls.Add(1)
 	if k.refuse.Load() {
+		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(http.StatusBadRequest)
 		io.WriteString(w, `{"error":"app is not allowed"}`)
 		return
@@ -319,16 +321,16 @@ func (k *testKMS) serve(w http.ResponseWriter, r *http.Request) {
 	if _, err := ratls.FromCertificate(client); err != nil || client.Subject.CommonName != "RA-TLS TEMP Cert" {
 		k.t.Errorf("client certificate %s: %v", client.Subject, err)
 	}
-	var req struct {
-		Version   int    `json:"api_version"`
-		CSR       string `json:"csr"`
-		Signature string `json:"signature"`
-		VMConfig  string `json:"vm_config"`
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		k.t.Error(err)
+		return
 	}
-	if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.Version != 2 || req.VMConfig != testVMConfig || r.URL.String() != "/prpc/SignCert?json" {
-		k.t.Errorf("%s: %+v, %v", r.URL, req, err)
+	var req kmsapi.SignCertRequest
+	if err := proto.Unmarshal(body, &req); err != nil || req.ApiVersion != 2 || req.VmConfig != testVMConfig || r.URL.String() != "/prpc/SignCert" {
+		k.t.Errorf("%s: %+v, %v", r.URL, &req, err)
 	}
-	asked, err := csr.Open(2, unhex(k.t, req.CSR), unhex(k.t, req.Signature))
+	asked, err := csr.Open(2, req.Csr, req.Signature)
 	if err != nil {
 		k.t.Error(err)
 		return
@@ -349,7 +351,11 @@ func (k *testKMS) serve(w http.ResponseWriter, r *http.Request) {
 		k.t.Error(err)
 		return
 	}
-	json.NewEncoder(w).Encode(map[string]any{"certificate_chain": k.chain([]string{certificate.Encode(leaf), k.app.PEM(), k.roots})})
+	reply, err := proto.Marshal(&kmsapi.SignCertResponse{CertificateChain: k.chain([]string{certificate.Encode(leaf), k.app.PEM(), k.roots})})
+	if err != nil {
+		k.t.Error(err)
+	}
+	w.Write(reply)
 }
 
 // guest is an agent whose keys are from the KMS.

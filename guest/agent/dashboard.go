@@ -123,6 +123,9 @@ func (a *Agent) serveDashboard(w http.ResponseWriter, r *http.Request) {
 	add("Instance ID", hex.EncodeToString(p.InstanceId))
 	add("Device ID", hex.EncodeToString(p.DeviceId))
 	add("Key provider", p.KeyProviderInfo)
+	if text := a.leaseText(); text != "" {
+		add("Lease of the KMS", text)
+	}
 	if p.CloudVendor != "" || p.CloudProduct != "" {
 		add("Machine provider (said by the host)", p.CloudVendor+" ("+p.CloudProduct+")")
 	}

@@ -5,38 +5,31 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
-	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"net/url"
-	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack"
+	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/container"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/channel"
+	"github.com/dstack-go/dstack/guest/agent/initrpc"
+	"github.com/dstack-go/dstack/guest/kmsclient"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
 )
 
-// Times of certificates and of the KMS that signs them.
+// Times of the app's certificate.
 const (
-	kmsDialTimeout = 5 * time.Second // guest-agent.md §9.2
-	kmsTimeout     = 60 * time.Second
-	maxKMSReply    = 1 << 20
-
 	appCertPatience = 10 * time.Second // at the start
 	appCertRetry    = time.Minute
 	appCertLatest   = 30 * 24 * time.Hour // a certificate is renewed after that at the latest
@@ -49,7 +42,7 @@ type issuer interface {
 }
 
 // newIssuer returns the issuer that belongs to the app's key provider.
-func newIssuer(a *Agent) (issuer, error) {
+func newIssuer(a *Agent, cfg *initrpc.Config) (issuer, error) {
 	p := a.keys.Provider
 	if p.Kind != keys.KMS {
 		ca, err := certificate.Open([]byte(a.keys.CACert), p.CAKey)
@@ -58,30 +51,58 @@ func newIssuer(a *Agent) (issuer, error) {
 		}
 		return &localIssuer{a, ca}, nil
 	}
-	ca, err := certificate.Open([]byte(p.TempCACert), p.TempCAKey)
-	if err != nil {
+	malformed := func(err error) (issuer, error) {
 		return nil, fault.Wrap(err, "app_keys_malformed", "the app's keys")
 	}
+	root, err := certificate.Parse([]byte(a.keys.CACert))
+	if err != nil {
+		return malformed(err)
+	}
+	if at, err := url.Parse(p.URL); err != nil || at.Scheme != "https" {
+		return malformed(fmt.Errorf("the KMS's address %q is no https URL", p.URL))
+	}
+	// Over attested channels there was no temporary CA.
+	var temp *certificate.Authority
+	if p.TempCACert != "" {
+		if temp, err = certificate.Open([]byte(p.TempCACert), p.TempCAKey); err != nil {
+			return malformed(err)
+		}
+	}
+	policy, err := kmsclient.PolicyOf(a.manifest.KMSPolicy, cfg.IsDev, cfg.PCCSURL)
+	if err != nil {
+		return nil, err
+	}
+	key, err := channel.KeyOf(a.cert.PrivateKey.(crypto.Signer))
+	if err != nil {
+		return nil, err
+	}
+	a.kmsRoot = root.RawSubjectPublicKeyInfo
+	a.kms, err = kmsclient.New(kmsclient.Config{
+		URLs: append([]string{p.URL}, cfg.KMSURLs[:min(len(cfg.KMSURLs), kmsclient.MaxURLs-1)]...), Root: a.kmsRoot, Policy: policy,
+		Attester: channel.AttesterFunc(a.kmsEvidence), Key: key, Temp: temp, Now: a.now,
+	})
+	if err != nil {
+		return malformed(err)
+	}
 	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM([]byte(a.keys.CACert)) {
-		return nil, fault.New("app_keys_malformed", "the app's keys: the KMS's root certificate is malformed")
-	}
-	at, err := url.Parse(p.URL)
-	if err != nil || at.Scheme != "https" || at.Host == "" || at.User != nil {
-		return nil, fault.New("app_keys_malformed", "the app's keys: the KMS's address %q is no https URL", p.URL)
-	}
-	return &kmsIssuer{Agent: a, ca: ca, url: strings.TrimSuffix(p.URL, "/") + "/SignCert?json", roots: roots}, nil
+	roots.AddCert(root)
+	return &kmsIssuer{Agent: a, roots: roots}, nil
 }
 
-// keyEvidence is evidence about a key, as certificates and requests for them carry
-// it: a container with a log of what replays to the runtime register.
-func (a *Agent) keyEvidence(ctx context.Context, spki []byte) ([]byte, error) {
-	ev, err := a.quote(ctx, ratls.ReportData(spki))
+// kmsEvidence is evidence for the KMS, over what binds it to a connection.
+func (a *Agent) kmsEvidence(ctx context.Context, data dstack.ReportData) ([]byte, error) {
+	ev, err := a.quote(ctx, data)
 	if err != nil {
 		return nil, err
 	}
 	ev.EventLog = certLog(ev.EventLog)
 	return container.Encode(ev)
+}
+
+// keyEvidence is evidence about a key, as certificates and requests for them carry
+// it: a container with a log of what replays to the runtime register.
+func (a *Agent) keyEvidence(ctx context.Context, spki []byte) ([]byte, error) {
+	return a.kmsEvidence(ctx, ratls.ReportData(spki))
 }
 
 // certLog is the part of a log that goes into certificates (guest-agent.md §10.3):
@@ -160,39 +181,13 @@ func (i *localIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Co
 	return []string{certificate.Encode(leaf), i.ca.PEM()}, nil
 }
 
-// kmsIssuer has a KMS sign, over TLS that trusts the KMS's root alone and shows
-// evidence of this instance.
+// kmsIssuer has the KMS sign, and trusts its root alone.
 type kmsIssuer struct {
 	*Agent
-	ca    *certificate.Authority // the KMS's temporary CA, which everyone may use
-	url   string
 	roots *x509.CertPool
 }
 
-// clientCert makes the certificate that this instance shows to the KMS.
-func (i *kmsIssuer) clientCert(ctx context.Context) (tls.Certificate, error) {
-	key, err := randomP256()
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	spki, err := x509.MarshalPKIXPublicKey(key.Public())
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	evidence, err := i.keyEvidence(ctx, spki)
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	leaf, err := i.ca.Issue(certificate.Leaf{Config: csr.Config{Subject: "RA-TLS TEMP Cert", ClientAuth: true}, Public: &key.PublicKey, Evidence: evidence}, i.now())
-	if err != nil {
-		return tls.Certificate{}, err
-	}
-	return tls.Certificate{Certificate: [][]byte{leaf, i.ca.Certificate.Raw}, PrivateKey: key}, nil
-}
-
-func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, kmsTimeout)
-	defer cancel()
+func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Config) (chain []string, err error) {
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
 		return nil, err
@@ -205,54 +200,20 @@ func (i *kmsIssuer) issue(ctx context.Context, key *ecdsa.PrivateKey, r csr.Conf
 	if err != nil {
 		return nil, err
 	}
-	cert, err := i.clientCert(ctx)
-	if err != nil {
-		return nil, err
+	err = kmsclient.Ask(ctx, i.kms, "SignCert", &kmsapi.SignCertRequest{ApiVersion: 2, Csr: request, Signature: signature, VmConfig: i.vmConfig},
+		func(reply *kmsapi.SignCertResponse, _ kmsclient.Answer) (err error) {
+			if reply.Release != nil {
+				if _, err := i.subject().Release(reply.Release, i.kmsRoot); err != nil {
+					return err
+				}
+			}
+			chain, err = checkChain(reply.CertificateChain, spki, i.roots, i.now())
+			return err
+		})
+	if err != nil && fault.Code(err) != "kms_chain" {
+		err = fault.Wrap(err, "kms_sign_failed", "have the KMS sign a certificate").WithFix("see whether the KMS runs and allows this app")
 	}
-	body, err := json.Marshal(map[string]any{
-		"api_version": 2, "csr": hex.EncodeToString(request), "signature": hex.EncodeToString(signature), "vm_config": i.vmConfig,
-	})
-	if err != nil {
-		return nil, err
-	}
-	reply, err := i.post(ctx, cert, body)
-	if err != nil {
-		return nil, fault.Wrap(err, "kms_sign_failed", "have the KMS sign a certificate").WithFix("see whether the KMS runs and allows this app")
-	}
-	return checkChain(reply, spki, i.roots, i.now())
-}
-
-// post asks once, on a connection of its own: the certificate is of this call.
-func (i *kmsIssuer) post(ctx context.Context, cert tls.Certificate, body []byte) ([]string, error) {
-	dial := &tls.Config{RootCAs: i.roots, Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, Time: i.now}
-	transport := &http.Transport{
-		TLSClientConfig: dial, TLSHandshakeTimeout: kmsDialTimeout, DisableKeepAlives: true, MaxResponseHeaderBytes: 16 << 10,
-		DialContext: (&net.Dialer{Timeout: kmsDialTimeout}).DialContext, DisableCompression: true,
-	}
-	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("the KMS redirects") }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, i.url, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxKMSReply))
-	if err != nil {
-		return nil, err
-	}
-	var reply struct {
-		Chain []string `json:"certificate_chain"`
-		Error string   `json:"error"`
-	}
-	err = json.Unmarshal(text, &reply)
-	if resp.StatusCode != http.StatusOK || reply.Error != "" {
-		return nil, fmt.Errorf("it answers %s: %.300q", resp.Status, reply.Error)
-	}
-	return reply.Chain, err
+	return chain, err
 }
 
 // checkChain refuses what a KMS should not have returned: a leaf of another key, or
@@ -302,6 +263,9 @@ func checkChain(chain []string, spki []byte, roots *x509.CertPool, now time.Time
 func (a *Agent) renewAppCert(ctx context.Context) (time.Duration, error) {
 	key, err := randomP256()
 	if err != nil {
+		return 0, err
+	}
+	if err := a.authorised(); err != nil {
 		return 0, err
 	}
 	chain, err := a.issuer.issue(ctx, key, csr.Config{Subject: "demo-cert", ClientAuth: true, WithEvidence: true})

@@ -86,6 +86,9 @@ func (a *Agent) derive(path, purpose, algorithm string) (*derived, error) {
 
 // getKey answers GetKey, whose caller may use what s allows.
 func (a *Agent) getKey(s *scope, req *agentpb.GetKeyArgs) (*agentpb.GetKeyResponse, error) {
+	if err := a.authorised(); err != nil {
+		return nil, err
+	}
 	if err := s.allow(req.Path); err != nil {
 		return nil, err
 	}
@@ -110,6 +113,9 @@ func (a *Agent) deriveK256Key(s *scope, req *agentpb.GetKeyArgs) (*agentpb.Deriv
 
 // sign signs with the key of the path "vms" and the purpose "signing".
 func (a *Agent) sign(s *scope, req *agentpb.SignRequest) (*agentpb.SignResponse, error) {
+	if err := a.authorised(); err != nil {
+		return nil, err
+	}
 	if err := s.allow(signPath); err != nil {
 		return nil, err
 	}

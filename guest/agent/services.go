@@ -188,11 +188,11 @@ func (a *Agent) guestAPIHandler() http.Handler {
 }
 
 func (a *Agent) appInfo(context.Context, *emptypb.Empty) (*agentpb.AppInfo, error) {
-	return a.state.Load().info.app, nil
+	return a.withLease(a.state.Load().info.app), nil
 }
 
 func (a *Agent) publicInfo(context.Context, *emptypb.Empty) (*agentpb.AppInfo, error) {
-	return a.state.Load().info.public, nil
+	return a.withLease(a.state.Load().info.public), nil
 }
 
 func (a *Agent) workerVersion(context.Context, *emptypb.Empty) (*agentpb.WorkerVersion, error) {

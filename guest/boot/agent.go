@@ -26,6 +26,7 @@ import (
 	"github.com/dstack-go/dstack/guest/firewall"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
 )
 
 // agentUser is the uid and gid of the agent (design.md §3, "Privilege").
@@ -75,7 +76,11 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 			Manifest: m.manifest.Raw, SysConfig: m.files[hostshare.SysConfigName], VMConfig: m.sysConfig.VMConfig,
 			Events: m.log.Log(), ChannelKey: key, AppKeys: appKeys, Scopes: m.manifest.KeyScopes,
 			DataDisks: []string{"/", persistent},
+			KMSURLs:   m.sysConfig.KMSURLs, PCCSURL: m.sysConfig.PCCS(),
 		},
+	}
+	if l := m.grant.Lease; l != nil {
+		a.config.Lease, a.config.LeaseSignature = l.Document, l.Signature
 	}
 	if v := release["VERSION_ID"]; v != "" {
 		a.config.Version = v
@@ -300,6 +305,27 @@ func (i rpcInit) Logs(ctx context.Context, r initrpc.LogsRequest) (initrpc.Logs,
 func (i rpcInit) Shutdown(_ context.Context, r initrpc.ShutdownRequest) error {
 	i.m.RequestShutdown(r.Reason)
 	return nil
+}
+
+// Lease tells host and console what became of the KMS's lease; once it is lost, the
+// manifest may want the app to stop.
+func (i rpcInit) Lease(_ context.Context, c initrpc.LeaseChange) error {
+	text := leaseLine(c)
+	i.m.console.Log(text)
+	i.m.host.Notify(eventLease, text)
+	if c.State == initrpc.LeaseLost && i.m.manifest.OnLeaseLoss == manifest.OnLeaseLossStop {
+		i.m.RequestShutdown(text)
+	}
+	return nil
+}
+
+// leaseLine says it on one line; lost is what has a code.
+func leaseLine(c initrpc.LeaseChange) string {
+	text := fmt.Sprintf("lease_%s: the KMS's lease until %s", c.State, c.Until.UTC().Format(time.RFC3339))
+	if c.Reason != "" {
+		text += ": " + c.Reason
+	}
+	return oneLine(truncate(text, 1024))
 }
 
 func (i rpcInit) Status(context.Context) (initrpc.Status, error) {

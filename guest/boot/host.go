@@ -17,6 +17,8 @@ const (
 	eventInstance = "instance.info"
 	// eventTimings is ours: the milliseconds of each phase as a JSON array.
 	eventTimings = "boot.timings"
+	// eventLease is ours: what became of the KMS's lease.
+	eventLease = "kms.lease"
 )
 
 // maxNotification is the largest payload a host keeps; longer ones vanish whole.

@@ -5,6 +5,9 @@ package boot
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -17,10 +20,12 @@ import (
 	"github.com/dstack-go/dstack/collateral/fetch"
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/keyprovider"
+	"github.com/dstack-go/dstack/guest/kmsclient"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/releaselog"
 )
 
 // appKeys returns the app's keys, which are there from the phase key-provider on.
@@ -55,6 +60,12 @@ func (m *Machine) keyProvider(ctx context.Context) error {
 	m.secrets.app = app
 	m.secrets.mu.Unlock()
 	m.imageHash = grant.OSImageHash
+	m.kms, m.grant = p, *grant
+	m.grant.Keys = nil
+	if app.Provider.Kind == keys.KMS {
+		m.console.Log(fmt.Sprintf("keys of the KMS %.200s, attested channel: %t, release log: %d entries, lease: %t",
+			oneLine(app.Provider.URL), grant.Session, grant.Head.Size(), grant.Lease != nil))
+	}
 	if grant.Unpinned {
 		m.console.Log("the manifest does not pin its key provider: the host chose it")
 	}
@@ -99,6 +110,36 @@ func (m *Machine) runtimeEvents(ctx context.Context) error {
 	return m.log.System(ctx, eventlog.StorageFS, []byte(fs.String()))
 }
 
+// releaseLogs is where the heads of the KMS's release logs are remembered.
+const releaseLogs = "release-logs.json"
+
+// releaseLogLimit is for asking one KMS a few times.
+const releaseLogLimit = 3 * time.Minute
+
+// releaseLog holds the head of the KMS's release log, in which it proved the grant to
+// be, against what earlier boots saw of it (threats.md G10). The keys came before the
+// disk that remembers: nothing has used them but to open it. A KMS that never showed a
+// log is upstream's. Codes: those of releaselog.Memory, and of asking the KMS.
+func (m *Machine) releaseLog(ctx context.Context) error {
+	p := m.appKeys().Provider
+	if p.Kind != keys.KMS {
+		return nil
+	}
+	if err := os.MkdirAll(m.remembers, 0o700); err != nil {
+		return fault.Wrap(err, "data_disk", "make %s", m.remembers)
+	}
+	memory := releaselog.OpenMemory(filepath.Join(m.remembers, releaseLogs))
+	if m.grant.Head.IsZero() {
+		m.console.Log("the KMS shows no release log: what it gives to whom is not to be seen")
+		return memory.Missing(p.SPKI)
+	}
+	kms, ok := m.kms.(*keyprovider.KMS)
+	if !ok {
+		return fault.New("internal", "keys of a KMS from a %T", m.kms)
+	}
+	return outbound(func() error { return kms.Observe(ctx, memory, m.grant.Head, p.URL) })
+}
+
 // provider returns the key provider that the manifest names, and whether asking it
 // takes the network. Codes: key_provider_unavailable, and collateral_url for a PCCS that
 // cannot be asked.
@@ -113,8 +154,13 @@ func (m *Machine) provider() (p keyprovider.Provider, network bool, err error) {
 			FirstBoot: m.instance.DataDisk == hostshare.DataDiskNew,
 		}, false, nil
 	case manifest.KeyProviderKMS:
+		policy, err := kmsclient.PolicyOf(m.manifest.KMSPolicy, m.development(), m.sysConfig.PCCS())
+		if err != nil {
+			return nil, false, err
+		}
 		return &keyprovider.KMS{
-			URLs: m.sysConfig.KMSURLs, Pin: m.manifest.KeyProviderID, App: m.identity.appID,
+			URLs: m.sysConfig.KMSURLs, Pin: m.manifest.KeyProviderID, Policy: policy,
+			App: m.identity.appID, Instance: m.identity.instanceID, Compose: m.identity.composeHash,
 			VMConfig: m.sysConfig.VMConfig, Attester: attester,
 		}, true, nil
 	case manifest.KeyProviderLocal:

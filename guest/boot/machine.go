@@ -28,6 +28,7 @@ import (
 	"github.com/dstack-go/dstack/guest/disk"
 	"github.com/dstack-go/dstack/guest/engine"
 	"github.com/dstack-go/dstack/guest/firewall"
+	"github.com/dstack-go/dstack/guest/keyprovider"
 	"github.com/dstack-go/dstack/guest/modules"
 	"github.com/dstack-go/dstack/guest/script"
 	"github.com/dstack-go/dstack/hostshare"
@@ -82,7 +83,9 @@ type Machine struct {
 	variables map[string]string // the decrypted environment, for the compose file
 	layers    layers            // of the measured command line
 
-	imageHash []byte // of the OS image, by the KMS; empty: no KMS
+	imageHash []byte            // of the OS image, by the KMS; empty: no KMS
+	grant     keyprovider.Grant // less the keys
+	kms       keyprovider.Provider
 
 	agent      *agentKeeper
 	scriptRoom *script.Room // nil: the manifest has no scripts
@@ -143,6 +146,7 @@ func (m *Machine) Phases() []Phase {
 		{Name: "key-provider", Progress: "requesting app keys", Run: m.keyProvider},
 		{Name: "runtime-events", Run: m.runtimeEvents},
 		{Name: "data-disk", Progress: "initializing data disk", Limit: 5 * time.Minute, Run: m.dataDisk},
+		{Name: "release-log", Limit: releaseLogLimit, Run: m.releaseLog},
 		{Name: "env", Progress: "data disk ready", Run: m.env},
 		{Name: "channel-key", Run: m.channelKey},
 		{Name: "system-ready", Run: m.systemReady},

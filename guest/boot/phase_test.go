@@ -17,7 +17,7 @@ import (
 // The order of design.md §3; docs and the VM test compare with these names.
 var bootOrder = []string{
 	"hostlink", "mounts", "open-root", "entropy", "tee", "read-blob", "parse", "launch-events", "config-document",
-	"firewall", "network", "time", "key-provider", "runtime-events", "data-disk", "env", "channel-key", "system-ready",
+	"firewall", "network", "time", "key-provider", "runtime-events", "data-disk", "release-log", "env", "channel-key", "system-ready",
 	"ingress", "scripts", "engine", "images", "compose-up", "done",
 }
 

@@ -31,6 +31,7 @@ import (
 	"github.com/dstack-go/dstack/keys"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/derive"
+	"github.com/dstack-go/dstack/releaselog"
 )
 
 // Provider gives an app its keys.
@@ -48,6 +49,13 @@ type Grant struct {
 	// Unpinned says that the manifest pins no provider where it could: the keys may be
 	// the host's.
 	Unpinned bool
+	// Session says that a KMS gave the keys over an attested channel.
+	Session bool
+	// Head is that of the KMS's release log, in which this grant is; zero for a KMS that
+	// shows no log.
+	Head releaselog.Head
+	// Lease is how long the KMS authorises the instance; nil when it does not say.
+	Lease *Lease
 	// Created says that a seed was made and stored just now.
 	Created bool
 }

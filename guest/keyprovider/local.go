@@ -19,6 +19,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
+	"github.com/dstack-go/dstack/guest/kmsclient"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
 )
@@ -83,7 +84,7 @@ func (l *Local) Keys(ctx context.Context) (*Grant, error) {
 	sealed, providerQuote, err := l.SealingKey(ctx, quote)
 	if refusal, ok := err.(*fault.Error); ok {
 		// The host's words, behind whatever code it chose to give.
-		return nil, fault.New("provider_unavailable", "the host gives no key of the local key provider: %s", printable(refusal.Message)).
+		return nil, fault.New("provider_unavailable", "the host gives no key of the local key provider: %s", kmsclient.Printable(refusal.Message, kmsclient.MaxReason)).
 			WithFix("see whether the host runs a key provider, and its log")
 	}
 	if err != nil {

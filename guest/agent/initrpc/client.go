@@ -204,6 +204,11 @@ func (c *Client) Shutdown(ctx context.Context, request ShutdownRequest) error {
 	return c.call(ctx, methodShutdown, request, nil)
 }
 
+// Lease tells init what became of the lease.
+func (c *Client) Lease(ctx context.Context, change LeaseChange) error {
+	return c.call(ctx, methodLease, change, nil)
+}
+
 // Status asks how far boot has come.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var r Status

@@ -41,6 +41,15 @@ type Config struct {
 	AppKeys    []byte   `json:"app_keys"`    // keys.AppKeys.ForAgent().Encode(); secret
 	DataDisks  []string `json:"data_disks"`  // mount points that SysInfo reports
 
+	// KMSURLs are further addresses of the KMS, and PCCSURL is where its evidence's
+	// collateral is: transport, as the host gave them.
+	KMSURLs []string `json:"kms_urls,omitempty"`
+	PCCSURL string   `json:"pccs_url,omitempty"`
+	// Lease and LeaseSignature are the KMS's lease for this instance; empty when it
+	// gives none.
+	Lease          []byte `json:"lease,omitempty"`
+	LeaseSignature []byte `json:"lease_signature,omitempty"`
+
 	// Scopes is key_scopes of the manifest: what the listener of each service may
 	// derive. Without an entry, a service has no listener of its own.
 	Scopes map[string][]string `json:"scopes,omitempty"`

@@ -37,6 +37,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
@@ -74,6 +75,10 @@ type Init interface {
 	// Shutdown begins to power off the guest and returns at once.
 	Shutdown(ctx context.Context, request ShutdownRequest) error
 
+	// Lease tells what became of the KMS's lease. Whether the app goes on is init's to
+	// decide, by the manifest.
+	Lease(ctx context.Context, change LeaseChange) error
+
 	// Status says how far boot has come.
 	Status(ctx context.Context) (Status, error)
 
@@ -97,6 +102,20 @@ type Container struct {
 // ShutdownRequest says who asked; it is logged, nothing else.
 type ShutdownRequest struct {
 	Reason string `json:"reason"`
+}
+
+// States of a lease (design.md §7).
+const (
+	LeaseHeld  = "held"
+	LeaseGrace = "grace" // held, and its renewal fails
+	LeaseLost  = "lost"  // ended: no new keys
+)
+
+// LeaseChange is a change of a lease's state.
+type LeaseChange struct {
+	State  string    `json:"state"`
+	Until  time.Time `json:"until"`            // when it ends or ended
+	Reason string    `json:"reason,omitempty"` // why it was not renewed
 }
 
 // Status is the state of boot and of what it started.
@@ -139,6 +158,7 @@ const (
 	methodExtend     = "extend"
 	methodContainers = "containers"
 	methodShutdown   = "shutdown"
+	methodLease      = "lease"
 	methodStatus     = "status"
 	methodReady      = "ready"
 	methodCancel     = "cancel"

@@ -45,6 +45,7 @@ type fakeInit struct {
 	logs       func(context.Context, LogsRequest) (Logs, error)
 	events     atomic.Int32
 	shutdown   atomic.Pointer[ShutdownRequest]
+	lease      atomic.Pointer[LeaseChange]
 }
 
 func (f *fakeInit) Quote(ctx context.Context, data dstack.ReportData) ([]byte, error) {
@@ -63,6 +64,11 @@ func (f *fakeInit) Containers(ctx context.Context) ([]Container, error) { return
 
 func (f *fakeInit) Shutdown(ctx context.Context, r ShutdownRequest) error {
 	f.shutdown.Store(&r)
+	return nil
+}
+
+func (f *fakeInit) Lease(ctx context.Context, c LeaseChange) error {
+	f.lease.Store(&c)
 	return nil
 }
 
@@ -131,6 +137,10 @@ func TestEachMethodReachesInit(t *testing.T) {
 	}
 	if err := c.Shutdown(ctx, ShutdownRequest{Reason: "host asked"}); err != nil || f.shutdown.Load().Reason != "host asked" {
 		t.Errorf("shutdown %v, %v", f.shutdown.Load(), err)
+	}
+	change := LeaseChange{State: LeaseLost, Until: time.Unix(1_800_000_000, 0).UTC(), Reason: "no"}
+	if err := c.Lease(ctx, change); err != nil || *f.lease.Load() != change {
+		t.Errorf("lease %v, %v", f.lease.Load(), err)
 	}
 	_, err = c.Status(ctx)
 	if fault.Code(err) != "status_code" || err.Error() != "no status" || fault.Fix(err) != "wait" {

@@ -190,6 +190,13 @@ func (s *server) handle(ctx context.Context, req request) (any, error) {
 		}
 		return struct{}{}, s.init.Shutdown(ctx, p)
 
+	case methodLease:
+		var p LeaseChange
+		if err := params(&p); err != nil {
+			return nil, err
+		}
+		return struct{}{}, s.init.Lease(ctx, p)
+
 	case methodStatus:
 		return s.init.Status(ctx)
 

@@ -30,7 +30,7 @@ import (
 // order is the boot of design.md §3 as the console shows it.
 var order = []string{
 	"hostlink", "mounts", "open-root", "entropy", "tee", "read-blob", "parse", "launch-events", "config-document",
-	"firewall", "network", "time", "key-provider", "runtime-events", "data-disk", "env", "channel-key", "system-ready",
+	"firewall", "network", "time", "key-provider", "runtime-events", "data-disk", "release-log", "env", "channel-key", "system-ready",
 	"ingress", "scripts", "engine", "images", "compose-up", "done",
 }
 

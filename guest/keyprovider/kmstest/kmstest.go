@@ -15,12 +15,15 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -31,11 +34,14 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/attest/tdx"
+	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/keys/envelope"
+	"github.com/dstack-go/dstack/keys/lease"
 	"github.com/dstack-go/dstack/prpc"
+	"github.com/dstack-go/dstack/releaselog"
 
 	"google.golang.org/protobuf/types/known/emptypb"
 )
@@ -55,12 +61,22 @@ type Options struct {
 	AnswerTemp   func(*kmsapi.GetTempCaCertResponse)
 	GatewayAppID string
 	OSImageHash  []byte
-	Now          func() time.Time
+	// Attester gives the KMS evidence: in its certificate, and on attested channels, which
+	// it then serves beside RA-TLS, unless OnlyRATLS is set. Nil: none, as outside a TEE.
+	Attester  channel.Attester
+	OnlyRATLS bool
+	// LogDir is where the release log is, made if it is not there; "": none, as
+	// upstream's.
+	LogDir string
+	// Lease is how long leases last; zero: none, as upstream's.
+	Lease time.Duration
+	Now   func() time.Time
 }
 
 // Call is what the KMS learned of a caller; nothing of it was verified.
 type Call struct {
-	Method   string // GetAppKey or SignCert
+	Method   string // GetAppKey, RenewLease or SignCert
+	Session  bool   // over an attested channel
 	Identity eventlog.Identity
 	Evidence *attest.Evidence
 	VMConfig string
@@ -81,6 +97,7 @@ type Server struct {
 	mu        sync.Mutex
 	calls     []Call
 	clientCAs *x509.CertPool
+	log       *releaselog.Log // nil: none
 }
 
 // Start runs a KMS until Close.
@@ -102,8 +119,12 @@ func Start(opt Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openLog(); err != nil {
+		return nil, err
+	}
 	l, err := net.Listen("tcp", opt.Addr)
 	if err != nil {
+		s.closeLog()
 		return nil, err
 	}
 	s.URL = "https://" + l.Addr().String()
@@ -113,13 +134,23 @@ func Start(opt Options) (*Server, error) {
 		prpc.Unary("GetAppEnvEncryptPubKey", s.getEnvKey),
 		prpc.Unary("GetAppKey", s.getAppKey),
 		prpc.Unary("SignCert", s.signCert),
+		prpc.Unary("RenewLease", s.renewLease),
+		prpc.Unary("GetLogConsistency", s.getConsistency),
 	))
 	s.http.ErrorLog = log.New(discard{}, "", 0) // refused handshakes are what tests are about
 	s.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) }
-	secure := tls.NewListener(l, &tls.Config{
+	plain := &tls.Config{
 		Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
 		ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: s.clientCAs, Time: opt.Now,
-	})
+	}
+	secure := net.Listener(tls.NewListener(l, plain))
+	if opt.Attester != nil && !opt.OnlyRATLS {
+		secure, err = channel.NewListener(l, &channel.Config{Attester: opt.Attester, Appraiser: believer{}, AppEvidence: true, Other: plain, Now: opt.Now})
+		if err != nil {
+			s.closeLog()
+			return nil, err
+		}
+	}
 	go func() {
 		defer close(s.done)
 		_ = s.http.Server.Serve(secure)
@@ -137,7 +168,51 @@ type connKey struct{}
 func (s *Server) Close() error {
 	err := s.http.Close()
 	<-s.done
+	s.closeLog()
 	return err
+}
+
+func (s *Server) openLog() error {
+	if s.opt.LogDir == "" {
+		return nil
+	}
+	key, err := derive.P256FromScalar(s.roots.CA)
+	if err != nil {
+		return err
+	}
+	if _, err = os.Stat(s.opt.LogDir); errors.Is(err, fs.ErrNotExist) {
+		s.log, err = releaselog.Create(context.Background(), s.opt.LogDir, s.SPKI(), func(_ context.Context, document []byte) ([]byte, error) {
+			sum := sha256.Sum256(releaselog.AttestedMessage(document))
+			return ecdsa.SignASN1(rand.Reader, key, sum[:])
+		})
+	} else if err == nil {
+		s.log, err = releaselog.Open(s.opt.LogDir, s.SPKI())
+	}
+	return err
+}
+
+func (s *Server) closeLog() {
+	if s.log != nil {
+		s.log.Close()
+	}
+}
+
+// believer takes every peer for what its log says it is.
+type believer struct{}
+
+func (believer) Appraise(_ context.Context, c channel.Candidate) (*channel.Appraisal, error) {
+	e, err := container.Decode(c.Container)
+	if err != nil {
+		return nil, err
+	}
+	id, err := eventlog.LaunchIdentity(e.EventLog)
+	if err != nil {
+		return nil, err
+	}
+	return &channel.Appraisal{
+		Identity:   channel.Identity{AppID: id.AppID, ComposeHash: id.ComposeHash, ChannelKey: id.ChannelKey},
+		ReportData: e.ReportData, Trust: dstack.TrustDevelopment, Booting: !id.SystemReady, Detail: e,
+	}, nil
 }
 
 // SPKI is what key_provider_id pins: the root CA's key.
@@ -203,9 +278,19 @@ func (s *Server) makeKeys() (tls.Certificate, error) {
 	if err != nil {
 		return none, err
 	}
+	var evidence []byte
+	if s.opt.Attester != nil {
+		spki, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return none, err
+		}
+		if evidence, err = s.opt.Attester.Attest(context.Background(), ratls.ReportData(spki)); err != nil {
+			return none, err
+		}
+	}
 	der, err := s.root.Issue(certificate.Leaf{
 		Config: csr.Config{Subject: s.opt.Names[0], Names: s.opt.Names},
-		Public: &key.PublicKey, Issued: ratls.Issued{Usage: s.opt.Usage},
+		Public: &key.PublicKey, Issued: ratls.Issued{Usage: s.opt.Usage}, Evidence: evidence,
 	}, now)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
@@ -284,15 +369,7 @@ func (s *Server) getAppKey(ctx context.Context, r *kmsapi.GetAppKeyRequest) (*km
 	if r.ApiVersion > 1 {
 		return nil, fmt.Errorf("Unsupported API version: %d", r.ApiVersion)
 	}
-	conn, ok := ctx.Value(connKey{}).(*tls.Conn)
-	if !ok || len(conn.ConnectionState().PeerCertificates) == 0 {
-		return nil, errors.New("No attestation provided")
-	}
-	a, err := ratls.FromCertificate(conn.ConnectionState().PeerCertificates[0])
-	if err != nil {
-		return nil, err
-	}
-	id, err := s.allow("GetAppKey", a.Evidence, a.ReportData, Call{VMConfig: r.VmConfig})
+	id, err := s.caller(ctx, "GetAppKey", r.VmConfig)
 	if err != nil {
 		return nil, err
 	}
@@ -320,10 +397,92 @@ func (s *Server) getAppKey(ctx context.Context, r *kmsapi.GetAppKeyRequest) (*km
 		CaCert: s.RootPEM(), DiskCryptKey: disk.Bytes(), EnvCryptKey: env.Bytes(), K256Key: app.Bytes(), K256Signature: signature,
 		TproxyAppId: s.opt.GatewayAppID, GatewayAppId: s.opt.GatewayAppID, OsImageHash: s.opt.OSImageHash,
 	}
+	if out.Release, out.Lease, err = s.grant(ctx, id); err != nil {
+		return nil, err
+	}
 	if s.opt.Answer != nil {
 		s.opt.Answer(out)
 	}
 	return out, nil
+}
+
+// caller reads who is at the other end of the connection, and asks the hook.
+func (s *Server) caller(ctx context.Context, method, vmConfig string) (eventlog.Identity, error) {
+	c := Call{VMConfig: vmConfig}
+	conn, ok := ctx.Value(connKey{}).(interface{ ConnectionState() tls.ConnectionState })
+	if !ok {
+		return eventlog.Identity{}, errors.New("No attestation provided")
+	}
+	if ch, ok := conn.(*channel.Conn); ok && ch.Peer() != nil {
+		e := ch.Peer().Detail.(*attest.Evidence)
+		c.Session = true
+		return s.allow(method, e, e.ReportData, c)
+	}
+	certs := conn.ConnectionState().PeerCertificates
+	if len(certs) == 0 {
+		return eventlog.Identity{}, errors.New("No attestation provided")
+	}
+	a, err := ratls.FromCertificate(certs[0])
+	if err != nil {
+		return eventlog.Identity{}, err
+	}
+	return s.allow(method, a.Evidence, a.ReportData, c)
+}
+
+// grant logs a grant and makes a lease, where the KMS has them.
+func (s *Server) grant(ctx context.Context, id eventlog.Identity) (*kmsapi.Release, *kmsapi.Lease, error) {
+	var release *kmsapi.Release
+	var out *kmsapi.Lease
+	now := s.opt.Now()
+	doc := lease.Document{AppID: id.AppID, InstanceID: id.InstanceID, ComposeHash: id.ComposeHash, NotBefore: now, NotAfter: now.Add(s.opt.Lease)}
+	if s.log != nil {
+		e := releaselog.Entry{Time: now, Kind: releaselog.Grant, AppID: id.AppID, ComposeHash: id.ComposeHash}
+		copy(e.InstanceID[:], id.InstanceID)
+		receipt, err := s.log.Append(ctx, e)
+		if err != nil {
+			return nil, nil, err
+		}
+		release = receipt.Release()
+		doc.Log, doc.Index = receipt.Head.Log(), receipt.Index
+	}
+	if s.opt.Lease > 0 {
+		text, err := doc.Encode()
+		if err != nil {
+			return nil, nil, err
+		}
+		key, err := derive.P256FromScalar(s.roots.CA)
+		if err != nil {
+			return nil, nil, err
+		}
+		sum := sha256.Sum256([]byte(lease.Context + "\n" + string(text)))
+		signature, err := ecdsa.SignASN1(rand.Reader, key, sum[:])
+		if err != nil {
+			return nil, nil, err
+		}
+		out = &kmsapi.Lease{Document: text, Signature: signature}
+	}
+	return release, out, nil
+}
+
+func (s *Server) renewLease(ctx context.Context, r *kmsapi.RenewLeaseRequest) (*kmsapi.RenewLeaseResponse, error) {
+	if s.opt.Lease == 0 {
+		return nil, errors.New("Service not found: RenewLease")
+	}
+	id, err := s.caller(ctx, "RenewLease", r.VmConfig)
+	if err != nil {
+		return nil, err
+	}
+	release, l, err := s.grant(ctx, id)
+	return &kmsapi.RenewLeaseResponse{Release: release, Lease: l}, err
+}
+
+func (s *Server) getConsistency(_ context.Context, r *kmsapi.LogConsistencyRequest) (*kmsapi.LogConsistencyResponse, error) {
+	if s.log == nil {
+		return nil, errors.New("Service not found: GetLogConsistency")
+	}
+	head := s.log.Head()
+	proof, _, err := s.log.Consistency(r.From, head.Size())
+	return &kmsapi.LogConsistencyResponse{Head: head.Wire(), Proof: proof}, err
 }
 
 func (s *Server) signCert(_ context.Context, r *kmsapi.SignCertRequest) (*kmsapi.SignCertResponse, error) {
