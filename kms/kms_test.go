@@ -377,44 +377,41 @@ func TestReplication(t *testing.T) {
 	w := newWorld(t, nil)
 	replica := w.guest(kmsApp, kmsHash)
 	replica.Booting, replica.InstanceID, replica.Config = false, dstack.InstanceID{2}, w.self.Config
-	for _, session := range []bool{true, false} {
-		c := w.ratls(replica)
-		if session {
-			c = w.session(replica)
-		}
-		r, err := call[kmsapi.KmsKeyResponse](t, c, "GetKmsKey", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(r.Keys) != 1 {
-			t.Fatalf("%d sets of keys", len(r.Keys))
-		}
-		entry, _, err := releaselog.VerifyRelease(r.Release, w.roots.Identity().CA)
-		if err != nil || entry.Purpose != "replication" || entry.Role != "kms" {
-			t.Errorf("entry %+v: %v", entry, err)
-		}
-		roots, err := custody.Import(r.Keys[0], w.roots.Identity())
-		if err != nil {
-			t.Fatal(err)
-		}
-		roots.Wipe()
+	r, err := call[kmsapi.KmsKeyResponse](t, w.session(replica), "GetKmsKey", nil)
+	if err != nil {
+		t.Fatal(err)
 	}
-	// An app is no KMS, whatever it may have for itself.
-	_, err := call[kmsapi.KmsKeyResponse](t, w.ratls(w.guest(appA, good)), "GetKmsKey", nil)
-	wantCode(t, err, "kms_not_allowed")
+	if len(r.Keys) != 1 {
+		t.Fatalf("%d sets of keys", len(r.Keys))
+	}
+	entry, _, err := releaselog.VerifyRelease(r.Release, w.roots.Identity().CA)
+	if err != nil || entry.Purpose != "replication" || entry.Role != "kms" {
+		t.Errorf("entry %+v: %v", entry, err)
+	}
+	roots, err := custody.Import(r.Keys[0], w.roots.Identity())
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots.Wipe()
+	// Evidence about a key, which a thief of the key can show, is not enough.
+	_, err = call[kmsapi.KmsKeyResponse](t, w.ratls(replica), "GetKmsKey", nil)
+	wantCode(t, err, "session_required")
 	sealed := newWorld(t, nil, func(c *Config) { c.Exporter = nil })
-	_, err = call[kmsapi.KmsKeyResponse](t, sealed.ratls(sealed.self), "GetKmsKey", nil)
+	_, err = call[kmsapi.KmsKeyResponse](t, sealed.session(sealed.self), "GetKmsKey", nil)
 	wantCode(t, err, "replication_disabled")
 }
 
 func TestConfigurationsThatCannotBeSafe(t *testing.T) {
 	w := newWorld(t, nil)
 	for name, edit := range map[string]func(*Config){
-		"no authority":                     func(c *Config) { c.Authority = nil },
-		"no custodian":                     func(c *Config) { c.Custodian = nil },
-		"no log":                           func(c *Config) { c.Log = nil },
-		"no name":                          func(c *Config) { c.Names = nil },
-		"no TEE, in production":            func(c *Config) { c.Self, c.Development, c.Judge = nil, false, &*w.service.cfg.Judge; c.Judge.Development = false },
+		"no authority": func(c *Config) { c.Authority = nil },
+		"no custodian": func(c *Config) { c.Custodian = nil },
+		"no log":       func(c *Config) { c.Log = nil },
+		"no name":      func(c *Config) { c.Names = nil },
+		"no TEE, in production": func(c *Config) {
+			c.Self, c.Development, c.Judge = nil, false, &*w.service.cfg.Judge
+			c.Judge.Development = false
+		},
 		"development roots, in production": func(c *Config) { c.Development = false },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -54,6 +54,7 @@ func (c *serveCmd) Run() error {
 	if err != nil {
 		return err
 	}
+	n.Version = fmt.Sprintf("v%s (git:%s)", version, revision())
 	err = n.Run(ctx, func(a net.Addr) { fmt.Printf("listening on %s\n", a) })
 	if ctx.Err() != nil {
 		return nil // it was asked to stop

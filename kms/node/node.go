@@ -68,7 +68,9 @@ type Node struct {
 	cfg Config
 	log *slog.Logger
 	// Console is where the setup token is printed; nil means standard output.
-	Console   io.Writer
+	Console io.Writer
+	// Version is what replies say in X-App-Version.
+	Version   string
 	now       func() time.Time
 	authority governance.Authority
 	policies  *policy.Authority // nil with a webhook
@@ -175,9 +177,13 @@ func (n *Node) makeAuthority() error {
 	if err != nil {
 		return fault.Wrap(err, "kms_config", "core.auth_api.policy.file")
 	}
-	// A newer one that was submitted stands; nothing older comes back.
-	if err := authority.Update(text); err != nil && fault.Code(err) != "policy_rollback" {
-		return err
+	// The file is the first document. What was submitted since stands, and no file that
+	// is older, or has run out, keeps a KMS from starting with it.
+	if err := authority.Update(text); err != nil {
+		if authority.Signed() == nil {
+			return err
+		}
+		n.log.Info("core.auth_api.policy.file is not taken: the policy accepted before stands", "code", fault.Code(err))
 	}
 	return nil
 }
@@ -300,14 +306,13 @@ func (n *Node) replicate(ctx context.Context, source string) (*custody.Roots, er
 	if len(reply.Keys) != 1 {
 		return nil, fault.New("onboard_source", "Invalid keys: the source gave %d sets", len(reply.Keys))
 	}
-	if reply.Release != nil {
-		entry, _, err := releaselog.VerifyRelease(reply.Release, want.CA)
-		if err != nil {
-			return nil, err
-		}
-		if entry.Purpose != string(governance.Replication) || entry.AppID != n.appID {
-			return nil, fault.New("onboard_source", "the source logged that it gave %s for the app %s", entry.Purpose, entry.AppID)
-		}
+	// What it gave is in its log, or it is no source (threats.md G10).
+	entry, _, err := releaselog.VerifyRelease(reply.Release, want.CA)
+	if err != nil {
+		return nil, err
+	}
+	if entry.Purpose != string(governance.Replication) || entry.AppID != n.appID {
+		return nil, fault.New("onboard_source", "the source logged that it gave %s for the app %s", entry.Purpose, entry.AppID)
 	}
 	roots, err := custody.Import(reply.Keys[0], want)
 	if err != nil {
@@ -436,7 +441,7 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	c := kms.Config{
 		Custodian: roots, Authority: n.authority, Judge: n.judge, Log: log, TempCA: temp, TempCAKey: tempKey,
 		Names: n.cfg.names(), Self: n.self, VMConfig: n.vmConfig, Development: development && (n.judge.Development || n.self == nil),
-		Bootstrap: info, CacheDir: n.cfg.Core.Admin.CacheDir, Logger: n.log,
+		Bootstrap: info, Version: n.Version, Logger: n.log,
 		Limits: kms.Limits{
 			Certificate: n.cfg.Core.Limits.Certificate.Duration, Lease: n.cfg.Core.Limits.Lease.Duration,
 			PeerRate: n.cfg.Core.Limits.PeerRate, AppRate: n.cfg.Core.Limits.AppRate,
