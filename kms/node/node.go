@@ -28,6 +28,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -55,8 +56,6 @@ import (
 
 // Files of the data directory beside those of package onboard.
 const (
-	rootFile      = "root.keys"
-	logDir        = "log"
 	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
 	collateralDir = "collateral"
@@ -296,7 +295,7 @@ func (n *Node) replicate(ctx context.Context, source string) (*custody.Roots, er
 		return nil, fault.Wrap(err, "onboard_source", "the source's root certificate")
 	}
 	want.CA = root.RawSubjectPublicKeyInfo
-	if pin := n.cfg.Core.Onboard.RootCA; pin != "" && pin != hex.EncodeToString(want.CA) {
+	if pin := n.cfg.Core.Onboard.RootCA; pin != "" && !strings.EqualFold(pin, hex.EncodeToString(want.CA)) {
 		return nil, fault.New("root_mismatch", "the source's root is not the one of core.onboard.root_ca").WithFix("the address leads to another KMS than the one that is meant")
 	}
 	var reply kmsapi.KmsKeyResponse
@@ -420,12 +419,12 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 			return err
 		}
 	}
-	roots, err := custody.Open(n.path(rootFile))
+	roots, err := custody.Open(onboard.RootFile(n.cfg.Core.DataDir))
 	if err != nil {
 		return err
 	}
 	defer roots.Wipe()
-	log, err := releaselog.Open(n.path(logDir), roots.Identity().CA)
+	log, err := releaselog.Open(onboard.LogDir(n.cfg.Core.DataDir), roots.Identity().CA)
 	if err != nil {
 		return err
 	}
@@ -461,6 +460,11 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	if _, err := log.Append(ctx, releaselog.Entry{Time: n.now(), Kind: releaselog.Start, Note: fmt.Sprintf("root sha256:%x", sum)}); err != nil {
 		return err
 	}
+	stopAdmin, err := n.serveAdmin()
+	if err != nil {
+		return err
+	}
+	defer stopAdmin()
 	l, err := net.Listen("tcp", n.cfg.RPC.listen())
 	if err != nil {
 		return fault.Wrap(err, "kms_listen", "listen on %s", n.cfg.RPC.listen())
@@ -469,5 +473,9 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	if ready != nil {
 		ready(l.Addr())
 	}
-	return service.Serve(ctx, l)
+	if err := service.Serve(ctx, l); err != nil {
+		return err
+	}
+	_, err = log.Append(context.WithoutCancel(ctx), releaselog.Entry{Time: n.now(), Kind: releaselog.Shutdown})
+	return err
 }
