@@ -47,8 +47,8 @@ func (b *buckets) allow(key string, now time.Time) bool {
 
 // limiter is what one address, and one app, may ask.
 type limiter struct {
-	now         func() time.Time
-	peers, apps buckets
+	now                      func() time.Time
+	peers, connections, apps buckets
 }
 
 func (l *limiter) init(n Limits, now func() time.Time) {
@@ -57,10 +57,15 @@ func (l *limiter) init(n Limits, now func() time.Time) {
 		b.rate, b.burst, b.all = rate.Limit(r), max(1, int(2*r)), map[string]*rate.Limiter{}
 	}
 	set(&l.peers, n.PeerRate)
+	set(&l.connections, n.PeerRate)
 	set(&l.apps, n.AppRate)
 }
 
-// peer and app return an error with code rate_limited when there was too much.
+// peer, connection and app return an error with code rate_limited when there was too
+// much.
+func (l *limiter) connection(host string) error {
+	return l.check(&l.connections, host, "this address")
+}
 func (l *limiter) peer(host string) error { return l.check(&l.peers, host, "this address") }
 func (l *limiter) app(id string) error    { return l.check(&l.apps, id, "this app") }
 

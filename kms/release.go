@@ -37,11 +37,16 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 	if n := len(q.Boot.InstanceID); n != 0 && n != dstack.InstanceIDSize {
 		return none, fault.New("instance_id_length", "the instance id has %d bytes, not %d", n, dstack.InstanceIDSize)
 	}
-	if err := s.limits.app(q.Boot.AppID.String()); err != nil {
+	// Anyone's own machine can name this app: until the authority has allowed it, it
+	// counts by itself, and takes nothing from the app's own machines.
+	if err := s.limits.app(q.Boot.AppID.String() + " " + q.Boot.DeviceID.String()); err != nil {
 		return none, err
 	}
 	var d governance.Decision
-	err := s.authorised(ctx)
+	err := s.permitted(a, q)
+	if err == nil {
+		err = s.authorised(ctx)
+	}
 	if err == nil {
 		d, err = s.cfg.Authority.Decide(ctx, q)
 		if err != nil {
@@ -50,15 +55,36 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 			err = denied("Boot denied", d)
 		}
 	}
-	if err == nil {
-		return d, nil
+	if err != nil {
+		return none, s.refused(ctx, a, q, d, err)
 	}
+	return d, s.limits.app(q.Boot.AppID.String())
+}
+
+// permitted is what no authority can allow.
+func (s *Service) permitted(a *applicant.Applicant, q governance.Request) error {
+	switch {
+	// The host committed to a key provider before launch: another KMS than that one
+	// has nothing to give.
+	case q.Role == governance.App && len(a.ProviderID) > 0 && !bytes.Equal(a.ProviderID, s.identity.CA):
+		return fault.New("key_provider_mismatch", "the launch of this guest committed to another key provider").WithFix("the guest asks the wrong KMS: see key_provider_id of its manifest")
+	// Whoever has a copy of a replica's key can show its evidence. For the roots that is
+	// not enough, whatever an app may do with as little (threats.md C01, C03).
+	case q.Purpose == governance.Replication && !q.Session:
+		return fault.New("session_required", "root keys are given over an attested channel only: this evidence was made for a key and not for the connection").
+			WithFix("onboard the replica with this project's KMS")
+	}
+	return nil
+}
+
+// refused writes a refusal to the log before it is told.
+func (s *Service) refused(ctx context.Context, a *applicant.Applicant, q governance.Request, d governance.Decision, err error) error {
 	e := s.entry(a, q, d)
 	e.Kind, e.Code, e.Reason = releaselog.Refusal, fault.Code(err), err.Error()
 	if _, logErr := s.append(ctx, e); logErr != nil {
-		return none, logErr
+		return logErr
 	}
-	return none, err
+	return err
 }
 
 // entry describes a request in the release log.
@@ -275,7 +301,8 @@ func (s *Service) signCert(ctx context.Context, r *kmsapi.SignCertRequest) (*kms
 	}
 	for _, name := range request.Names {
 		if !governance.NameAllowed(d.Names, name) {
-			return nil, fault.New("certificate_name_denied", "the app may not have a certificate for %.200q", name).WithFix("add the name to the app's names in the policy")
+			err := fault.New("certificate_name_denied", "the app may not have a certificate for %.200q", name).WithFix("add the name to the app's names in the policy")
+			return nil, s.refused(ctx, a, purposed(a, governance.App, governance.Certificate), d, err)
 		}
 	}
 	parsed, err := x509.ParsePKIXPublicKey(request.SPKI)

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,6 +36,13 @@ import (
 const (
 	leafLife    = 24 * time.Hour // of the server's own certificate, and so the age of its evidence
 	requestTime = 60 * time.Second
+)
+
+// A request's body is large beyond what requests for keys and certificates need; as
+// many such are read at a time.
+const (
+	largeBody = 256 << 10
+	maxLarge  = 8
 )
 
 // Handler serves the RPC surface, /health and /metrics. Whoever calls it puts the
@@ -63,7 +71,21 @@ func (s *Service) Handler() http.Handler {
 	out.Handle("/prpc/", prpc.NewMux([]string{"KMS."}, methods...))
 	out.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "OK") })
 	out.HandleFunc("GET /metrics", s.serveMetrics)
-	return out
+	// Bodies are read before a method's turn comes: many large ones would fill the memory.
+	large := make(chan struct{}, maxLarge)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-App-Version", s.cfg.Version)
+		if r.ContentLength < 0 || r.ContentLength > largeBody {
+			select {
+			case large <- struct{}{}:
+				defer func() { <-large }()
+			default:
+				http.Error(w, "the KMS reads too many large requests", http.StatusServiceUnavailable)
+				return
+			}
+		}
+		out.ServeHTTP(w, r)
+	})
 }
 
 // guarded bounds what one caller asks and how long one request takes.
@@ -144,7 +166,7 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 		ClientAuth:     tls.RequestClientCert,
 		GetCertificate: func(h *tls.ClientHelloInfo) (*tls.Certificate, error) { return leaf.get(h.Context()) },
 	}
-	secure, err := s.listener(l, plain)
+	secure, err := s.listener(limited{l, s}, plain)
 	if err != nil {
 		return err
 	}
@@ -185,6 +207,27 @@ func first(certs []*x509.Certificate) *x509.Certificate {
 	return certs[0]
 }
 
+// limited turns away an address that connects too often: a handshake costs this KMS a
+// signature, and an attested one a quote and its verification, before any request.
+type limited struct {
+	net.Listener
+	s *Service
+}
+
+func (l limited) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.s.limits.connection(caller{remote: c.RemoteAddr().String()}.host()) == nil {
+			return c, nil
+		}
+		l.s.metrics.limited.Add(1)
+		c.Close()
+	}
+}
+
 // lateCaller is a caller whose handshake is under way.
 type lateCaller struct {
 	caller
@@ -221,18 +264,32 @@ func (a appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel.
 // serverLeaf is the server's certificate, with evidence where there is a TEE.
 type serverLeaf struct {
 	s       *Service
+	renew   sync.Mutex // held by the one who makes the next
 	current atomic.Pointer[tls.Certificate]
 }
 
-// get returns the certificate, a new one past half of its life.
+// get returns the certificate. Past half of its life one caller makes a new one, and
+// whoever comes meanwhile gets the old: a crowd asks the TEE for one quote.
 func (l *serverLeaf) get(ctx context.Context) (*tls.Certificate, error) {
 	now := l.s.now()
-	if c := l.current.Load(); c != nil && now.Before(c.Leaf.NotAfter.Add(-leafLife/2)) {
+	c := l.current.Load()
+	if c != nil && now.Before(c.Leaf.NotAfter.Add(-leafLife/2)) {
 		return c, nil
+	}
+	valid := c != nil && now.Before(c.Leaf.NotAfter)
+	if !l.renew.TryLock() {
+		if valid {
+			return c, nil
+		}
+		l.renew.Lock()
+	}
+	defer l.renew.Unlock()
+	if latest := l.current.Load(); latest != c { // made while this caller waited
+		return latest, nil
 	}
 	made, err := l.make(ctx, now)
 	if err != nil {
-		if c := l.current.Load(); c != nil && now.Before(c.Leaf.NotAfter) {
+		if valid {
 			l.s.log.Warn("certificate of the KMS", "error", err)
 			return c, nil
 		}

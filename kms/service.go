@@ -104,11 +104,11 @@ type Config struct {
 	Development bool
 	// Bootstrap is what bootstrapping left, for GetMeta; may be nil.
 	Bootstrap *kmsapi.BootstrapResponse
-	// CacheDir is what Admin.ClearImageCache clears; empty: nothing.
-	CacheDir string
-	Limits   Limits
-	Logger   *slog.Logger
-	Now      func() time.Time
+	// Version is what replies say in X-App-Version.
+	Version string
+	Limits  Limits
+	Logger  *slog.Logger
+	Now     func() time.Time
 }
 
 // Service answers upstream's KMS service, and ours.
@@ -303,12 +303,17 @@ func (s *Service) updatePolicy(ctx context.Context, r *kmsapi.Policy) (*kmsapi.P
 	if s.cfg.Policies == nil {
 		return nil, fault.New("policy_absent", "this KMS decides by no policy document")
 	}
+	before, _ := s.cfg.Authority.About(ctx) // an error: none is in force
 	if err := s.cfg.Policies.Update(r.Signed); err != nil {
 		return nil, err
 	}
 	about, err := s.cfg.Authority.About(ctx)
 	if err != nil {
 		return nil, unanswered(err)
+	}
+	// Anyone may submit the one in force again; that is no event to fill the log with.
+	if about.By == before.By {
+		return s.getPolicy(ctx, nil)
 	}
 	s.log.Info("policy", "by", about.By)
 	if _, err := s.append(ctx, releaselog.Entry{Kind: releaselog.Policy, By: about.By}); err != nil {
@@ -423,8 +428,9 @@ func callerOf(ctx context.Context) caller {
 	case caller:
 		return c
 	case *lateCaller:
-		c.leaf = first(c.conn.ConnectionState().PeerCertificates)
-		return c.caller
+		who := c.caller
+		who.leaf = first(c.conn.ConnectionState().PeerCertificates)
+		return who
 	}
 	return caller{}
 }
@@ -458,6 +464,12 @@ func (s *Service) applicant(ctx context.Context, vmConfig string) (*applicant.Ap
 	}
 	if c.leaf == nil {
 		return nil, fault.New("no_attestation", "No attestation provided").WithFix("show a certificate with evidence, or use an attested channel")
+	}
+	// Its chain proves nothing, but its dates are the caller's own word for how long it
+	// is to count.
+	if now := s.now(); now.Before(c.leaf.NotBefore) || now.After(c.leaf.NotAfter) {
+		return nil, fault.New("client_certificate_time", "the client's certificate is valid from %s to %s, not now",
+			c.leaf.NotBefore.UTC().Format(time.RFC3339), c.leaf.NotAfter.UTC().Format(time.RFC3339)).WithFix("make a new certificate, with new evidence")
 	}
 	e, err := ratls.FromCertificate(c.leaf)
 	if err != nil {

@@ -120,13 +120,22 @@ func (w *world) guest(app dstack.AppID, hash dstack.ComposeHash) *tdxtest.Guest 
 // newWorld starts a KMS whose policy edit has the last word on.
 func newWorld(t testing.TB, edit func(*policy.Document), options ...func(*Config)) *world {
 	t.Helper()
+	roots, err := custody.Generate(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newWorldOf(t, roots, edit, options...)
+}
+
+// newWorldOf starts a KMS of known roots.
+func newWorldOf(t testing.TB, roots *custody.Roots, edit func(*policy.Document), options ...func(*Config)) *world {
+	t.Helper()
 	w := &world{t: t, platform: tdxtest.New(t), now: tdxtest.At}
 	w.self = w.guest(kmsApp, kmsHash)
 	w.self.Booting = false
 	w.self.Config = `{"os_image_hash":"` + kmsImage.String() + `"}`
 	var err error
-	w.roots, err = custody.Generate(rand.Reader)
-	w.check(err)
+	w.roots = roots
 	t.Cleanup(w.roots.Wipe)
 	w.logDir = filepath.Join(t.TempDir(), "log")
 	w.log, err = releaselog.Create(t.Context(), w.logDir, w.roots.Identity().CA, func(ctx context.Context, d []byte) ([]byte, error) {

@@ -24,9 +24,13 @@ import (
 const version = "0.1.0"
 
 type cli struct {
-	Serve       serveCmd   `cmd:"" default:"withargs" help:"Get the root keys, if there are none yet, and serve until SIGTERM or SIGINT."`
-	CheckConfig checkCmd   `cmd:"" help:"Check the configuration and say whether it is valid."`
-	Version     versionCmd `cmd:"" help:"Print the version."`
+	Serve       serveCmd       `cmd:"" default:"withargs" help:"Get the root keys, if there are none yet, and serve until SIGTERM or SIGINT."`
+	CheckConfig checkCmd       `cmd:"" help:"Check the configuration and say whether it is valid."`
+	Backup      backupCmd      `cmd:"" help:"Encrypt the root keys to a quorum of operators."`
+	OperatorKey operatorKeyCmd `cmd:"" help:"Make an operator's key pair."`
+	Share       shareCmd       `cmd:"" help:"Open an operator's share of a backup and print it."`
+	Restore     restoreCmd     `cmd:"" help:"Restore the root keys of a backup into a new data directory."`
+	Version     versionCmd     `cmd:"" help:"Print the version."`
 }
 
 type configFlag struct {
@@ -54,6 +58,7 @@ func (c *serveCmd) Run() error {
 	if err != nil {
 		return err
 	}
+	n.Version = fmt.Sprintf("v%s (git:%s)", version, revision())
 	err = n.Run(ctx, func(a net.Addr) { fmt.Printf("listening on %s\n", a) })
 	if ctx.Err() != nil {
 		return nil // it was asked to stop

@@ -119,8 +119,10 @@ type AdminConfig struct {
 	Enabled   bool          `toml:"enabled"`
 	Address   string        `toml:"address"`
 	Port      uint16        `toml:"port"`
-	AuthToken config.Secret `toml:"auth_token"`
-	CacheDir  string        `toml:"cache_dir"`
+	AuthToken config.Secret `toml:"auth_token"` // at least 16 characters
+	// CacheDir holds images and measurements, which Admin.ClearImageCache removes; empty:
+	// there are none.
+	CacheDir string `toml:"cache_dir"`
 }
 
 // LimitsConfig bounds what callers get; zero values are the defaults of package kms.
@@ -149,11 +151,23 @@ func DefaultConfig() Config {
 // package config; kms_config.
 func LoadConfig(path string, environ []string) (Config, error) {
 	c := DefaultConfig()
-	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_KMS_", Environ: environ}); err != nil {
+	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_KMS_", Environ: environ, Ignore: []string{"ADMIN_TOKEN"}}); err != nil {
 		return c, err
+	}
+	for _, name := range adminTokens {
+		i := slices.IndexFunc(environ, func(kv string) bool { return strings.HasPrefix(kv, name+"=") })
+		if i < 0 || c.Core.Admin.AuthToken.Reveal() != "" {
+			continue
+		}
+		if err := c.Core.Admin.AuthToken.UnmarshalText([]byte(environ[i][len(name)+1:])); err != nil {
+			return c, err
+		}
 	}
 	return c, c.check()
 }
+
+// adminTokens are upstream's variables for core.admin.auth_token, if that is empty.
+var adminTokens = []string{"DSTACK_KMS_ADMIN_TOKEN", "ADMIN_API_TOKEN"}
 
 // Build says in words what trust this build admits.
 func Build() string {
@@ -211,8 +225,11 @@ func (c *Config) check() error {
 	if _, err := hex.DecodeString(o.RootCA); err != nil {
 		return bad("core.onboard.root_ca is not hexadecimal")
 	}
-	if c.Core.Admin.Enabled && len(c.Core.Admin.AuthToken.Reveal()) < 16 {
+	if a := c.Core.Admin; a.Enabled && len(a.AuthToken.Reveal()) < 16 {
 		return bad("core.admin.auth_token has fewer than 16 characters").WithFix("make one with `openssl rand -hex 16`")
+	}
+	if dir := c.Core.Admin.CacheDir; dir != "" && !filepath.IsAbs(dir) {
+		return bad("core.admin.cache_dir %q is no absolute path", dir)
 	}
 	return nil
 }

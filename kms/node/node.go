@@ -28,6 +28,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -55,8 +56,6 @@ import (
 
 // Files of the data directory beside those of package onboard.
 const (
-	rootFile      = "root.keys"
-	logDir        = "log"
 	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
 	collateralDir = "collateral"
@@ -68,7 +67,9 @@ type Node struct {
 	cfg Config
 	log *slog.Logger
 	// Console is where the setup token is printed; nil means standard output.
-	Console   io.Writer
+	Console io.Writer
+	// Version is what replies say in X-App-Version.
+	Version   string
 	now       func() time.Time
 	authority governance.Authority
 	policies  *policy.Authority // nil with a webhook
@@ -175,9 +176,13 @@ func (n *Node) makeAuthority() error {
 	if err != nil {
 		return fault.Wrap(err, "kms_config", "core.auth_api.policy.file")
 	}
-	// A newer one that was submitted stands; nothing older comes back.
-	if err := authority.Update(text); err != nil && fault.Code(err) != "policy_rollback" {
-		return err
+	// The file is the first document. What was submitted since stands, and no file that
+	// is older, or has run out, keeps a KMS from starting with it.
+	if err := authority.Update(text); err != nil {
+		if authority.Signed() == nil {
+			return err
+		}
+		n.log.Info("core.auth_api.policy.file is not taken: the policy accepted before stands", "code", fault.Code(err))
 	}
 	return nil
 }
@@ -290,7 +295,7 @@ func (n *Node) replicate(ctx context.Context, source string) (*custody.Roots, er
 		return nil, fault.Wrap(err, "onboard_source", "the source's root certificate")
 	}
 	want.CA = root.RawSubjectPublicKeyInfo
-	if pin := n.cfg.Core.Onboard.RootCA; pin != "" && pin != hex.EncodeToString(want.CA) {
+	if pin := n.cfg.Core.Onboard.RootCA; pin != "" && !strings.EqualFold(pin, hex.EncodeToString(want.CA)) {
 		return nil, fault.New("root_mismatch", "the source's root is not the one of core.onboard.root_ca").WithFix("the address leads to another KMS than the one that is meant")
 	}
 	var reply kmsapi.KmsKeyResponse
@@ -300,14 +305,13 @@ func (n *Node) replicate(ctx context.Context, source string) (*custody.Roots, er
 	if len(reply.Keys) != 1 {
 		return nil, fault.New("onboard_source", "Invalid keys: the source gave %d sets", len(reply.Keys))
 	}
-	if reply.Release != nil {
-		entry, _, err := releaselog.VerifyRelease(reply.Release, want.CA)
-		if err != nil {
-			return nil, err
-		}
-		if entry.Purpose != string(governance.Replication) || entry.AppID != n.appID {
-			return nil, fault.New("onboard_source", "the source logged that it gave %s for the app %s", entry.Purpose, entry.AppID)
-		}
+	// What it gave is in its log, or it is no source (threats.md G10).
+	entry, _, err := releaselog.VerifyRelease(reply.Release, want.CA)
+	if err != nil {
+		return nil, err
+	}
+	if entry.Purpose != string(governance.Replication) || entry.AppID != n.appID {
+		return nil, fault.New("onboard_source", "the source logged that it gave %s for the app %s", entry.Purpose, entry.AppID)
 	}
 	roots, err := custody.Import(reply.Keys[0], want)
 	if err != nil {
@@ -415,12 +419,12 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 			return err
 		}
 	}
-	roots, err := custody.Open(n.path(rootFile))
+	roots, err := custody.Open(onboard.RootFile(n.cfg.Core.DataDir))
 	if err != nil {
 		return err
 	}
 	defer roots.Wipe()
-	log, err := releaselog.Open(n.path(logDir), roots.Identity().CA)
+	log, err := releaselog.Open(onboard.LogDir(n.cfg.Core.DataDir), roots.Identity().CA)
 	if err != nil {
 		return err
 	}
@@ -436,7 +440,7 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	c := kms.Config{
 		Custodian: roots, Authority: n.authority, Judge: n.judge, Log: log, TempCA: temp, TempCAKey: tempKey,
 		Names: n.cfg.names(), Self: n.self, VMConfig: n.vmConfig, Development: development && (n.judge.Development || n.self == nil),
-		Bootstrap: info, CacheDir: n.cfg.Core.Admin.CacheDir, Logger: n.log,
+		Bootstrap: info, Version: n.Version, Logger: n.log,
 		Limits: kms.Limits{
 			Certificate: n.cfg.Core.Limits.Certificate.Duration, Lease: n.cfg.Core.Limits.Lease.Duration,
 			PeerRate: n.cfg.Core.Limits.PeerRate, AppRate: n.cfg.Core.Limits.AppRate,
@@ -456,6 +460,11 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	if _, err := log.Append(ctx, releaselog.Entry{Time: n.now(), Kind: releaselog.Start, Note: fmt.Sprintf("root sha256:%x", sum)}); err != nil {
 		return err
 	}
+	stopAdmin, err := n.serveAdmin()
+	if err != nil {
+		return err
+	}
+	defer stopAdmin()
 	l, err := net.Listen("tcp", n.cfg.RPC.listen())
 	if err != nil {
 		return fault.Wrap(err, "kms_listen", "listen on %s", n.cfg.RPC.listen())
@@ -464,5 +473,9 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	if ready != nil {
 		ready(l.Addr())
 	}
-	return service.Serve(ctx, l)
+	if err := service.Serve(ctx, l); err != nil {
+		return err
+	}
+	_, err = log.Append(context.WithoutCancel(ctx), releaselog.Entry{Time: n.now(), Kind: releaselog.Shutdown})
+	return err
 }

@@ -91,8 +91,13 @@ func (n *Node) onboard(ctx context.Context) error {
 func (n *Node) serveOnboarding(ctx context.Context, done chan<- struct{}) (stop func(), err error) {
 	var servers []*prpc.HTTPServer
 	stop = func() {
+		// Whoever said Finish is to read the answer.
+		soon, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
 		for _, s := range servers {
-			s.Close()
+			if s.Shutdown(soon) != nil {
+				s.Close()
+			}
 		}
 	}
 	serve := func(l net.Listener, h http.Handler) {
@@ -209,6 +214,7 @@ func (n *Node) operators(token string, done chan<- struct{}) http.Handler {
 	})
 	want := sha256.Sum256([]byte(token))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-App-Version", n.Version)
 		if r.URL.Path == "/health" {
 			io.WriteString(w, "OK")
 			return
@@ -324,7 +330,7 @@ func (n *Node) begin(ctx context.Context, source string) (custody.Identity, erro
 	if err := n.state.Begin(ctx, source); err != nil {
 		return custody.Identity{}, err
 	}
-	roots, err := custody.Open(n.path(rootFile))
+	roots, err := custody.Open(onboard.RootFile(n.cfg.Core.DataDir))
 	if err != nil {
 		return custody.Identity{}, err
 	}

@@ -4,12 +4,15 @@ package onboard
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -25,6 +28,10 @@ const (
 	logDir    = "log"
 )
 
+// RootFile and LogDir are where a data directory has the root keys and the release log.
+func RootFile(dir string) string { return filepath.Join(dir, rootFile) }
+func LogDir(dir string) string   { return filepath.Join(dir, logDir) }
+
 // Obtain gets root keys from another KMS.
 type Obtain func(ctx context.Context, source string) (*custody.Roots, error)
 
@@ -35,8 +42,9 @@ type Node struct {
 	generate func() (*custody.Roots, error)
 	driver   *fsm.Driver[State, Input, Effect]
 
-	mu      sync.Mutex
-	failure error // of the last attempt in this process
+	beginning sync.Mutex // held by the one attempt
+	mu        sync.Mutex
+	failure   error // of the last attempt in this process
 }
 
 // Open looks at a data directory, mode 0700, and goes on with what a crash
@@ -91,6 +99,20 @@ func (n *Node) Begin(ctx context.Context, source string) error {
 	if source != "" && n.obtain == nil {
 		return fault.New("onboard_source", "this KMS can get keys from no other")
 	}
+	if !n.beginning.TryLock() {
+		return fault.New("onboard_busy", "this KMS is getting its root keys at this moment")
+	}
+	defer n.beginning.Unlock()
+	if s := n.State(); s.Phase == Obtaining || s.Phase == Logging {
+		// The disk failed an attempt before: what it began is finished, and nothing else
+		// is begun beside.
+		if err := n.driver.Drain(ctx); err != nil {
+			return err
+		}
+		if s.Source == source && n.State().Phase == Ready {
+			return nil
+		}
+	}
 	if err := n.driver.Send(ctx, Input{Kind: "begin", Source: source}); err != nil {
 		return err
 	}
@@ -127,7 +149,9 @@ func (n *Node) performObtain(ctx context.Context, source string) ([]Input, error
 	}
 	var roots *custody.Roots
 	var err error
-	if source == "" {
+	if source == "" && n.generate == nil {
+		err = fault.New("onboard_source", "keys are not made here")
+	} else if source == "" {
 		roots, err = n.generate()
 	} else if n.obtain == nil {
 		err = fault.New("onboard_source", "this KMS can get keys from no other")
@@ -168,5 +192,49 @@ func (n *Node) performLog(ctx context.Context) ([]Input, error) {
 	if err != nil {
 		return nil, err
 	}
+	if note := origin(roots.Provenance()); note != "" {
+		e := releaselog.Entry{Time: time.Now(), Kind: releaselog.Member, Note: note}
+		if _, err := l.Append(ctx, e); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+	}
 	return []Input{{Kind: "logged"}}, l.Close()
+}
+
+// origin says where roots that this KMS did not make come from: others hold them, and
+// have logs of their own.
+func origin(p custody.Provenance) string {
+	switch p.Kind {
+	case custody.Generated:
+		return ""
+	case custody.Replicated:
+		return fmt.Sprintf("root keys replicated from the KMS of root sha256:%x; this log begins here", sha256.Sum256(p.Source))
+	case custody.Restored:
+		return "root keys restored from the operators' backup; this log begins here, and continues none"
+	}
+	return "root keys of kind " + p.Kind + "; this log begins here"
+}
+
+// backupSource begins the source of keys that come from a backup; no URL does.
+const backupSource = "backup:"
+
+// Restore brings the roots of a backup, which id names, into a data directory that has
+// none, as any other way does: nothing is replaced, and after a crash the next Restore
+// of the same backup goes on. It wipes the roots. Codes: those of Open and Begin.
+func Restore(ctx context.Context, dir, id string, roots *custody.Roots) error {
+	defer roots.Wipe()
+	source := backupSource + id
+	n, err := Open(ctx, dir, nil, func(_ context.Context, from string) (*custody.Roots, error) {
+		if from != source {
+			return nil, fault.New("onboard_source", "the directory was to get its keys from %.200q", from)
+		}
+		return roots, nil
+	})
+	if err != nil {
+		return err
+	}
+	if s := n.State(); s.Phase == Ready && s.Source == source {
+		return nil // Open has finished what an earlier Restore began, or it was done before
+	}
+	return n.Begin(ctx, source)
 }
