@@ -396,6 +396,10 @@ func TestReplication(t *testing.T) {
 	// Evidence about a key, which a thief of the key can show, is not enough.
 	_, err = call[kmsapi.KmsKeyResponse](t, w.ratls(replica), "GetKmsKey", nil)
 	wantCode(t, err, "session_required")
+	w.service.cfg.KeyBoundReplication = true
+	if r, err := call[kmsapi.KmsKeyResponse](t, w.ratls(replica), "GetKmsKey", nil); err != nil || len(r.Keys) != 1 {
+		t.Errorf("to an upstream replica, where that is configured: %v", err)
+	}
 	sealed := newWorld(t, nil, func(c *Config) { c.Exporter = nil })
 	_, err = call[kmsapi.KmsKeyResponse](t, sealed.session(sealed.self), "GetKmsKey", nil)
 	wantCode(t, err, "replication_disabled")

@@ -63,16 +63,11 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 
 // permitted is what no authority can allow.
 func (s *Service) permitted(a *applicant.Applicant, q governance.Request) error {
-	switch {
-	// The host committed to a key provider before launch: another KMS than that one
-	// has nothing to give.
-	case q.Role == governance.App && len(a.ProviderID) > 0 && !bytes.Equal(a.ProviderID, s.identity.CA):
-		return fault.New("key_provider_mismatch", "the launch of this guest committed to another key provider").WithFix("the guest asks the wrong KMS: see key_provider_id of its manifest")
 	// Whoever has a copy of a replica's key can show its evidence. For the roots that is
 	// not enough, whatever an app may do with as little (threats.md C01, C03).
-	case q.Purpose == governance.Replication && !q.Session:
+	if q.Purpose == governance.Replication && !q.Session && !s.cfg.KeyBoundReplication {
 		return fault.New("session_required", "root keys are given over an attested channel only: this evidence was made for a key and not for the connection").
-			WithFix("onboard the replica with this project's KMS")
+			WithFix("onboard the replica with this project's KMS, or set core.key_bound_replication for one of upstream's")
 	}
 	return nil
 }

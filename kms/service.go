@@ -87,6 +87,9 @@ type Config struct {
 	Log       *releaselog.Log
 	// Exporter gives the roots to other KMSs that the authority allows; nil: to none.
 	Exporter Exporter
+	// KeyBoundReplication gives them on evidence about a TLS key, too, as upstream's
+	// replicas show it: whoever copied that key can do the same.
+	KeyBoundReplication bool
 	// Policies, if any, is the authority's document.
 	Policies Policies
 	// TempCA is the authority of client certificates, whose key everybody is given.

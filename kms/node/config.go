@@ -47,6 +47,9 @@ type CoreConfig struct {
 	SiteName string `toml:"site_name"`
 	// Replication gives the root keys to other KMSs that the authority allows.
 	Replication bool `toml:"replication"`
+	// KeyBoundReplication gives them to upstream's KMSs, too, whose evidence is about a
+	// TLS key and not about the connection.
+	KeyBoundReplication bool `toml:"key_bound_replication"`
 
 	Guest       GuestConfig       `toml:"guest"`
 	Attestation AttestationConfig `toml:"attestation"`

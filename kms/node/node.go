@@ -446,6 +446,7 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 			PeerRate: n.cfg.Core.Limits.PeerRate, AppRate: n.cfg.Core.Limits.AppRate,
 		},
 	}
+	c.KeyBoundReplication = n.cfg.Core.KeyBoundReplication
 	if n.cfg.Core.Replication {
 		c.Exporter = roots
 	}
