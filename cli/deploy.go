@@ -110,6 +110,9 @@ func (c *deployCmd) Run(a *app) error {
 		Name: c.Name, Image: p.lock.Image, ComposeFile: string(p.text), Vcpu: p.vm.CPUCount, Memory: uint32(p.vm.MemorySize >> 20), DiskSize: uint32(c.Disk),
 		Ports: p.portMappings(attest), EncryptedEnv: sealed, KmsUrls: c.KMS,
 	}
+	if c.AppID != "" {
+		config.AppId = &c.AppID
+	}
 	var id vmmpb.Id
 	created := time.Now()
 	if err := a.stack.VMM().Call(a.ctx, "CreateVm", config, &id); err != nil {

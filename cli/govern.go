@@ -253,7 +253,7 @@ func (c *kmsLogCmd) Run(a *app) error {
 	memory := releaselog.OpenMemory(filepath.Join(a.stack.Dir, "kms-heads.json"))
 	err = memory.Observe(a.ctx, head, func(from uint64) ([][]byte, error) {
 		var proof kmsapi.LogConsistencyResponse
-		if err := node.Call(a.ctx, k.Pin(), "GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from}, &proof); err != nil {
+		if err := node.Call(a.ctx, k.Pin(), "GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from, To: head.Size()}, &proof); err != nil {
 			return nil, err
 		}
 		return proof.Proof, nil

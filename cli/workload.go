@@ -39,6 +39,7 @@ type workload struct {
 	Memory       int               `help:"Memory in MiB; 1024 by default." placeholder:"MIB"`
 	AllowMutable bool              `help:"Deploy although containers could change what runs (the engine's socket, privileges, the guest's files). The verdict says so."`
 	PublicLogs   *bool             `help:"Let anyone read the containers' logs at the agent." negatable:""`
+	AppID        string            `name:"app-id" help:"Id of the app; by default it follows from the manifest. Instances with the same id share keys." placeholder:"HEX"`
 	Lock         string            `help:"Where to write the lock; by default dstack.lock.json beside the compose file." placeholder:"FILE"`
 
 	KeyProvider string   `help:"Who keeps the app's keys: none (the data disk is new at each boot), local, tpm or kms; by default the stack's KMS, if it has one." enum:",none,local,tpm,kms" default:"" placeholder:"KIND"`
@@ -59,6 +60,7 @@ type workload struct {
 
 	SecureTime *bool    `help:"Begin only with authenticated time; by default the host's clock is believed, and the verdict says so." negatable:""`
 	TimeServer []string `help:"NTS server to ask, with the authority that certifies it where that is not a public one; three or more. Means --secure-time." placeholder:"HOST:PORT[=CAFILE]" sep:"none"`
+	LeaseLoss  string   `name:"on-lease-loss" help:"What happens to containers when the KMS no longer authorises the instance: continue, or stop. It gets no new keys or certificates in either case." enum:",continue,stop" default:"" placeholder:"WHAT"`
 	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
 }
 
@@ -134,6 +136,9 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if p.pin = draft.KeyProviderID; p.governed != nil && !bytes.Equal(p.pin, p.governed.Pin()) {
 		p.governed = nil // another KMS is meant
 	}
+	if p.governed != nil {
+		draft.KMSPolicy = p.governed.Policy
+	}
 	if p.governed != nil && len(w.KMS) == 0 {
 		p.kms = nil
 		for _, n := range p.governed.Nodes {
@@ -198,7 +203,15 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 			WithFix("give them again with -e or --env-file, or --no-env to go on without")
 	}
 	appID := dstack.AppID(hash[:dstack.AppIDSize])
-	if was != nil {
+	switch {
+	case w.AppID != "":
+		if appID, err = dstack.ParseAppID(w.AppID); err != nil {
+			return nil, usage("--app-id: %v", err)
+		}
+		if was != nil && appID != was.appID {
+			return nil, fault.New("app_id_fixed", "the app is %s, and stays it: its keys and its disk are that app's", was.appID).WithFix("leave --app-id out, or deploy another app")
+		}
+	case was != nil:
 		appID = was.appID
 	}
 
@@ -341,6 +354,9 @@ func (w *workload) settings(d *manifest.Draft) error {
 	set(w.NoInstance, &d.NoInstanceID)
 	if w.StorageFS != "" {
 		d.StorageFS = w.StorageFS
+	}
+	if w.LeaseLoss != "" {
+		d.OnLeaseLoss = w.LeaseLoss
 	}
 	if w.Swap != "" {
 		n, err := parseSize("--swap", w.Swap)

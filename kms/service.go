@@ -279,7 +279,7 @@ func (s *Service) getLogHead(context.Context, *emptypb.Empty) (*kmsapi.LogHead, 
 }
 
 func (s *Service) getLogConsistency(_ context.Context, r *kmsapi.LogConsistencyRequest) (*kmsapi.LogConsistencyResponse, error) {
-	proof, head, err := s.cfg.Log.Consistency(r.From, 0)
+	proof, head, err := s.cfg.Log.Consistency(r.From, r.To)
 	if err != nil {
 		return nil, err
 	}

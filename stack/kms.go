@@ -30,6 +30,7 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/signer"
+	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 )
 
@@ -53,6 +54,9 @@ type Keys struct {
 	RootCA string    `json:"root_ca"` // DER SubjectPublicKeyInfo, hexadecimal: key_provider_id
 	K256   string    `json:"k256"`    // compressed, hexadecimal
 	Nodes  []KMSNode `json:"nodes"`
+	// Policy is what apps measure of the KMSs, so that guests appraise them; nil when one
+	// of them is no CVM.
+	Policy *manifest.KMSPolicy `json:"policy,omitempty"`
 }
 
 // Pin is key_provider_id of the stack's apps.

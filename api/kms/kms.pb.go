@@ -933,8 +933,10 @@ func (x *Policy) GetSigned() []byte {
 }
 
 type LogConsistencyRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	From          uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	From  uint64                 `protobuf:"varint,1,opt,name=from,proto3" json:"from,omitempty"`
+	// Zero means the present size.
+	To            uint64 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -976,10 +978,17 @@ func (x *LogConsistencyRequest) GetFrom() uint64 {
 	return 0
 }
 
+func (x *LogConsistencyRequest) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
 type LogConsistencyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Head  *LogHead               `protobuf:"bytes,1,opt,name=head,proto3" json:"head,omitempty"`
-	// RFC 6962 §2.1.2 from the size asked to that of head, 32 bytes each.
+	// RFC 6962 §2.1.2 between the sizes asked for, 32 bytes each.
 	Proof         [][]byte `protobuf:"bytes,2,rep,name=proof,proto3" json:"proof,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1869,9 +1878,10 @@ const file_kms_kms_proto_rawDesc = "" +
 	".kms.LeaseR\x05lease\x12&\n" +
 	"\arelease\x18\x02 \x01(\v2\f.kms.ReleaseR\arelease\" \n" +
 	"\x06Policy\x12\x16\n" +
-	"\x06signed\x18\x01 \x01(\fR\x06signed\"+\n" +
+	"\x06signed\x18\x01 \x01(\fR\x06signed\";\n" +
 	"\x15LogConsistencyRequest\x12\x12\n" +
-	"\x04from\x18\x01 \x01(\x04R\x04from\"P\n" +
+	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x04R\x02to\"P\n" +
 	"\x16LogConsistencyResponse\x12 \n" +
 	"\x04head\x18\x01 \x01(\v2\f.kms.LogHeadR\x04head\x12\x14\n" +
 	"\x05proof\x18\x02 \x03(\fR\x05proof\"?\n" +
