@@ -5,6 +5,7 @@ package cli
 import (
 	"errors"
 	"os"
+	"slices"
 	"time"
 
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
@@ -13,10 +14,12 @@ import (
 )
 
 type upCmd struct {
-	Image  string `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
-	Source string `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
-	NoKMS  bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
-	Tee    string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
+	Image        string `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
+	Source       string `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
+	Confidential bool   `name:"confidential-services" help:"Run the stack's KMSs in CVMs, too, as apps of their own, instead of one as a process of this machine."`
+	Replicas     int    `name:"kms-replicas" help:"With --confidential-services: how many KMSs." default:"2"`
+	NoKMS        bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
+	Tee          string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
 }
 
 func (c *upCmd) Run(a *app) error {
@@ -32,8 +35,35 @@ func (c *upCmd) Run(a *app) error {
 			return err
 		}
 	}
-	if err := a.stack.Up(a.ctx, stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Step: a.step}); err != nil {
+	if c.Replicas < 1 || c.Replicas > 9 {
+		return usage("--kms-replicas is from 1 to 9")
+	}
+	if c.Confidential && c.NoKMS {
+		return usage("--confidential-services and --no-kms exclude each other")
+	}
+	opt := stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Step: a.step}
+	if c.Confidential {
+		if k, err := a.stack.Keys(); err == nil && slices.ContainsFunc(k.Nodes, func(n stack.KMSNode) bool { return n.VM == "" }) {
+			return fault.New("kms_local", "this stack has a KMS that is a process of this machine, whose root keys no CVM may take").
+				WithFix("`dstack down` first, or another stack with --state")
+		}
+		for i := range c.Replicas {
+			opt.ConfidentialKMS = append(opt.ConfidentialKMS, kmsName(i))
+		}
+	} else if k, err := a.stack.Keys(); err == nil {
+		for _, n := range k.Nodes { // as it was
+			if n.VM != "" {
+				opt.ConfidentialKMS = append(opt.ConfidentialKMS, n.Name)
+			}
+		}
+	}
+	if err := a.stack.Up(a.ctx, opt); err != nil {
 		return err
+	}
+	if c.Confidential {
+		if err := confidentialKMS(a, c.Replicas); err != nil {
+			return err
+		}
 	}
 	a.step("the stack is up after %s", seconds(time.Since(began)))
 	a.printf("State       %s\n", a.stack.Dir)

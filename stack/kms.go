@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -122,10 +123,10 @@ func (s *Stack) Policy() (*policy.Document, error) {
 	return policy.Parse(doc)
 }
 
-// Govern changes the policy, signs it and gives it to every KMS. What edit returns
-// takes effect as a whole, or not at all; a KMS that cannot be reached is an error, and
-// gets the policy when Govern is called again.
-func (s *Stack) Govern(ctx context.Context, edit func(*policy.Document) (*policy.Document, error)) error {
+// Govern changes the policy, signs it and gives it to every KMS, and to those that have
+// no keys yet. What edit returns takes effect as a whole, or not at all; a KMS that
+// cannot be reached is an error, and gets the policy when Govern is called again.
+func (s *Stack) Govern(ctx context.Context, edit func(*policy.Document) (*policy.Document, error), keyless ...KMSNode) error {
 	doc, err := s.Policy()
 	if err != nil {
 		return err
@@ -139,7 +140,7 @@ func (s *Stack) Govern(ctx context.Context, edit func(*policy.Document) (*policy
 			return err
 		}
 	}
-	return s.SubmitPolicy(ctx)
+	return s.SubmitPolicy(ctx, keyless...)
 }
 
 func (s *Stack) writePolicy(doc *policy.Document) error {
@@ -158,11 +159,12 @@ func (s *Stack) writePolicy(doc *policy.Document) error {
 	return durable.WriteFile(s.PolicyFile(), signed, 0o600)
 }
 
-// SubmitPolicy gives the policy to every KMS of the stack.
-func (s *Stack) SubmitPolicy(ctx context.Context) error {
+// SubmitPolicy gives the policy to every KMS of the stack, and to those that have no
+// keys yet. A KMS takes it for its signatures, whoever brings it.
+func (s *Stack) SubmitPolicy(ctx context.Context, keyless ...KMSNode) error {
 	k, err := s.Keys()
 	if fault.Code(err) == "kms_absent" {
-		return nil
+		k, err = new(Keys), nil
 	}
 	if err != nil {
 		return err
@@ -174,6 +176,11 @@ func (s *Stack) SubmitPolicy(ctx context.Context) error {
 	var failed []error
 	for _, n := range k.Nodes {
 		if err := n.Call(ctx, k.Pin(), "UpdatePolicy", &kmsapi.Policy{Signed: signed}, &kmsapi.Policy{}); err != nil {
+			failed = append(failed, fmt.Errorf("%s: %w", n.Name, err))
+		}
+	}
+	for _, n := range keyless {
+		if err := n.Call(ctx, nil, "UpdatePolicy", &kmsapi.Policy{Signed: signed}, &kmsapi.Policy{}); err != nil {
 			failed = append(failed, fmt.Errorf("%s: %w", n.Name, err))
 		}
 	}
@@ -264,6 +271,69 @@ func (s *Stack) addNode(ctx context.Context, n KMSNode, patience time.Duration, 
 	return k, s.saveKeys(k)
 }
 
+// KMSPort returns the port of this machine at which a KMS in a CVM is reached; it stays
+// the same as long as the stack does, since guests are told it.
+func (s *Stack) KMSPort(name string) (int, error) {
+	path := filepath.Join(s.Dir, "kms-ports.json")
+	ports := map[string]int{}
+	text, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return 0, err
+	default:
+		if err := json.Unmarshal(text, &ports); err != nil {
+			return 0, fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	if port := ports[name]; port != 0 {
+		return port, nil
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	ports[name] = l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	if text, err = json.Marshal(ports); err != nil {
+		return 0, err
+	}
+	return ports[name], durable.WriteFile(path, text, 0o600)
+}
+
+// AppraisedBy makes the stack's apps measure which KMSs may give them keys: those that
+// the policy allows. devRoots is the file of development roots, if the TEE is simulated.
+func (s *Stack) AppraisedBy(devRoots string) error {
+	k, err := s.Keys()
+	if err != nil {
+		return err
+	}
+	doc, err := s.Policy()
+	if err != nil {
+		return err
+	}
+	p := &manifest.KMSPolicy{DevRoots: devRoots, RequireSession: true}
+	for _, n := range k.Nodes {
+		if n.VM == "" {
+			return nil // there is one that shows no evidence
+		}
+		p.AppID = n.AppID
+	}
+	for _, m := range doc.KMS.Allow {
+		if m.AppID == nil || *m.AppID != p.AppID {
+			continue
+		}
+		if !slices.Contains(p.ComposeHashes, *m.ComposeHash) {
+			p.ComposeHashes = append(p.ComposeHashes, *m.ComposeHash)
+		}
+		if !slices.Contains(p.OSImageHashes, *m.OSImageHash) {
+			p.OSImageHashes = append(p.OSImageHashes, *m.OSImageHash)
+		}
+	}
+	k.Policy = p
+	return s.saveKeys(k)
+}
+
 // localNode is the KMS that is a process of this machine.
 const localNode = "local"
 
@@ -272,11 +342,6 @@ func (s *Stack) startKMS(ctx context.Context, tee string, step func(string, ...a
 	key, err := s.GovernanceKey()
 	if err != nil {
 		return nil, err
-	}
-	if _, err := os.Stat(s.PolicyFile()); errors.Is(err, fs.ErrNotExist) {
-		if err := s.writePolicy(NewPolicy(tee)); err != nil {
-			return nil, err
-		}
 	}
 	node := KMSNode{Name: localNode}
 	if k, err := s.Keys(); err == nil {
@@ -352,6 +417,14 @@ auto_bootstrap_domain = "kms.dstack.localhost"
 		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", tail(s.KMSLogFile(), p.logStart)).WithFix("see %s", s.KMSLogFile())
 	}
 	return k, nil
+}
+
+// foundPolicy makes the first policy of a stack.
+func (s *Stack) foundPolicy(tee string) error {
+	if _, err := os.Stat(s.PolicyFile()); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return s.writePolicy(NewPolicy(tee))
 }
 
 // NewPolicy is the first policy of a stack: nothing is allowed but what deploy adds,

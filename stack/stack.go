@@ -148,6 +148,9 @@ type UpOptions struct {
 	TEE string
 	// NoKMS starts no KMS: apps then have keys of their own boot only.
 	NoKMS bool
+	// ConfidentialKMS names the KMSs that will run in CVMs, in place of one that is a
+	// process of this machine; guests are told where they will be.
+	ConfidentialKMS []string
 	// Step is told what Up does, one line each; may be nil.
 	Step func(format string, args ...any)
 }
@@ -183,6 +186,18 @@ func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
 	}
 	var guestKMS []string
 	if !opt.NoKMS {
+		if err := s.foundPolicy(opt.TEE); err != nil {
+			return err
+		}
+	}
+	for _, name := range opt.ConfidentialKMS {
+		port, err := s.KMSPort(name)
+		if err != nil {
+			return err
+		}
+		guestKMS = append(guestKMS, fmt.Sprintf("https://%s:%d", GuestHost, port))
+	}
+	if !opt.NoKMS && opt.ConfidentialKMS == nil {
 		k, err := s.startKMS(ctx, opt.TEE, step)
 		if err != nil {
 			return err
