@@ -293,9 +293,13 @@ func (p *plan) allow(a *app) error {
 		return nil
 	}
 	a.step("allow the app in the stack's policy")
-	return a.stack.AllowApp(a.ctx, policy.App{
+	undelivered, err := a.stack.AllowApp(a.ctx, policy.App{
 		AppID: p.lock.AppID, Name: p.lock.Name, ComposeHashes: []policy.Compose{{Hash: p.lock.ComposeHash}}, AnyName: true,
 	}, p.image)
+	if undelivered != nil {
+		a.step("%s %v (%s)", a.paint(amber, "warning:"), undelivered, fault.Code(undelivered))
+	}
+	return err
 }
 
 // keys sets who keeps the keys. The provider is always pinned: without a pin the

@@ -185,6 +185,7 @@ func (s *Stack) SubmitPolicy(ctx context.Context, keyless ...KMSNode) error {
 		}
 	}
 	if err := errors.Join(failed...); err != nil {
+		err = &partial{err, len(k.Nodes) + len(keyless) - len(failed)}
 		return fault.Wrap(err, "policy_undelivered", "give the policy to the stack's KMSs").WithFix("see `dstack kms status`; run the command again when they answer")
 	}
 	return nil
@@ -441,9 +442,11 @@ func NewPolicy(tee string) *policy.Document {
 }
 
 // AllowApp lets an app with this manifest have keys on this image, in the policy of the
-// stack.
-func (s *Stack) AllowApp(ctx context.Context, app policy.App, image policy.Image) error {
-	return s.Govern(ctx, func(d *policy.Document) (*policy.Document, error) {
+// stack. Of several KMSs one is enough to boot by: that others do not know of it yet is
+// the first error, which a caller may pass over, as no one may pass over a revocation
+// that did not arrive.
+func (s *Stack) AllowApp(ctx context.Context, app policy.App, image policy.Image) (undelivered, err error) {
+	err = s.Govern(ctx, func(d *policy.Document) (*policy.Document, error) {
 		d, err := d.Renew(time.Now(), policyValidity)
 		if err == nil {
 			d, err = d.AllowImage(image)
@@ -453,7 +456,20 @@ func (s *Stack) AllowApp(ctx context.Context, app policy.App, image policy.Image
 		}
 		return d, err
 	})
+	var some *partial
+	if errors.As(err, &some) && some.delivered > 0 {
+		return err, nil
+	}
+	return nil, err
 }
+
+// partial says that a policy reached some KMSs and not others.
+type partial struct {
+	error
+	delivered int
+}
+
+func (p *partial) Unwrap() error { return p.error }
 
 // StopKMS stops the KMS that is a process of this machine.
 func (s *Stack) StopKMS(grace time.Duration) error { return stopRecorded(s.kmsPIDFile(), grace) }
