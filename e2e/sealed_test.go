@@ -125,10 +125,12 @@ func (s *sealedApp) find(secret []byte) []string {
 }
 
 // An app with sealed storage: keys from a KMS that the manifest pins, an encrypted
-// environment, scripts, scopes, swap; over a boot that a gate stops (threats.md J04)
+// environment, scripts, scopes, swap, a release log that each boot remembers; over a boot that a gate stops (threats.md J04)
 // and an upgrade in place.
 func TestSealedApp(t *testing.T) {
-	kms, err := kmstest.Start(kmstest.Options{Names: []string{"localhost", "127.0.0.1", "10.0.2.2"}})
+	kms, err := kmstest.Start(kmstest.Options{
+		Names: []string{"localhost", "127.0.0.1", "10.0.2.2"}, LogDir: filepath.Join(t.TempDir(), "log"), Lease: time.Hour,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

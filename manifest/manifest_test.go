@@ -530,6 +530,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(doc(""))
 	f.Add(doc(`"requirements":{"os_version":"^1.2","gpu_policy":{"rego":"x","attest_gpu":false}},"swap_size":"1G"`))
 	f.Add(doc(`"port_policy":{"restrict_mode":true,"ports":[{"port":80,"pp":true}]},"x":[1e-7,"\ud83d\ude00",null]`))
+	f.Add(doc(`"key_provider":"kms","on_lease_loss":"stop","kms_policy":` + kmsPolicy(`"registers":{"mrtd":["0d"]},"devices":["`+strings.Repeat("0c", 32)+`"]`)))
 	f.Add([]byte(`{"a":1,"a":2}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		m, err := Parse(raw)

@@ -18,8 +18,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
+	"github.com/dstack-go/dstack/guest/keyprovider/kmstest"
 	"github.com/dstack-go/dstack/internal/testkit"
+	"github.com/dstack-go/dstack/keys"
+	"github.com/dstack-go/dstack/manifest"
 )
 
 // clients returns n clients of a unix socket, each with a connection of its own.
@@ -61,8 +66,52 @@ func TestTheAgentIsSmall(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cfg, init := config(t, testManifest)
-	socket := filepath.Join(dir, "dstack.sock")
+	every := map[string]string{"GetKey": `{"path":"x"}`, "Info": `{}`, "GetTlsKey": `{"usage_ra_tls":true}`, "GetQuote": `{"report_data":"00"}`, "Sign": `{"algorithm":"k256","data":"00"}`}
+	t.Run("that has no KMS", func(t *testing.T) {
+		cfg, init := config(t, testManifest)
+		residentAfter(t, bin, cfg, init, 20, every, 200)
+	})
+	// The collateral of simulated platforms is of the past, so that what a KMS shows is
+	// appraised and refused in the end; all that it takes is in memory by then.
+	t.Run("that appraises its KMS", func(t *testing.T) {
+		cfg, init := appraising(t)
+		residentAfter(t, bin, cfg, init, 1, map[string]string{"GetTlsKey": `{"usage_ra_tls":true}`}, 400)
+	})
+}
+
+// appraising is an agent whose manifest has a kms_policy, and a KMS with evidence.
+func appraising(t *testing.T) (*initrpc.Config, *fakeInit) {
+	g := &tdxtest.Guest{Platform: tdxtest.New(t), AppID: dstack.AppID{9}, ComposeHash: dstack.ComposeHash{8}}
+	roots, err := g.Platform.DevRoots().Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := manifest.Build(manifest.Draft{
+		Name: "n", DockerComposeFile: "services: {}", KeyProvider: "kms",
+		KMSPolicy: &manifest.KMSPolicy{AppID: g.AppID, ComposeHashes: []dstack.ComposeHash{g.ComposeHash}, OSImageHashes: []dstack.ImageHash{{1}}, DevRoots: string(roots)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kms, err := kmstest.Start(kmstest.Options{Attester: g})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kms.Close() })
+	cfg, init := config(t, string(text))
+	app := testKeys(t)
+	app.CACert, app.Provider = kms.RootPEM(), keys.Provider{Kind: keys.KMS, URL: kms.URL + "/prpc", SPKI: kms.SPKI()}
+	if cfg.AppKeys, err = app.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg, init
+}
+
+// residentAfter holds what the process has in memory after 50 clients have made calls,
+// each of them so often, against the bound.
+func residentAfter(t *testing.T, bin string, cfg *initrpc.Config, init *fakeInit, often int, calls map[string]string, want int) {
+	dir := filepath.Dir(bin)
+	socket := filepath.Join(dir, fmt.Sprintf("dstack-%d.sock", want))
 	sock, err := initrpc.ListenUnix(socket)
 	if err != nil {
 		t.Fatal(err)
@@ -100,9 +149,9 @@ func TestTheAgentIsSmall(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, c := range clients(t, socket, 50) {
 		wg.Go(func() {
-			for range 20 {
-				for url, body := range map[string]string{"GetKey": `{"path":"x"}`, "Info": `{}`, "GetTlsKey": `{"usage_ra_tls":true}`, "GetQuote": `{"report_data":"00"}`, "Sign": `{"algorithm":"k256","data":"00"}`} {
-					if status, text, _ := post(t, c, "http://x/"+url, body); status != 200 {
+			for range often {
+				for url, body := range calls {
+					if status, text, _ := post(t, c, "http://x/"+url, body); status != want || want != 200 && !strings.Contains(text, "kms_policy") {
 						t.Errorf("%s: %d %s", url, status, text)
 					}
 				}
@@ -111,7 +160,7 @@ func TestTheAgentIsSmall(t *testing.T) {
 	}
 	wg.Wait()
 	text, rss := memory()
-	t.Log("after 5000 calls: ", text)
+	t.Log("after the calls: ", text)
 	for deadline := time.Now().Add(trimInterval + 5*time.Second); rss > maxResident && time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		text, rss = memory()
 	}

@@ -102,51 +102,24 @@ func (k *KMS) take(reply *kmsapi.AppKeyResponse, from kmsclient.Answer) (*Grant,
 	return out, nil
 }
 
-// observations bounds how often a log that grows all the while is asked about.
-const observations = 8
-
 // Observe holds the head of a grant against what is remembered of the release log, and
-// remembers the newest. The KMS at url, which gave the grant, is asked for the proofs:
-// they lead to its newest head, which has to continue both, the remembered one and the
-// grant's. Codes: those of releaselog.Memory, of kmsclient, and of
-// releaselog.VerifyHead.
+// remembers it. The KMS at url, which gave the grant, is asked for the proof that it
+// continues what was seen. Codes: those of releaselog.Memory and of kmsclient.
 func (k *KMS) Observe(ctx context.Context, memory *releaselog.Memory, head releaselog.Head, url string) error {
 	client, err := kmsclient.New(kmsclient.Config{URLs: []string{url}, Root: head.SPKI(), Policy: k.Policy, Attester: k.Attester, Now: k.Now})
 	if err != nil {
 		return err
 	}
-	// newest returns the KMS's newest head and the proof that it continues one of a size.
-	newest := func(from uint64) (h releaselog.Head, proof [][]byte, err error) {
-		err = kmsclient.Ask(ctx, client, "GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from}, func(r *kmsapi.LogConsistencyResponse, _ kmsclient.Answer) (err error) {
-			h, err = releaselog.VerifyHead(r.Head, head.SPKI())
-			for _, p := range r.Proof {
-				proof = append(proof, bytes.Clone(p))
-			}
-			return err
-		})
-		return h, proof, err
-	}
-	for range observations {
-		grew := false
-		err := memory.Observe(ctx, head, func(from uint64) ([][]byte, error) {
-			later, proof, err := newest(from)
-			grew = err == nil && later.Size() != head.Size()
-			return proof, err
-		})
-		if !grew {
-			return err
-		}
-		// That proof is for a later head than the one in hand, which has to be part of it.
-		later, proof, err := newest(head.Size())
-		if err != nil {
-			return err
-		}
-		if err := releaselog.Compare(head, later, proof); err != nil {
-			return err
-		}
-		head = later
-	}
-	return fault.New("release_log_unproven", "the KMS's release log grows faster than it can be asked about").WithFix("start the VM again")
+	return memory.Observe(ctx, head, func(from uint64) (proof [][]byte, err error) {
+		err = kmsclient.Ask(ctx, client, "GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from, To: head.Size()},
+			func(r *kmsapi.LogConsistencyResponse, _ kmsclient.Answer) error {
+				for _, p := range r.Proof {
+					proof = append(proof, bytes.Clone(p))
+				}
+				return nil
+			})
+		return proof, err
+	})
 }
 
 func (k *KMS) subject() kmsclient.Subject {

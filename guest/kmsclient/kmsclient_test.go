@@ -330,6 +330,7 @@ func TestOneAnswerIsTakenAndAllAreWiped(t *testing.T) {
 	var seen [][]byte
 	err := Ask(t.Context(), c, "GetAppKey", &kmsapi.GetAppKeyRequest{ApiVersion: 1}, func(r *kmsapi.AppKeyResponse, _ Answer) error {
 		taken++
+		time.Sleep(500 * time.Millisecond) // in which the slow one answers
 		seen = append(seen, r.DiskCryptKey, r.EnvCryptKey, r.K256Key)
 		return nil
 	})

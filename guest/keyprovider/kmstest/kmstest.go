@@ -480,8 +480,11 @@ func (s *Server) getConsistency(_ context.Context, r *kmsapi.LogConsistencyReque
 	if s.log == nil {
 		return nil, errors.New("Service not found: GetLogConsistency")
 	}
-	head := s.log.Head()
-	proof, _, err := s.log.Consistency(r.From, head.Size())
+	to := r.To
+	if to == 0 {
+		to = s.log.Head().Size()
+	}
+	proof, head, err := s.log.Consistency(r.From, to)
 	return &kmsapi.LogConsistencyResponse{Head: head.Wire(), Proof: proof}, err
 }
 
