@@ -4,6 +4,7 @@ package kms
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -254,11 +255,16 @@ func TestMetaAndEnvironmentKey(t *testing.T) {
 // request is a signing request of g for a new key.
 func (w *world) request(g *tdxtest.Guest, c csr.Config) (*kmsapi.SignCertRequest, []byte) {
 	w.t.Helper()
+	return w.requestOf(w.t.Context(), g, c)
+}
+
+func (w *world) requestOf(ctx context.Context, g *tdxtest.Guest, c csr.Config) (*kmsapi.SignCertRequest, []byte) {
+	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	w.check(err)
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
 	w.check(err)
-	evidence, err := g.Attest(w.t.Context(), ratls.ReportData(spki))
+	evidence, err := g.Attest(ctx, ratls.ReportData(spki))
 	w.check(err)
 	text, signature, err := (&csr.Request{Version: 2, Config: c, Evidence: evidence}).Sign(key)
 	w.check(err)

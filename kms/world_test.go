@@ -255,15 +255,28 @@ func (w *world) ratls(g *tdxtest.Guest) *prpc.Client {
 
 func (w *world) clientCert(g *tdxtest.Guest) *tls.Certificate {
 	w.t.Helper()
+	key, evidence := w.keyEvidence(g)
+	return w.certOf(key, certificate.Leaf{Config: csr.Config{Subject: "RA-TLS TEMP Cert", ClientAuth: true}, Public: &key.PublicKey, Evidence: evidence})
+}
+
+// keyEvidence makes a key, and evidence of g over it.
+func (w *world) keyEvidence(g *tdxtest.Guest) (*ecdsa.PrivateKey, []byte) {
+	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	w.check(err)
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
 	w.check(err)
 	evidence, err := g.Attest(context.Background(), ratls.ReportData(spki))
 	w.check(err)
+	return key, evidence
+}
+
+// certOf has the temporary CA, as anybody can, issue a certificate.
+func (w *world) certOf(key *ecdsa.PrivateKey, l certificate.Leaf) *tls.Certificate {
+	w.t.Helper()
 	ca, err := certificate.Open([]byte(w.service.cfg.TempCA.PEM()), w.service.cfg.TempCAKey)
 	w.check(err)
-	der, err := ca.Issue(certificate.Leaf{Config: csr.Config{Subject: "RA-TLS TEMP Cert", ClientAuth: true}, Public: &key.PublicKey, Evidence: evidence}, w.clock())
+	der, err := ca.Issue(l, w.clock())
 	w.check(err)
 	return &tls.Certificate{Certificate: [][]byte{der, ca.Certificate.Raw}, PrivateKey: key}
 }
@@ -287,10 +300,42 @@ func (w *world) session(g *tdxtest.Guest) *prpc.Client {
 		Appraiser: kmsAppraiser{w}, Intended: channel.Intended{AppID: kmsApp}, Attester: g, AppEvidence: true, Now: w.clock, Timeout: 20 * time.Second,
 	}
 	transport := c.Transport()
-	dial := transport.DialTLSContext
-	transport.DialTLSContext = func(ctx context.Context, network, _ string) (net.Conn, error) { return dial(ctx, network, w.addr) }
+	transport.DialTLSContext = w.dialler(transport.DialTLSContext)
 	w.t.Cleanup(transport.CloseIdleConnections)
 	return &prpc.Client{BaseURL: "https://kms.test/prpc", HTTP: &http.Client{Transport: transport, Timeout: 30 * time.Second}}
+}
+
+// dialler leads every address to the KMS.
+func (w *world) dialler(dial func(context.Context, string, string) (net.Conn, error)) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, _ string) (net.Conn, error) { return dial(ctx, network, w.addr) }
+}
+
+// bareCert is a certificate of the temporary CA without evidence.
+func (w *world) bareCert() *tls.Certificate {
+	w.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	w.check(err)
+	return w.certOf(key, certificate.Leaf{Config: csr.Config{Subject: "x", ClientAuth: true}, Public: &key.PublicKey})
+}
+
+// shortCert is clientCert with an end.
+func (w *world) shortCert(g *tdxtest.Guest, life time.Duration) *tls.Certificate {
+	w.t.Helper()
+	key, evidence := w.keyEvidence(g)
+	return w.certOf(key, certificate.Leaf{
+		Config: csr.Config{Subject: "RA-TLS TEMP Cert", ClientAuth: true}, Public: &key.PublicKey, Evidence: evidence, MaxLifetime: life,
+	})
+}
+
+// transplant puts the evidence of one certificate into one of another's key.
+func (w *world) transplant(from, to *tls.Certificate) [][]byte {
+	w.t.Helper()
+	leaf, err := x509.ParseCertificate(from.Certificate[0])
+	w.check(err)
+	e, err := ratls.FromCertificate(leaf)
+	w.check(err)
+	key := to.PrivateKey.(*ecdsa.PrivateKey)
+	return w.certOf(key, certificate.Leaf{Config: csr.Config{Subject: "x", ClientAuth: true}, Public: &key.PublicKey, Evidence: e.Container}).Certificate
 }
 
 type kmsAppraiser struct{ w *world }

@@ -75,23 +75,33 @@ type Node struct {
 	policies  *policy.Authority // nil with a webhook
 	judge     *applicant.Judge
 	self      channel.Attester // nil outside of a TEE
-	vmConfig  string
-	appID     dstack.AppID // of the KMS as an app; zero outside of a TEE
-	state     *onboard.Node
+	// development is what only a build for it can be brought to: see makeJudge and findSelf.
+	development bool
+	vmConfig    string
+	appID       dstack.AppID // of the KMS as an app; zero outside of a TEE
+	state       *onboard.Node
 }
 
 // Open reads what is in the data directory and goes on with what a crash interrupted.
 func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
+	return open(ctx, c, log, time.Now, nil)
+}
+
+// open is Open with a clock, and with a judge in place of the configured one.
+func open(ctx context.Context, c Config, log *slog.Logger, now func() time.Time, judge *applicant.Judge) (*Node, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	n := &Node{cfg: c, log: log, now: time.Now}
+	n := &Node{cfg: c, log: log, now: now, judge: judge}
 	if err := durable.MkdirAll(c.Core.DataDir, 0o700); err != nil {
 		return nil, fault.Wrap(err, "kms_config", "make core.data_dir")
 	}
 	var err error
-	if n.judge, err = n.makeJudge(); err != nil {
-		return nil, err
+	if n.judge == nil {
+		if n.judge, err = n.makeJudge(); err != nil {
+			return nil, err
+		}
+		n.judge.Now = now
 	}
 	if err := n.makeAuthority(); err != nil {
 		return nil, err
@@ -99,6 +109,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
 	if err := n.findSelf(ctx); err != nil {
 		return nil, err
 	}
+	n.development = development && n.self == nil || n.judge.Development
 	n.state, err = onboard.Open(ctx, c.Core.DataDir, func() (*custody.Roots, error) { return custody.Generate(rand.Reader) }, n.replicate)
 	return n, err
 }
@@ -267,7 +278,7 @@ func (n *Node) replicate(ctx context.Context, source string) (*custody.Roots, er
 		}
 	}
 	conn, err := channel.Dial(ctx, "tcp", addr, &channel.Config{
-		Appraiser: sourceAppraiser{n}, Intended: channel.Intended{AppID: app}, Attester: n.self, AppEvidence: true, Timeout: sourceTime,
+		Appraiser: sourceAppraiser{n}, Intended: channel.Intended{AppID: app}, Attester: n.self, AppEvidence: true, Timeout: sourceTime, Now: n.now,
 	})
 	if err != nil {
 		return nil, err
@@ -439,7 +450,7 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 	}
 	c := kms.Config{
 		Custodian: roots, Authority: n.authority, Judge: n.judge, Log: log, TempCA: temp, TempCAKey: tempKey,
-		Names: n.cfg.names(), Self: n.self, VMConfig: n.vmConfig, Development: development && (n.judge.Development || n.self == nil),
+		Names: n.cfg.names(), Self: n.self, VMConfig: n.vmConfig, Development: n.development, Now: n.now,
 		Bootstrap: info, Version: n.Version, Logger: n.log,
 		Limits: kms.Limits{
 			Certificate: n.cfg.Core.Limits.Certificate.Duration, Lease: n.cfg.Core.Limits.Lease.Duration,

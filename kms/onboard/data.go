@@ -8,10 +8,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/dstack-go/dstack/internal/durable"
@@ -57,16 +60,10 @@ func Open(ctx context.Context, dir string, generate func() (*custody.Roots, erro
 		return nil, fault.Wrap(err, "onboard_state", "make the data directory")
 	}
 	n := &Node{dir: dir, obtain: obtain, generate: generate}
-	var rec fsm.Record[State, Effect]
-	text, err := os.ReadFile(n.path(stateFile))
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, fault.Wrap(err, "onboard_state", "read the state")
-	default:
-		if err := json.Unmarshal(text, &rec); err != nil {
-			return nil, fault.Wrap(err, "onboard_state", "the state in %s", n.path(stateFile))
-		}
+	rec, err := readState(n.path(stateFile))
+	if err != nil {
+		return nil, fault.Wrap(err, "onboard_state", "the state in %s", n.path(stateFile)).
+			WithFix("restore the data directory as a whole")
 	}
 	if rec.State.Phase == Empty {
 		for _, name := range []string{rootFile, logDir} {
@@ -85,6 +82,37 @@ func Open(ctx context.Context, dir string, generate func() (*custody.Roots, erro
 	}
 	n.driver = fsm.New(Machine, rec, save, n.perform)
 	return n, n.driver.Drain(ctx)
+}
+
+// maxState is more than a state has, whose longest part is a URL.
+const maxState = 64 << 10
+
+// readState reads the record, fresh if there is none.
+func readState(path string) (rec fsm.Record[State, Effect], err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return rec, nil
+	}
+	if err != nil {
+		return rec, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return rec, err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o022 != 0 {
+		return rec, errors.New("it is no regular file that only its owner may write")
+	}
+	dec := json.NewDecoder(io.LimitReader(f, maxState))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&rec); err != nil {
+		return rec, err
+	}
+	if !slices.Contains([]Phase{Empty, Obtaining, Logging, Ready}, rec.State.Phase) {
+		return rec, fmt.Errorf("the phase %.40q is none", rec.State.Phase)
+	}
+	return rec, nil
 }
 
 func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
