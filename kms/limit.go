@@ -15,6 +15,9 @@ import (
 // full again are forgotten; if none is, newcomers wait.
 const maxBuckets = 1 << 16
 
+// strangerRate is how many refusals a second of evidence that does not hold are logged.
+const strangerRate = 5
+
 // buckets is a token bucket for each key.
 type buckets struct {
 	rate  rate.Limit
@@ -49,6 +52,7 @@ func (b *buckets) allow(key string, now time.Time) bool {
 type limiter struct {
 	now                      func() time.Time
 	peers, connections, apps buckets
+	strangers                buckets // all whose evidence does not hold
 }
 
 func (l *limiter) init(n Limits, now func() time.Time) {
@@ -59,6 +63,7 @@ func (l *limiter) init(n Limits, now func() time.Time) {
 	set(&l.peers, n.PeerRate)
 	set(&l.connections, n.PeerRate)
 	set(&l.apps, n.AppRate)
+	set(&l.strangers, strangerRate)
 }
 
 // peer, connection and app return an error with code rate_limited when there was too

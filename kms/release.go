@@ -284,7 +284,7 @@ func (s *Service) signCert(ctx context.Context, r *kmsapi.SignCertRequest) (*kms
 	if err != nil {
 		return nil, err
 	}
-	a, err := s.cfg.Judge.Judge(ctx, applicant.Evidence{
+	a, err := s.judge(ctx, applicant.Evidence{
 		Container: evidence, ReportData: ratls.ReportData(request.SPKI), VMConfig: r.VmConfig, BootTime: true,
 	})
 	if err != nil {

@@ -116,7 +116,7 @@ func (s *Service) guarded(m prpc.Method, slots chan struct{}) prpc.Method {
 
 // metrics are upstream's counters, and ours.
 type metrics struct {
-	requests, failures, limited, handshakes atomic.Uint64
+	requests, failures, limited, unlogged, handshakes atomic.Uint64
 }
 
 // counted are the methods that upstream's counters count.
@@ -141,6 +141,7 @@ func (s *Service) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		{"dstack_kms_attestation_requests_total", "Requests that need evidence.", s.metrics.requests.Load()},
 		{"dstack_kms_attestation_failures_total", "Of those, how many were refused.", s.metrics.failures.Load()},
 		{"dstack_kms_rate_limited_total", "Requests turned away unread.", s.metrics.limited.Load()},
+		{"dstack_kms_refusals_unlogged_total", "Refusals of evidence that were too many for the release log.", s.metrics.unlogged.Load()},
 		{"dstack_kms_handshakes_refused_total", "Connections that were refused.", s.metrics.handshakes.Load()},
 		{"dstack_kms_release_log_size", "Entries of the release log.", s.cfg.Log.Head().Size()},
 	} {
@@ -254,7 +255,7 @@ func (s *Service) listener(l net.Listener, plain *tls.Config) (net.Listener, err
 type appraiser struct{ s *Service }
 
 func (a appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel.Appraisal, error) {
-	who, err := a.s.cfg.Judge.Judge(ctx, applicant.Evidence{Container: c.Container, ReportData: c.ReportData, Session: true})
+	who, err := a.s.judge(ctx, applicant.Evidence{Container: c.Container, ReportData: c.ReportData, Session: true})
 	if err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -481,7 +482,28 @@ func (s *Service) applicant(ctx context.Context, vmConfig string) (*applicant.Ap
 		}
 		return nil, err
 	}
-	return s.cfg.Judge.Judge(ctx, applicant.Evidence{Container: e.Container, ReportData: e.ReportData, VMConfig: vmConfig})
+	return s.judge(ctx, applicant.Evidence{Container: e.Container, ReportData: e.ReportData, VMConfig: vmConfig})
+}
+
+// judge verifies evidence, and writes into the release log that it does not hold. What
+// it claims of itself is not written: nothing vouches for it. Strangers can make as much
+// evidence as they like, so that beyond strangerRate their refusals are only counted.
+func (s *Service) judge(ctx context.Context, e applicant.Evidence) (*applicant.Applicant, error) {
+	a, err := s.cfg.Judge.Judge(ctx, e)
+	if err == nil || fault.Code(err) == "kms_collateral" {
+		return a, err
+	}
+	if s.limits.strangers.allow("", s.now()) {
+		_, logErr := s.append(ctx, releaselog.Entry{
+			Kind: releaselog.Refusal, Code: fault.Code(err), Reason: err.Error(), Evidence: sha256.Sum256(e.Container), Session: e.Session,
+		})
+		if logErr != nil {
+			return nil, logErr
+		}
+	} else {
+		s.metrics.unlogged.Add(1)
+	}
+	return nil, err
 }
 
 // hexOf is for logs and entries.

@@ -24,6 +24,8 @@ import (
 
 	"github.com/dstack-go/dstack"
 	kmsapi "github.com/dstack-go/dstack/api/kms"
+	"github.com/dstack-go/dstack/attest/mrconfig"
+	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/governance/policy"
@@ -130,8 +132,10 @@ func TestThreat_C01_EvidenceOfAnotherConnectionIsRefused(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "report_data_mismatch") {
 		t.Errorf("refused for another reason: %v", err)
 	}
-	if w.log.Head().Size() != before {
-		t.Error("something was decided about evidence that is nobody's")
+	for _, e := range w.entries()[before:] {
+		if e.Kind != releaselog.Refusal || e.Code != "report_data_mismatch" || !e.AppID.IsZero() {
+			t.Errorf("evidence that is nobody's is in the log as %+v", e)
+		}
 	}
 }
 
@@ -662,13 +666,25 @@ func TestThreat_J07_AFreshKMSAllowsNobody(t *testing.T) {
 func TestRefusalsThatNoAuthorityDecidesAreLoggedToo(t *testing.T) {
 	w := newWorld(t, nil)
 	g := w.guest(appA, good)
-	a := w.applicant(g)
-	a.ProviderID = []byte{1}
-	q := purposed(a, "app", "keys")
-	_, err := w.service.allow(t.Context(), a, q.Role, q.Purpose)
-	wantCode(t, err, "key_provider_mismatch")
-	if e := w.entries(); e[len(e)-1].Code != "key_provider_mismatch" {
+	doc := mrconfig.Document{AppID: &g.AppID, ComposeHash: g.ComposeHash, KeyProvider: "kms", KeyProviderID: []byte{1}}
+	g.Edit = func(b *tdx.ReportBody) { b.MRConfigID = mrconfig.IDv3(doc.Bytes()) }
+	_, err := call[kmsapi.AppKeyResponse](t, w.ratls(g), "GetAppKey", nil)
+	wantCode(t, err, "mr_config_mismatch")
+	if e := w.entries(); e[len(e)-1].Code != "mr_config_mismatch" || e[len(e)-1].Evidence == (releaselog.Hash{}) {
 		t.Errorf("log: %+v", e[len(e)-1])
+	}
+	g.Edit = nil
+	// Evidence that does not hold fills no log.
+	before := w.log.Head().Size()
+	bad := w.guest(appA, good)
+	bad.Edit = func(b *tdx.ReportBody) { b.RTMR[3] = dstack.Measurement{} }
+	c := w.ratls(bad)
+	for range 30 {
+		_, err := call[kmsapi.AppKeyResponse](t, c, "GetAppKey", nil)
+		wantCode(t, err, "log_replay_mismatch")
+	}
+	if n := w.log.Head().Size() - before; n == 0 || n > 2*strangerRate {
+		t.Errorf("%d entries of 30 refusals", n)
 	}
 	r, _ := w.request(g, csr.Config{Subject: "x", Names: []string{"bank.test"}})
 	_, err = call[kmsapi.SignCertResponse](t, w.client(nil), "SignCert", r)
