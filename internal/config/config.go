@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"reflect"
 	"strconv"
@@ -172,6 +173,12 @@ func set(v reflect.Value, text string) error {
 			return errors.New("want a number that is not negative")
 		}
 		v.SetUint(n)
+	case reflect.Float64:
+		n, err := strconv.ParseFloat(text, 64)
+		if err != nil || math.IsNaN(n) || math.IsInf(n, 0) {
+			return errors.New("want a number")
+		}
+		v.SetFloat(n)
 	case reflect.Slice:
 		elem := v.Type().Elem()
 		out := reflect.MakeSlice(v.Type(), 0, 4)

@@ -20,6 +20,7 @@ type testConfig struct {
 		Wait  Duration `toml:"wait"`
 		On    bool     `toml:"on"`
 		N     uint32   `toml:"n"`
+		Rate  float64  `toml:"rate"`
 		List  []string `toml:"list"`
 	} `toml:"deep"`
 	Tokens []Secret `toml:"tokens"`
@@ -41,11 +42,11 @@ func TestLaterSourcesWin(t *testing.T) {
 	c := testConfig{Name: "default"}
 	c.Deep.On = true
 	err := Load(&c, path, Env{Prefix: "X_", Ignore: []string{"URL"},
-		Environ: []string{"X_DEEP__N=7", "X_DEEP__LIST=a, b", "X_DEEP__LIMIT=512M", "X_URL=http://somewhere", "OTHER=1"}})
+		Environ: []string{"X_DEEP__N=7", "X_DEEP__RATE=2.5", "X_DEEP__LIST=a, b", "X_DEEP__LIMIT=512M", "X_URL=http://somewhere", "OTHER=1"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Name != "file" || !c.Deep.On || c.Deep.N != 7 || c.Deep.Limit != 512<<20 ||
+	if c.Name != "file" || !c.Deep.On || c.Deep.N != 7 || c.Deep.Rate != 2.5 || c.Deep.Limit != 512<<20 ||
 		c.Deep.Wait.Duration != 90*time.Second || fmt.Sprint(c.Deep.List) != "[a b]" {
 		t.Fatalf("got %+v", c)
 	}

@@ -371,13 +371,15 @@ func itoa(port uint16) string { return fmt.Sprint(port) }
 func onboardRoots() (*custody.Roots, error) { return custody.Generate(rand.Reader) }
 
 // ephemeral makes a key, and a genuine KMS's evidence about it.
-func ephemeral(w *world) (*ecdsa.PrivateKey, []byte) {
+func ephemeral(w *world) (*ecdsa.PrivateKey, []byte) { return ephemeralOf(w, w.guest(1)) }
+
+func ephemeralOf(w *world, g *tdxtest.Guest) (*ecdsa.PrivateKey, []byte) {
 	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	w.check(err)
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
 	w.check(err)
-	evidence, err := w.guest(1).Attest(context.Background(), ratls.ReportData(spki))
+	evidence, err := g.Attest(context.Background(), ratls.ReportData(spki))
 	w.check(err)
 	return key, evidence
 }
