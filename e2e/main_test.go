@@ -59,6 +59,14 @@ func run(m *testing.M) int {
 		fmt.Printf("build: %v\n%s", err, out)
 		return 1
 	}
+	// The stack's KMS is one for development: its TEE is simulated.
+	build = exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-tags", "dstack_sim", "-o", filepath.Join(shared.bin, "dstack-kms-dev"), "./cmd/dstack-kms")
+	build.Dir = testkit.Root()
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Printf("build: %v\n%s", err, out)
+		return 1
+	}
 	defer func() {
 		down := exec.Command(filepath.Join(shared.bin, "dstack"), "--state", shared.state, "down")
 		if out, err := down.CombinedOutput(); err != nil {

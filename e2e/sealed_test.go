@@ -18,9 +18,11 @@ import (
 	"time"
 
 	dstackid "github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/guest/keyprovider/kmstest"
+	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/testkit"
+	"github.com/dstack-go/dstack/keys/custody"
 	"github.com/dstack-go/dstack/manifest/lock"
+	"github.com/dstack-go/dstack/stack"
 )
 
 // sealedCompose has an app with a volume, a secret, a scope of keys and a restart
@@ -56,7 +58,6 @@ echo "the gate is open"
 type sealedApp struct {
 	t         *testing.T
 	dir       string
-	kms       *kmstest.Server
 	web, scan string // base URLs
 	flags     []string
 	deployed
@@ -124,18 +125,21 @@ func (s *sealedApp) find(secret []byte) []string {
 	return found
 }
 
-// An app with sealed storage: keys from a KMS that the manifest pins, an encrypted
-// environment, scripts, scopes, swap, a release log that each boot remembers; over a boot that a gate stops (threats.md J04)
-// and an upgrade in place.
+// An app with sealed storage: keys from the stack's KMS, which the manifest pins, an
+// encrypted environment, scripts, scopes, swap, a release log that each boot remembers;
+// over a boot that a gate stops (threats.md J04) and an upgrade in place, until the app
+// is revoked (G05).
 func TestSealedApp(t *testing.T) {
-	kms, err := kmstest.Start(kmstest.Options{
-		Names: []string{"localhost", "127.0.0.1", "10.0.2.2"}, LogDir: filepath.Join(t.TempDir(), "log"), Lease: time.Hour,
-	})
+	st, err := stack.Open(shared.state)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { kms.Close() })
-	s := &sealedApp{t: t, dir: t.TempDir(), kms: kms}
+	roots, err := custody.Open(filepath.Join(shared.state, "kms", "root.keys"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(roots.Wipe)
+	s := &sealedApp{t: t, dir: t.TempDir()}
 	binary := filepath.Join(s.dir, "sealedapp")
 	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", binary, "./e2e/sealedapp")
 	build.Dir = testkit.Root()
@@ -152,22 +156,19 @@ func TestSealedApp(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.web, s.scan = fmt.Sprintf("http://127.0.0.1:%d/", web), fmt.Sprintf("http://127.0.0.1:%d/", scan)
-	// The guest reaches this machine's loopback at 10.0.2.2, the tool at 127.0.0.1.
-	_, port, _ := strings.Cut(strings.TrimPrefix(kms.URL, "https://"), ":")
 	const first, second = "canary-Zq7 'first' $HOME", "canary-Zq7-second"
 	envFile := s.file("env", "SECRET="+first+"\n")
 	compose := s.file("docker-compose.yaml", sealedCompose)
 	lockFile := filepath.Join(s.dir, "dstack.lock.json")
 	s.flags = []string{
 		"-c", compose, "--lock", lockFile, "--env-file", envFile, "--allow-mutable",
-		"--kms", "https://127.0.0.1:" + port, "--kms", "https://10.0.2.2:" + port,
 	}
 	s.run("deploy", "-n", "sealed", "--image", shared.image, "--disk", "4", "--app-image", "sealed:1="+binary,
 		"--port", fmt.Sprintf("%d:8080", web), "--port", fmt.Sprintf("%d:8081", scan),
-		"--key-provider", "kms", "--kms-id", hex.EncodeToString(kms.SPKI()), "--swap", "64M",
+		"--swap", "64M",
 		"--key-scope", "web=web/", "--script-init", s.file("gate.sh", goodScript)).must(t)
 	t.Cleanup(func() { dstack(t, "rm", "--force", "sealed") })
-	policy := s.file("policy.json", `{"tcb":{"accept":["UpToDate"]},"workload":{"allow_mutable":true}}`)
+	accept := s.file("policy.json", `{"tcb":{"accept":["UpToDate"]},"workload":{"allow_mutable":true}}`)
 
 	if got := s.get("env", "name", "SECRET"); got != first {
 		t.Errorf("the app has the secret %q", got)
@@ -197,11 +198,11 @@ func TestSealedApp(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("TestThreat_E06_NoSecretWhereOthersCouldRead", func(t *testing.T) {
-		app, err := kms.Roots().App(appID)
+		app, err := roots.AppKey(t.Context(), custody.Scope{App: appID})
 		if err != nil {
 			t.Fatal(err)
 		}
-		env, err := kms.Roots().Env(appID)
+		env, err := roots.EnvKey(t.Context(), custody.Scope{App: appID})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -210,7 +211,7 @@ func TestSealedApp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		disk, err := kms.Roots().Disk(appID, instance)
+		disk, err := roots.DiskKey(t.Context(), custody.Scope{App: appID, Instance: instance})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -238,7 +239,7 @@ func TestSealedApp(t *testing.T) {
 		args := []string{s.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots()}
 		v, exit := verify(t, args...)
 		wantRefused(t, v, exit, "mutable")
-		v, exit = verify(t, append(args, "--policy", policy)...)
+		v, exit = verify(t, append(args, "--policy", accept)...)
 		if !v.Accepted || exit != 0 {
 			t.Fatalf("%+v", v)
 		}
@@ -259,6 +260,14 @@ func TestSealedApp(t *testing.T) {
 		t.Errorf("console:\n%s", log)
 	}
 
+	// From the next boot on its lease is a short one.
+	const leaseSeconds = 60
+	err = st.Govern(t.Context(), func(d *policy.Document) (*policy.Document, error) {
+		return d.AllowApp(policy.App{AppID: appID, LeaseSeconds: leaseSeconds})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	old, err := lock.Read(lockFile)
 	if err != nil {
 		t.Fatal(err)
@@ -282,11 +291,46 @@ func TestSealedApp(t *testing.T) {
 	if log := console(t, s.ID); !strings.Contains(log, "new: false, grown: true") {
 		t.Errorf("the disk did not grow:\n%s", log)
 	}
-	v, exit := verify(t, s.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots(), "--policy", policy)
+	v, exit := verify(t, s.AttestURL, "--lock", lockFile, "--dev-roots", shared.devRoots(), "--policy", accept)
 	if !v.Accepted || exit != 0 || slices.Contains(v.codes("info"), "storage_new") {
 		t.Errorf("%+v", v)
 	}
 	// The lock of the first deployment is for another manifest of the same app.
-	v, exit = verify(t, s.AttestURL, "--lock", oldFile, "--dev-roots", shared.devRoots(), "--policy", policy)
+	v, exit = verify(t, s.AttestURL, "--lock", oldFile, "--dev-roots", shared.devRoots(), "--policy", accept)
 	wantRefused(t, v, exit, "compose_hash_mismatch")
+	t.Run("TestThreat_G05_RevokedAppLosesLeaseAndKeys", func(t *testing.T) { s.revoked(2 * leaseSeconds * time.Second) })
+}
+
+// revoked revokes the app: what runs loses its lease, and gets no new keys; its data and
+// its containers stay; and its next boot is refused with the reason.
+func (s *sealedApp) revoked(patience time.Duration) {
+	t := s.t
+	if got := s.get("key", "path", "web/session"); !strings.Contains(got, `"key":"`) {
+		t.Fatalf("before it is revoked: %s", got)
+	}
+	dstack(t, "app", "revoke", "sealed", "--reason", "it leaks canaries").must(t)
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Second) {
+		got := s.get("key", "path", "web/session")
+		if strings.Contains(got, "lease_lost") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it still gets keys: %s\n%s", got, console(t, s.ID))
+		}
+	}
+	if got := s.get("get", "name", "note"); got != "kept" {
+		t.Errorf("the container that goes on has %q", got)
+	}
+	dstack(t, "stop", "sealed").must(t)
+	r := dstack(t, "start", "sealed")
+	r.refused(t, "kms_denied")
+	if !strings.Contains(r.stderr, "it leaks canaries") {
+		t.Errorf("the refusal does not say why:\n%s", r.stderr)
+	}
+	log := dstack(t, "--json", "kms", "log").must(t)
+	for _, want := range []string{`"kind": "grant"`, `"purpose": "renewal"`, `"kind": "refusal"`, "compose_hash_revoked"} {
+		if !strings.Contains(log.stdout, want) {
+			t.Errorf("the release log has no %s", want)
+		}
+	}
 }
