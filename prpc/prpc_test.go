@@ -129,7 +129,7 @@ func post(method, body string) string {
 const (
 	tlsDefault   = `{"subject":"","alt_names":[],"usage_ra_tls":false,"usage_server_auth":false,"usage_client_auth":false,"not_before":null,"not_after":null,"with_app_info":false}`
 	quoteDefault = `{"quote":"","event_log":"","report_data":"","vm_config":""}`
-	infoReply    = `{"app_id":"ab","instance_id":"","app_cert":"","tcb_info":"","app_name":"n\u00e9 \ud83d\ude00 \"\\\n\u0001<&>","device_id":"","mr_aggregated":"","os_image_hash":"","key_provider_info":"","compose_hash":"","vm_config":"","cloud_vendor":"","cloud_product":""}`
+	infoReply    = `{"app_id":"ab","instance_id":"","app_cert":"","tcb_info":"","app_name":"n\u00e9 \ud83d\ude00 \"\\\n\u0001<&>","device_id":"","mr_aggregated":"","os_image_hash":"","key_provider_info":"","compose_hash":"","vm_config":"","cloud_vendor":"","cloud_product":"","lease":""}`
 	vmDefault    = `{"name":"","image":"","compose_file":"","vcpu":0,"memory":0,"disk_size":0,"ports":[],"encrypted_env":"","app_id":null,"user_config":"","hugepages":false,"pin_numa":false,"gpus":null,"kms_urls":[],"gateway_urls":[],"stopped":false,"no_tee":false,"networking":null,"networks":[],"simulated_tee":null,"tpm":null}`
 )
 
