@@ -23,10 +23,12 @@
 package kms
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -449,6 +451,20 @@ func (c caller) host() string {
 		return h
 	}
 	return ip.Mask(net.CIDRMask(64, 128)).String()
+}
+
+// committed reports whether the key of the caller's connection is the one that the
+// applicant's init committed to.
+func (c caller) committed(a *applicant.Applicant) bool {
+	var spki []byte
+	switch {
+	case c.peer != nil:
+		spki = c.peer.SPKI
+	case c.leaf != nil:
+		spki = c.leaf.RawSubjectPublicKeyInfo
+	}
+	sum := sha256.Sum256(spki)
+	return spki != nil && bytes.Equal(sum[:], a.ChannelKey)
 }
 
 // applicant judges the caller's evidence. Codes no_attestation, vm_config_conflict, and

@@ -168,6 +168,37 @@ func TestThreat_C01_WithoutTheChannelsProtocolThereIsNoSession(t *testing.T) {
 	}
 }
 
+// An app of the guest, or whoever it serves, asks for a quote over the binding of a
+// connection of his own: what such evidence names is the app, and who asks is anybody.
+func TestThreat_B20_EvidenceThatARunningAppMadeGetsNoKeys(t *testing.T) {
+	w := newWorld(t, nil)
+	key, err := channel.NewKey()
+	w.check(err)
+	g := w.guest(appA, good)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	for _, c := range []*prpc.Client{w.ratls(g), w.session(g)} {
+		r, err := call[kmsapi.AppKeyResponse](t, c, "GetAppKey", nil)
+		nothing(t, r, err, "guest_running")
+	}
+	l, err := call[kmsapi.RenewLeaseResponse](t, w.session(g), "RenewLease", nil)
+	nothing(t, l, err, "channel_key_mismatch")
+	if e := w.entries(); e[len(e)-1].Code != "channel_key_mismatch" || e[len(e)-2].Code != "guest_running" {
+		t.Errorf("log: %+v", e[len(e)-1])
+	}
+	// The guest's own agent, which has the key, may.
+	own := w.sessionOf(channel.Config{Attester: g, Key: key})
+	if _, err := call[kmsapi.RenewLeaseResponse](t, own, "RenewLease", nil); err != nil {
+		t.Error(err)
+	}
+	if _, err := call[kmsapi.AppKeyResponse](t, own, "GetAppKey", nil); err != nil {
+		t.Error(err)
+	}
+	// A guest that committed to nothing has no key to show, once an app runs in it.
+	g.ChannelSPKI = nil
+	r, err := call[kmsapi.AppKeyResponse](t, w.session(g), "GetAppKey", nil)
+	nothing(t, r, err, "guest_running")
+}
+
 func TestThreat_C02_AnotherKMSThanTheOneMeant(t *testing.T) {
 	w := newWorld(t, nil)
 	other := w.self.InstanceID
@@ -420,9 +451,11 @@ func TestThreat_G04_AnswersOfTheWebhookAreNotChangedOnTheWay(t *testing.T) {
 // A revoked manifest's instances go on for as long as their lease, and no longer.
 func TestThreat_G05_ARevokedInstanceGetsNoLease(t *testing.T) {
 	w := newWorld(t, func(d *policy.Document) { d.LeaseSeconds = 600 })
+	key, err := channel.NewKey()
+	w.check(err)
 	g := w.guest(appA, good)
-	g.Booting = false
-	c := w.session(g)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	c := w.sessionOf(channel.Config{Attester: g, Key: key})
 	root := w.roots.Identity().CA
 	r, err := call[kmsapi.RenewLeaseResponse](t, c, "RenewLease", nil)
 	if err != nil {
@@ -657,21 +690,11 @@ func TestThreat_J07_AFreshKMSAllowsNobody(t *testing.T) {
 	}
 }
 
-// Another key provider than the one that the guest's launch committed to gives nothing,
-// and says so in the log.
 func TestRefusalsThatNoAuthorityDecidesAreLoggedToo(t *testing.T) {
 	w := newWorld(t, nil)
 	g := w.guest(appA, good)
-	a := w.applicant(g)
-	a.ProviderID = []byte{1}
-	q := purposed(a, "app", "keys")
-	_, err := w.service.allow(t.Context(), a, q.Role, q.Purpose)
-	wantCode(t, err, "key_provider_mismatch")
-	if e := w.entries(); e[len(e)-1].Code != "key_provider_mismatch" {
-		t.Errorf("log: %+v", e[len(e)-1])
-	}
 	r, _ := w.request(g, csr.Config{Subject: "x", Names: []string{"bank.test"}})
-	_, err = call[kmsapi.SignCertResponse](t, w.client(nil), "SignCert", r)
+	_, err := call[kmsapi.SignCertResponse](t, w.client(nil), "SignCert", r)
 	wantCode(t, err, "certificate_name_denied")
 	if e := w.entries(); e[len(e)-1].Code != "certificate_name_denied" || e[len(e)-1].Kind != releaselog.Refusal {
 		t.Errorf("log: %+v", e[len(e)-1])
