@@ -300,6 +300,9 @@ func (s *Service) signCert(ctx context.Context, r *kmsapi.SignCertRequest) (*kms
 	if err != nil {
 		return nil, err
 	}
+	// The evidence is about the certificate's key, over which an app may have had it made
+	// for anybody. The guest's own system has another connection to show (threats.md B20).
+	a.Request.Session = callerOf(ctx).isSystemOf(a)
 	d, err := s.allow(ctx, a, governance.App, governance.Certificate)
 	if err != nil {
 		return nil, err

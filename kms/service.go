@@ -467,6 +467,17 @@ func (c caller) committed(a *applicant.Applicant) bool {
 	return spki != nil && bytes.Equal(sum[:], a.ChannelKey)
 }
 
+// isSystemOf reports whether the caller, over an attested channel, is the system of the
+// same guest that an applicant is.
+func (c caller) isSystemOf(a *applicant.Applicant) bool {
+	if c.peer == nil {
+		return false
+	}
+	p, ok := c.peer.Detail.(*applicant.Applicant)
+	return ok && (p.Booting || c.committed(p)) && p.Info.AppID == a.Info.AppID && p.Info.ComposeHash == a.Info.ComposeHash &&
+		bytes.Equal(p.Info.InstanceID, a.Info.InstanceID) && p.Info.DeviceID == a.Info.DeviceID
+}
+
 // applicant judges the caller's evidence. Codes no_attestation, vm_config_conflict, and
 // those of package applicant.
 func (s *Service) applicant(ctx context.Context, vmConfig string) (*applicant.Applicant, error) {

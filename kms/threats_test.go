@@ -199,6 +199,32 @@ func TestThreat_B20_EvidenceThatARunningAppMadeGetsNoKeys(t *testing.T) {
 	nothing(t, r, err, "guest_running")
 }
 
+// Nor a certificate of an app that demands a session.
+func TestThreat_B20_ACertificateIsForTheGuestThatAsks(t *testing.T) {
+	w := newWorld(t, func(d *policy.Document) { d.Apps[0].RequireSession = true })
+	key, err := channel.NewKey()
+	w.check(err)
+	g := w.guest(appA, good)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	other := w.guest(appA, good)
+	other.Booting, other.ChannelSPKI, other.InstanceID = false, key.SPKI(), dstack.InstanceID{8}
+	request, _ := w.request(g, csr.Config{Subject: "x"})
+	for name, c := range map[string]*prpc.Client{
+		"nobody": w.client(nil), "RA-TLS": w.ratls(g), "an app's connection": w.session(g),
+		"another instance": w.sessionOf(channel.Config{Attester: other, Key: key}), "another app": w.session(w.replica()),
+	} {
+		s, err := call[kmsapi.SignCertResponse](t, c, "SignCert", request)
+		if fault.Code(err) != "session_required" || proto.Size(s) > 0 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	s, err := call[kmsapi.SignCertResponse](t, w.sessionOf(channel.Config{Attester: g, Key: key}), "SignCert", request)
+	w.check(err)
+	if e, _, err := releaselog.VerifyRelease(s.Release, w.roots.Identity().CA); err != nil || !e.Session {
+		t.Errorf("entry %+v: %v", e, err)
+	}
+}
+
 func TestThreat_C02_AnotherKMSThanTheOneMeant(t *testing.T) {
 	w := newWorld(t, nil)
 	other := w.self.InstanceID
