@@ -111,7 +111,8 @@ type Request struct {
 	DevImage *bool
 	OSEpoch  *int
 	// Session says that the evidence was made for this very connection, and not for a
-	// key that may have been copied (threats.md B08, C01).
+	// key that may have been copied (threats.md B08, C01); of a certificate, that the
+	// system of the guest that is to have it asks over such a connection (B20).
 	Session bool
 	At      time.Time
 }

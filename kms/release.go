@@ -43,7 +43,7 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 		return none, err
 	}
 	var d governance.Decision
-	err := s.permitted(a, q)
+	err := s.permitted(ctx, a, q)
 	if err == nil {
 		err = s.authorised(ctx)
 	}
@@ -62,10 +62,20 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 }
 
 // permitted is what no authority can allow.
-func (s *Service) permitted(a *applicant.Applicant, q governance.Request) error {
+func (s *Service) permitted(ctx context.Context, a *applicant.Applicant, q governance.Request) error {
+	own := callerOf(ctx).committed(a)
+	switch {
+	// Apps may ask their guest for a quote over 64 bytes of anybody's choice, and some
+	// pass the answer on: evidence of a guest in which one may run speaks for who has the
+	// key that its init committed to before, and for nobody else (threats.md B20).
+	case q.Purpose == governance.Keys && a.Running && !own:
+		return fault.New("guest_running", "keys are given to a guest that boots: an app runs in this one, and may have made its evidence for somebody else").
+			WithFix("ask before the event system-ready, or over the channel key that the guest committed to")
+	case q.Purpose == governance.Renewal && q.Session && a.Running && len(a.ChannelKey) > 0 && !own:
+		return fault.New("channel_key_mismatch", "the connection's key is not the one that the guest committed to before its app started")
 	// Whoever has a copy of a replica's key can show its evidence. For the roots that is
 	// not enough, whatever an app may do with as little (threats.md C01, C03).
-	if q.Purpose == governance.Replication && !q.Session && !s.cfg.KeyBoundReplication {
+	case q.Purpose == governance.Replication && !q.Session && !s.cfg.KeyBoundReplication:
 		return fault.New("session_required", "root keys are given over an attested channel only: this evidence was made for a key and not for the connection").
 			WithFix("onboard the replica with this project's KMS, or set core.key_bound_replication for one of upstream's")
 	}
@@ -290,6 +300,9 @@ func (s *Service) signCert(ctx context.Context, r *kmsapi.SignCertRequest) (*kms
 	if err != nil {
 		return nil, err
 	}
+	// The evidence is about the certificate's key, over which an app may have had it made
+	// for anybody. The guest's own system has another connection to show (threats.md B20).
+	a.Request.Session = callerOf(ctx).isSystemOf(a)
 	d, err := s.allow(ctx, a, governance.App, governance.Certificate)
 	if err != nil {
 		return nil, err

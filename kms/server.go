@@ -196,7 +196,9 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	err = server.Shutdown(stop)
+	if err = server.Shutdown(stop); err != nil {
+		server.Close() // whoever is left has had his time
+	}
 	<-done
 	return err
 }

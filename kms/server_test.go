@@ -38,9 +38,11 @@ func (c *countingAttester) Attest(ctx context.Context, d dstack.ReportData) ([]b
 func TestTheServersCertificateIsRenewedAtHalfOfItsLife(t *testing.T) {
 	w := newWorld(t, nil)
 	a := &countingAttester{inner: w.self}
-	s := *w.service.testCopy()
-	s.cfg.Self = a
-	l := &serverLeaf{s: &s}
+	cfg := w.service.cfg
+	cfg.Self, cfg.Judge = a, w.judge()
+	s, err := New(cfg)
+	w.check(err)
+	l := &serverLeaf{s: s}
 	get := func() *tls.Certificate {
 		t.Helper()
 		c, err := l.get(t.Context())
@@ -79,15 +81,6 @@ func TestTheServersCertificateIsRenewedAtHalfOfItsLife(t *testing.T) {
 	if _, err := l.get(t.Context()); err == nil {
 		t.Error("a certificate that is over is served")
 	}
-}
-
-// testCopy is a service of the same configuration, with state of its own.
-func (s *Service) testCopy() *Service {
-	c, err := New(s.cfg)
-	if err != nil {
-		panic(err)
-	}
-	return c
 }
 
 // slow is an authority that answers when it is let.

@@ -23,6 +23,7 @@
 package kms
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -450,6 +451,31 @@ func (c caller) host() string {
 		return h
 	}
 	return ip.Mask(net.CIDRMask(64, 128)).String()
+}
+
+// committed reports whether the key of the caller's connection is the one that the
+// applicant's init committed to.
+func (c caller) committed(a *applicant.Applicant) bool {
+	var spki []byte
+	switch {
+	case c.peer != nil:
+		spki = c.peer.SPKI
+	case c.leaf != nil:
+		spki = c.leaf.RawSubjectPublicKeyInfo
+	}
+	sum := sha256.Sum256(spki)
+	return spki != nil && bytes.Equal(sum[:], a.ChannelKey)
+}
+
+// isSystemOf reports whether the caller, over an attested channel, is the system of the
+// same guest that an applicant is.
+func (c caller) isSystemOf(a *applicant.Applicant) bool {
+	if c.peer == nil {
+		return false
+	}
+	p, ok := c.peer.Detail.(*applicant.Applicant)
+	return ok && (p.Booting || c.committed(p)) && p.Info.AppID == a.Info.AppID && p.Info.ComposeHash == a.Info.ComposeHash &&
+		bytes.Equal(p.Info.InstanceID, a.Info.InstanceID) && p.Info.DeviceID == a.Info.DeviceID
 }
 
 // applicant judges the caller's evidence. Codes no_attestation, vm_config_conflict, and

@@ -172,6 +172,63 @@ func TestThreat_C01_WithoutTheChannelsProtocolThereIsNoSession(t *testing.T) {
 	}
 }
 
+// An app of the guest, or whoever it serves, asks for a quote over the binding of a
+// connection of his own: what such evidence names is the app, and who asks is anybody.
+func TestThreat_B20_EvidenceThatARunningAppMadeGetsNoKeys(t *testing.T) {
+	w := newWorld(t, nil)
+	key, err := channel.NewKey()
+	w.check(err)
+	g := w.guest(appA, good)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	for _, c := range []*prpc.Client{w.ratls(g), w.session(g)} {
+		r, err := call[kmsapi.AppKeyResponse](t, c, "GetAppKey", nil)
+		nothing(t, r, err, "guest_running")
+	}
+	l, err := call[kmsapi.RenewLeaseResponse](t, w.session(g), "RenewLease", nil)
+	nothing(t, l, err, "channel_key_mismatch")
+	if e := w.entries(); e[len(e)-1].Code != "channel_key_mismatch" || e[len(e)-2].Code != "guest_running" {
+		t.Errorf("log: %+v", e[len(e)-1])
+	}
+	// The guest's own agent, which has the key, may.
+	own := w.sessionOf(channel.Config{Attester: g, Key: key})
+	if _, err := call[kmsapi.RenewLeaseResponse](t, own, "RenewLease", nil); err != nil {
+		t.Error(err)
+	}
+	if _, err := call[kmsapi.AppKeyResponse](t, own, "GetAppKey", nil); err != nil {
+		t.Error(err)
+	}
+	// A guest that committed to nothing has no key to show, once an app runs in it.
+	g.ChannelSPKI = nil
+	r, err := call[kmsapi.AppKeyResponse](t, w.session(g), "GetAppKey", nil)
+	nothing(t, r, err, "guest_running")
+}
+
+// Nor a certificate of an app that demands a session.
+func TestThreat_B20_ACertificateIsForTheGuestThatAsks(t *testing.T) {
+	w := newWorld(t, func(d *policy.Document) { d.Apps[0].RequireSession = true })
+	key, err := channel.NewKey()
+	w.check(err)
+	g := w.guest(appA, good)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	other := w.guest(appA, good)
+	other.Booting, other.ChannelSPKI, other.InstanceID = false, key.SPKI(), dstack.InstanceID{8}
+	request, _ := w.request(g, csr.Config{Subject: "x"})
+	for name, c := range map[string]*prpc.Client{
+		"nobody": w.client(nil), "RA-TLS": w.ratls(g), "an app's connection": w.session(g),
+		"another instance": w.sessionOf(channel.Config{Attester: other, Key: key}), "another app": w.session(w.replica()),
+	} {
+		s, err := call[kmsapi.SignCertResponse](t, c, "SignCert", request)
+		if fault.Code(err) != "session_required" || proto.Size(s) > 0 {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	s, err := call[kmsapi.SignCertResponse](t, w.sessionOf(channel.Config{Attester: g, Key: key}), "SignCert", request)
+	w.check(err)
+	if e, _, err := releaselog.VerifyRelease(s.Release, w.roots.Identity().CA); err != nil || !e.Session {
+		t.Errorf("entry %+v: %v", e, err)
+	}
+}
+
 func TestThreat_C02_AnotherKMSThanTheOneMeant(t *testing.T) {
 	w := newWorld(t, nil)
 	other := w.self.InstanceID
@@ -424,9 +481,11 @@ func TestThreat_G04_AnswersOfTheWebhookAreNotChangedOnTheWay(t *testing.T) {
 // A revoked manifest's instances go on for as long as their lease, and no longer.
 func TestThreat_G05_ARevokedInstanceGetsNoLease(t *testing.T) {
 	w := newWorld(t, func(d *policy.Document) { d.LeaseSeconds = 600 })
+	key, err := channel.NewKey()
+	w.check(err)
 	g := w.guest(appA, good)
-	g.Booting = false
-	c := w.session(g)
+	g.Booting, g.ChannelSPKI = false, key.SPKI()
+	c := w.sessionOf(channel.Config{Attester: g, Key: key})
 	root := w.roots.Identity().CA
 	r, err := call[kmsapi.RenewLeaseResponse](t, c, "RenewLease", nil)
 	if err != nil {
@@ -661,8 +720,6 @@ func TestThreat_J07_AFreshKMSAllowsNobody(t *testing.T) {
 	}
 }
 
-// Another key provider than the one that the guest's launch committed to gives nothing,
-// and says so in the log.
 func TestRefusalsThatNoAuthorityDecidesAreLoggedToo(t *testing.T) {
 	w := newWorld(t, nil)
 	g := w.guest(appA, good)

@@ -210,9 +210,7 @@ func (d *Document) app(r governance.Request) (*App, *refusal) {
 	if !d.Devices.Any && !slices.Contains(d.Devices.IDs, r.Boot.DeviceID) || app.Devices != nil && !slices.Contains(app.Devices, r.Boot.DeviceID) {
 		return nil, refuse(codeDevice, "the device %s is not listed for app %s", r.Boot.DeviceID, app.AppID)
 	}
-	// Evidence for a certificate is of the boot and over the certificate's key: its
-	// own request, not the connection, proves who has that key.
-	if app.RequireSession && r.Purpose != governance.Certificate && !r.Session {
+	if app.RequireSession && !r.Session {
 		return nil, refuse(codeSession, "the evidence was made for a key, and app %s demands it for the connection", app.AppID)
 	}
 	return app, nil

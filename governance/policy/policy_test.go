@@ -229,9 +229,9 @@ func TestDecisions(t *testing.T) {
 			d.Apps[0].RequireSession, r.Purpose = true, governance.Renewal
 		}, codeSession},
 		{"a session is there", nil, func(d *Document, r *governance.Request) { d.Apps[0].RequireSession, r.Session = true, true }, ""},
-		{"evidence for a certificate is of the boot", nil, func(d *Document, r *governance.Request) {
+		{"a session is demanded for a certificate", nil, func(d *Document, r *governance.Request) {
 			d.Apps[0].RequireSession, r.Purpose = true, governance.Certificate
-		}, ""},
+		}, codeSession},
 
 		{"a KMS by its registers", kmsRequest, nil, ""},
 		{"a KMS that may go on", kmsRequest, func(_ *Document, r *governance.Request) { r.Purpose = governance.Service }, ""},

@@ -57,8 +57,9 @@ type Applicant struct {
 	Evidence *attest.Evidence
 	Claims   *attest.Claims
 	Digest   [sha256.Size]byte // of the container as it came
-	// Booting says that no app has run yet in the guest.
-	Booting bool
+	// Booting says that no app has run yet in the guest; Running, that one may have. Of a
+	// TEE that signs no log neither is known.
+	Booting, Running bool
 	// ChannelKey is the SHA-256 of the SPKI that the guest's init committed to; nil: none.
 	ChannelKey []byte
 }
@@ -164,6 +165,7 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 		}
 	}
 	ready := slices.ContainsFunc(eventlog.Runtime(ev.EventLog), func(e eventlog.Event) bool { return e.Name == eventlog.SystemReady })
+	out.Running = ready && v.Workload.BoundBy != boundByDocument
 	out.Booting = !ready && v.Workload.BoundBy != boundByDocument
 	mode := identity.BootTime
 	if !e.BootTime && (ready || v.Workload.BoundBy == boundByDocument) {

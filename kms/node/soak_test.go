@@ -279,7 +279,7 @@ func TestSoakKMSKills(t *testing.T) {
 		if i < early { // while it makes its keys, each time in a new directory
 			b := fresh()
 			cmd := b.start()
-			delay := time.Duration(rand.Int64N(int64(50*time.Millisecond)))
+			delay := time.Duration(rand.Int64N(int64(50 * time.Millisecond)))
 			time.Sleep(delay)
 			b.kill(cmd)
 			bootstraps++
