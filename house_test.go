@@ -297,10 +297,10 @@ func TestThreat_M05_VerdictsAreNoBooleans(t *testing.T) {
 // the vendors'. The files are built as a release builds them and searched.
 func TestThreat_B14_ReleaseBinariesHoldNoDevelopmentTrust(t *testing.T) {
 	if testing.Short() {
-		t.Skip("builds four binaries")
+		t.Skip("builds five binaries")
 	}
 	dir := t.TempDir()
-	for _, name := range []string{"dstack", "dstack-vmm", "dstack-guest", "dstack-verifier"} {
+	for _, name := range []string{"dstack", "dstack-vmm", "dstack-guest", "dstack-verifier", "dstack-kms"} {
 		bin := filepath.Join(dir, name)
 		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", bin, "./cmd/"+name)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
