@@ -21,6 +21,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"math"
 	"slices"
 	"time"
 
@@ -32,6 +33,7 @@ import (
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
+	"github.com/dstack-go/dstack/collateral/floor"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
@@ -76,6 +78,9 @@ type Judge struct {
 	// SubjectPublicKeyInfo. A guest whose launch committed to another has the code
 	// mr_config_mismatch. Nil: no guest boots by this KMS.
 	Provider []byte
+	// Floor, if any, remembers the newest statements that verified, by processor family:
+	// evidence that rests on older ones is refused (threats.md B03).
+	Floor *floor.Store
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 
@@ -134,6 +139,13 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 		if req.Collateral, err = j.Collateral.Collateral(ctx, want); err != nil {
 			return nil, fault.Wrap(err, "kms_collateral", "get the collateral of the evidence").WithFix("see whether the provisioning certification service can be reached")
 		}
+		if j.Floor != nil && want.FMSPC+want.Product != "" {
+			least, err := j.Floor.Floor(want.FMSPC + want.Product)
+			if err != nil {
+				return nil, fault.Wrap(err, "kms_collateral", "the newest collateral seen")
+			}
+			req.Policy.Floor = uint32(min(least, math.MaxUint32))
+		}
 	}
 	// What runs is the authority's to judge: the reference is what the evidence says, so
 	// that the verifier looks whether the rest agrees with it.
@@ -156,6 +168,11 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	v := verifier.Appraise(req)
 	if !v.Accepted {
 		return nil, refusal(v)
+	}
+	if j.Floor != nil && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation != 0 {
+		if err := j.Floor.Raise(ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
+			return nil, fault.Wrap(err, "kms_collateral", "remember the newest collateral")
+		}
 	}
 
 	out := &Applicant{Evidence: ev, Claims: v.Claims, Digest: sha256.Sum256(e.Container)}

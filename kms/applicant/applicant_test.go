@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/collateral"
+	"github.com/dstack-go/dstack/collateral/floor"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -232,5 +234,37 @@ func TestThreat_C02_ALaunchForAnotherKMSIsRefused(t *testing.T) {
 				t.Errorf("want %q, got %q: %v", c.code, fault.Code(err), err)
 			}
 		})
+	}
+}
+
+// Statements older than the newest that verified count no more, although they are valid
+// yet.
+func TestThreat_B03_AKMSRemembersTheNewestStatements(t *testing.T) {
+	j, g := fixture(t)
+	roots := g.Platform.Roots()
+	roots.Trust = dstack.TrustProduction // floors are of vendors' statements
+	j.Roots, j.Development = []attest.Roots{roots}, false
+	var err error
+	if j.Floor, err = floor.Open(filepath.Join(t.TempDir(), "floor")); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := g.Attest(t.Context(), data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := Evidence{Container: raw, ReportData: data}
+	a, err := j.Judge(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := j.Floor.Floor(a.Claims.Product)
+	if err != nil || n != uint64(a.Claims.TCBEvaluation) || n == 0 {
+		t.Fatalf("remembered %d of %d: %v", n, a.Claims.TCBEvaluation, err)
+	}
+	if err := j.Floor.Raise(t.Context(), a.Claims.Product, n+1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := j.Judge(t.Context(), e); fault.Code(err) != "collateral_rollback" {
+		t.Errorf("an older statement: %v", err)
 	}
 }

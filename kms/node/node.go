@@ -38,6 +38,7 @@ import (
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/collateral/cache"
 	"github.com/dstack-go/dstack/collateral/fetch"
+	"github.com/dstack-go/dstack/collateral/floor"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/governance/webhook"
@@ -59,6 +60,7 @@ const (
 	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
 	collateralDir = "collateral"
+	floorDir      = "collateral-floor"
 	bootstrapFile = "bootstrap-info.json"
 )
 
@@ -138,6 +140,10 @@ func (n *Node) makeJudge() (*applicant.Judge, error) {
 		j.Collateral, err = cache.Open(n.path(collateralDir), fetch.Vendors{PCS: pcs, KDS: kds}, cache.Options{
 			Warn: func(err error) { n.log.Warn("collateral", "error", err) },
 		})
+		if err != nil {
+			return nil, err
+		}
+		j.Floor, err = floor.Open(n.path(floorDir))
 		return j, err
 	}
 	if !development {
