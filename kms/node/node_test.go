@@ -292,7 +292,8 @@ func generate(w *world) *custody.Roots {
 func TestThreat_C03_ASecondConnectionIsNotMade(t *testing.T) {
 	w := newWorld(t)
 	evil := honest(w, generate(w), nil)
-	for _, at := range []string{"GetMeta", "GetKmsKey"} {
+	// Without an answer, or after an orderly one: the next request needs a connection.
+	for _, at := range []string{"GetMeta", "GetKmsKey", "the end of GetMeta"} {
 		t.Run("cut at "+at, func(t *testing.T) {
 			meta := honest(w, generate(w), nil)
 			var s *source
@@ -303,6 +304,9 @@ func TestThreat_C03_ASecondConnectionIsNotMade(t *testing.T) {
 				case strings.HasSuffix(r.URL.Path, at):
 					panic(http.ErrAbortHandler) // the connection is closed without an answer
 				default:
+					if strings.HasPrefix(at, "the end") {
+						rw.Header().Set("Connection", "close")
+					}
 					meta.ServeHTTP(rw, r)
 				}
 			}))
