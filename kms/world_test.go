@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dstack-go/dstack"
@@ -37,6 +38,8 @@ import (
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/releaselog"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // world is a KMS with real keys, log, policy, TLS and channels, and guests on a
 // platform whose quotes have the form and the signatures of real ones.
