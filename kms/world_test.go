@@ -162,7 +162,7 @@ func newWorldOf(t testing.TB, roots *custody.Roots, edit func(*policy.Document),
 	temp, tempKey, err := NewTempCA(nil, w.clock())
 	w.check(err)
 	c := Config{
-		Custodian: w.roots, Exporter: w.roots, Authority: w.asked, Policies: w.policy, Judge: w.judge(), Log: w.log, TempCA: temp, TempCAKey: tempKey,
+		Custodian: w.roots, Exporter: w.roots, Eraser: w.roots, Authority: w.asked, Policies: w.policy, Judge: w.judge(), Log: w.log, TempCA: temp, TempCAKey: tempKey,
 		Names: []string{"kms.test", "127.0.0.1"}, Self: w.self, Development: true, Now: w.clock, Limits: Limits{PeerRate: 1e6, AppRate: 1e6},
 	}
 	for _, o := range options {
