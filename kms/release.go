@@ -9,6 +9,8 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -58,7 +60,45 @@ func (s *Service) allow(ctx context.Context, a *applicant.Applicant, role govern
 	if err != nil {
 		return none, s.refused(ctx, a, q, d, err)
 	}
-	return d, s.limits.app(q.Boot.AppID.String())
+	if err := s.limits.app(q.Boot.AppID.String()); err != nil {
+		return none, err
+	}
+	return d, s.erase(ctx, d)
+}
+
+// ratchet is how far epochs are erased.
+type ratchet struct {
+	mu     sync.Mutex
+	oldest atomic.Uint64
+}
+
+// erase makes underivable what is never given again (threats.md G02): the entry first,
+// then the deed, which is done again after a crash in between.
+func (s *Service) erase(ctx context.Context, d governance.Decision) error {
+	if s.cfg.Eraser == nil || d.OldestEpoch <= s.ratchet.oldest.Load() {
+		return nil
+	}
+	s.ratchet.mu.Lock()
+	defer s.ratchet.mu.Unlock()
+	if d.OldestEpoch <= s.ratchet.oldest.Load() {
+		return nil
+	}
+	switch first, last := s.cfg.Eraser.Epochs(); {
+	case d.OldestEpoch > last:
+		// Of no roots, or out of their reach: a slip in a document takes no keys away.
+		s.log.Warn("epochs not erased", "before", d.OldestEpoch, "last", last)
+	case first < d.OldestEpoch:
+		note := fmt.Sprintf("the keys of epochs before %d are erased", d.OldestEpoch)
+		if _, err := s.append(ctx, releaselog.Entry{Kind: releaselog.Rotation, By: d.By, Epoch: d.Epoch, Note: note}); err != nil {
+			return err
+		}
+		if err := s.cfg.Eraser.EraseBefore(d.OldestEpoch); err != nil {
+			return err
+		}
+		s.log.Info("epochs erased", "before", d.OldestEpoch, "by", d.By)
+	}
+	s.ratchet.oldest.Store(d.OldestEpoch)
+	return nil
 }
 
 // permitted is what no authority can allow.

@@ -25,10 +25,14 @@ type countingAttester struct {
 	inner  channel.Attester
 	n      atomic.Int64
 	broken atomic.Bool
+	slow   atomic.Bool
 }
 
 func (c *countingAttester) Attest(ctx context.Context, d dstack.ReportData) ([]byte, error) {
 	c.n.Add(1)
+	if c.slow.Load() {
+		time.Sleep(50 * time.Millisecond)
+	}
 	if c.broken.Load() {
 		return nil, errors.New("the TEE does not answer")
 	}
@@ -74,6 +78,17 @@ func TestTheServersCertificateIsRenewedAtHalfOfItsLife(t *testing.T) {
 	wg.Wait()
 	second := get()
 	if second == first || a.n.Load() != before+1 {
+		t.Errorf("%d quotes for one certificate", a.n.Load()-before)
+	}
+	// Once the old one is over all wait, and still for one.
+	w.pass(25 * time.Hour)
+	before = a.n.Load()
+	a.slow.Store(true)
+	for range 8 {
+		wg.Go(func() { get() })
+	}
+	wg.Wait()
+	if a.n.Load() != before+1 {
 		t.Errorf("%d quotes for one certificate", a.n.Load()-before)
 	}
 	a.broken.Store(true)

@@ -81,6 +81,13 @@ type Policies interface {
 	Update(signed []byte) error
 }
 
+// Eraser makes the keys of epochs underivable.
+type Eraser interface {
+	// Epochs are the first and the last native epoch; zero: there are none.
+	Epochs() (first, last uint64)
+	EraseBefore(epoch uint64) error
+}
+
 // Config is what a service is made of.
 type Config struct {
 	Custodian custody.Custodian
@@ -94,6 +101,9 @@ type Config struct {
 	KeyBoundReplication bool
 	// Policies, if any, is the authority's document.
 	Policies Policies
+	// Eraser, if any, erases the epochs before the oldest that the authority gives. That
+	// cannot be undone: it is for an authority whose oldest epoch never falls.
+	Eraser Eraser
 	// TempCA is the authority of client certificates, whose key everybody is given.
 	TempCA *certificate.Authority
 	// TempCAKey is that key, PEM of PKCS #8: no secret.
@@ -125,6 +135,7 @@ type Service struct {
 	limits  limiter
 	self    self
 	metrics metrics
+	ratchet ratchet
 	// identity, of the first moment.
 	identity custody.Identity
 }

@@ -384,6 +384,19 @@ func TestThreat_G02_EpochsRotateAndOldOnesAreErased(t *testing.T) {
 	_, err := call[kmsapi.Policy](t, w.client(nil), "UpdatePolicy", &kmsapi.Policy{Signed: w.signed()})
 	wantCode(t, err, "policy_epoch")
 
+	// What is never given again cannot be derived any more, and the log tells of it once.
+	if first, _ := w.roots.Epochs(); first != 3 {
+		t.Errorf("the roots begin with epoch %d", first)
+	}
+	var rotations int
+	for _, e := range w.entries() {
+		if e.Kind == releaselog.Rotation && e.Epoch == 3 && strings.Contains(e.Note, "before 3") {
+			rotations++
+		}
+	}
+	if rotations != 1 {
+		t.Errorf("%d entries tell of the erasure", rotations)
+	}
 	if err := w.roots.EraseBefore(3); err != nil {
 		t.Fatal(err)
 	}
@@ -393,6 +406,19 @@ func TestThreat_G02_EpochsRotateAndOldOnesAreErased(t *testing.T) {
 	again := get(3)
 	if !bytes.Equal(again.DiskCryptKey, first.DiskCryptKey) || !bytes.Equal(again.Epochs[0].App, third.Epochs[0].App) {
 		t.Error("an erasure changed what is left")
+	}
+}
+
+// A slip in a policy, which no later one can take back, does not stop the KMS.
+func TestAnEpochOutOfReach(t *testing.T) {
+	w := newWorld(t, func(d *policy.Document) { d.KeyEpoch = policy.KeyEpoch{Current: 1 << 40, Oldest: 1 << 40} })
+	if _, err := call[kmsapi.AppKeyResponse](t, w.session(w.guest(appA, good)), "GetAppKey", nil); err != nil {
+		t.Error(err)
+	}
+	_, err := call[kmsapi.AppKeyResponse](t, w.session(w.guest(appA, good)), "GetAppKey", &kmsapi.GetAppKeyRequest{WantEpochs: true})
+	wantCode(t, err, "epoch_unavailable")
+	if first, _ := w.roots.Epochs(); first != 1 {
+		t.Errorf("the roots begin with epoch %d", first)
 	}
 }
 

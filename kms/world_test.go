@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dstack-go/dstack"
@@ -37,6 +38,8 @@ import (
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/releaselog"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // world is a KMS with real keys, log, policy, TLS and channels, and guests on a
 // platform whose quotes have the form and the signatures of real ones.
@@ -159,7 +162,7 @@ func newWorldOf(t testing.TB, roots *custody.Roots, edit func(*policy.Document),
 	temp, tempKey, err := NewTempCA(nil, w.clock())
 	w.check(err)
 	c := Config{
-		Custodian: w.roots, Exporter: w.roots, Authority: w.asked, Policies: w.policy, Judge: w.judge(), Log: w.log, TempCA: temp, TempCAKey: tempKey,
+		Custodian: w.roots, Exporter: w.roots, Eraser: w.roots, Authority: w.asked, Policies: w.policy, Judge: w.judge(), Log: w.log, TempCA: temp, TempCAKey: tempKey,
 		Names: []string{"kms.test", "127.0.0.1"}, Self: w.self, Development: true, Now: w.clock, Limits: Limits{PeerRate: 1e6, AppRate: 1e6},
 	}
 	for _, o := range options {

@@ -468,7 +468,7 @@ func (n *Node) Run(ctx context.Context, ready func(net.Addr)) error {
 		c.Exporter = roots
 	}
 	if n.policies != nil {
-		c.Policies = n.policies
+		c.Policies, c.Eraser = n.policies, roots // a policy's oldest epoch never falls
 	}
 	service, err := kms.New(c)
 	if err != nil {

@@ -5,12 +5,15 @@ package node
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,8 +27,10 @@ import (
 	"github.com/dstack-go/dstack"
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/governance/policy"
+	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
@@ -292,7 +297,8 @@ func generate(w *world) *custody.Roots {
 func TestThreat_C03_ASecondConnectionIsNotMade(t *testing.T) {
 	w := newWorld(t)
 	evil := honest(w, generate(w), nil)
-	for _, at := range []string{"GetMeta", "GetKmsKey"} {
+	// Without an answer, or after an orderly one: the next request needs a connection.
+	for _, at := range []string{"GetMeta", "GetKmsKey", "the end of GetMeta"} {
 		t.Run("cut at "+at, func(t *testing.T) {
 			meta := honest(w, generate(w), nil)
 			var s *source
@@ -303,6 +309,9 @@ func TestThreat_C03_ASecondConnectionIsNotMade(t *testing.T) {
 				case strings.HasSuffix(r.URL.Path, at):
 					panic(http.ErrAbortHandler) // the connection is closed without an answer
 				default:
+					if strings.HasPrefix(at, "the end") {
+						rw.Header().Set("Connection", "close")
+					}
 					meta.ServeHTTP(rw, r)
 				}
 			}))
@@ -749,4 +758,52 @@ func TestStoppingUnderLoad(t *testing.T) {
 		t.Errorf("it ended with %v", err)
 	}
 	wg.Wait()
+}
+
+// A KMS whose authority is a webhook, as its configuration names it, and somebody in
+// between who turns a no into a yes.
+func TestThreat_G04_ANodeBelievesItsWebhooksSignatureAlone(t *testing.T) {
+	w := newWorld(t)
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	w.check(err)
+	document, err := policy.OpenAuthority(filepath.Join(t.TempDir(), "policy.json"), policy.Keys{Keys: []ed25519.PublicKey{w.owner.Public().(ed25519.PublicKey)}, Threshold: 1}, w.clock)
+	w.check(err)
+	w.check(document.Update(w.signed()))
+	genuine := &webhook.Handler{Authority: document, Key: private, Now: w.clock}
+	var flip atomic.Bool
+	proxy := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		rec := httptest.NewRecorder()
+		genuine.ServeHTTP(rec, r)
+		body := rec.Body.Bytes()
+		if flip.Load() {
+			body = bytes.Replace(body, []byte(`"isAllowed":false`), []byte(`"isAllowed":true`), 1)
+		}
+		rw.WriteHeader(rec.Code)
+		rw.Write(body)
+	}))
+	defer proxy.Close()
+	config := func(g *tdxtest.Guest) Config {
+		c := w.config(g)
+		c.Core.AuthAPI = AuthConfig{Type: "webhook", Webhook: WebhookConfig{URL: proxy.URL, Key: hex.EncodeToString(public)}}
+		w.check(c.check())
+		return c
+	}
+	a := w.start(config(w.guest(1)))
+	a.envKey()
+	if _, err := call[kmsapi.Policy](a.client(), "GetPolicy", nil); fault.Code(err) != "policy_absent" {
+		t.Errorf("a policy beside a webhook: %v", err)
+	}
+	// A build that is not listed, which the one in between lets through.
+	g := w.guest(2)
+	g.ComposeHash = dstack.ComposeHash{0xee}
+	flip.Store(true)
+	n, err := open(t.Context(), config(g), nil, w.clock, w.judge())
+	w.check(err)
+	wantCode(t, n.allowed(t.Context()), "webhook_signature")
+	// It is gone: nothing is decided in its stead.
+	proxy.Close()
+	_, err = call[kmsapi.PublicKeyResponse](a.client(), "GetAppEnvEncryptPubKey", &kmsapi.AppId{AppId: app[:]})
+	wantCode(t, err, "webhook_unreachable")
+	_, err = call[kmsapi.GetMetaResponse](a.client(), "GetMeta", nil)
+	wantCode(t, err, "webhook_unreachable")
 }

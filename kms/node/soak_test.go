@@ -108,7 +108,7 @@ func (s *soak) first() []byte {
 	was := s.doc
 	defer func() { s.doc = was }()
 	d := *was
-	d.Sequence = 1
+	d.Sequence, d.KeyEpoch = 1, policy.KeyEpoch{}
 	s.doc = &d
 	return s.signed()
 }
@@ -178,6 +178,8 @@ func (s *soak) load(update bool) (stopped chan struct{}) {
 			for {
 				s.mu.Lock()
 				s.doc.Sequence++
+				// Each of them has the KMS erase an epoch, too.
+				s.doc.KeyEpoch = policy.KeyEpoch{Current: s.doc.Sequence + 1, Oldest: s.doc.Sequence}
 				next, signed := s.doc.Sequence, s.signed()
 				s.mu.Unlock()
 				if _, err := call[kmsapi.Policy](plain, "UpdatePolicy", &kmsapi.Policy{Signed: signed}); err != nil {
@@ -246,6 +248,7 @@ func (s *soak) agrees() {
 	}
 	// One that a kill cut off may be in force although nobody was told.
 	s.doc.Sequence = max(s.doc.Sequence, doc.Sequence)
+	s.doc.KeyEpoch = doc.KeyEpoch
 	// Once compared, only the newest is worth comparing again.
 	s.heads, s.receipts = []releaselog.Head{now}, nil
 }
@@ -316,6 +319,14 @@ func TestSoakKMSKills(t *testing.T) {
 	}
 	s.agrees()
 	s.kill(cmd)
+	roots, err := custody.Open(onboard.RootFile(s.dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer roots.Wipe()
+	if first, _ := roots.Epochs(); first < 2 || string(roots.Identity().CA) != s.root {
+		t.Errorf("the root keys begin with epoch %d", first)
+	}
 	t.Logf("%d kills: %d while it made keys (%d of them with keys on the disk already), the rest after %d answers and policy %d", kills, bootstraps, made, s.answers, s.sequence)
 	if s.answers == 0 || s.sequence == 0 {
 		t.Error("nothing was asked")
