@@ -419,8 +419,7 @@ func TestConfigurationsThatCannotBeSafe(t *testing.T) {
 		"no log":       func(c *Config) { c.Log = nil },
 		"no name":      func(c *Config) { c.Names = nil },
 		"no TEE, in production": func(c *Config) {
-			c.Self, c.Development, c.Judge = nil, false, &*w.service.cfg.Judge
-			c.Judge.Development = false
+			c.Self, c.Development, c.Judge.Development = nil, false, false
 		},
 		"development roots, in production": func(c *Config) { c.Development = false },
 	} {

@@ -450,8 +450,7 @@ func TestThreat_G04_AnswersOfTheWebhookAreNotChangedOnTheWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	var change func(string, []byte) []byte
-	var w *world
-	w = newWorld(t, nil, func(c *Config) {
+	w := newWorld(t, nil, func(c *Config) {
 		backend := httptest.NewServer(&webhook.Handler{Authority: c.Authority, Key: private, Now: c.Now})
 		t.Cleanup(backend.Close)
 		url := middle(t, backend.URL, func(path string, b []byte) []byte { return change(path, b) })

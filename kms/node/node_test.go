@@ -335,9 +335,8 @@ func TestThreat_C03_ASecondConnectionIsNotMade(t *testing.T) {
 func TestThreat_C03_AProxyInBetweenIsRefused(t *testing.T) {
 	w := newWorld(t)
 	a := w.guest(1)
-	var s *source
 	// It shows what the genuine KMS showed on its own connection to it.
-	s = w.source(channel.AttesterFunc(func(ctx context.Context, _ dstack.ReportData) ([]byte, error) {
+	s := w.source(channel.AttesterFunc(func(ctx context.Context, _ dstack.ReportData) ([]byte, error) {
 		return a.Attest(ctx, dstack.ReportData{1, 2, 3})
 	}), honest(w, generate(w), nil))
 	n := w.replica(nil)
