@@ -97,11 +97,17 @@ func deployKMS(a *app, name string, source *stack.KMSNode, governor ed25519.Publ
 	if err := durable.WriteFile(compose, []byte(kmsCompose(source, governor, roots)), 0o600); err != nil {
 		return nil, nil, err
 	}
+	// Its own disk: sealed by a software TPM where the TEE is simulated, too.
+	binary, provider := "dstack-kms-dev", manifest.KeyProviderTPM
+	if roots == "" {
+		binary, provider = "dstack-kms", manifest.KeyProviderNone
+		a.step("%s %s keeps its root keys for one boot only: whatever stops its VM, another KMS, or a backup, must have them", a.paint(amber, "warning:"), name)
+	}
 	d := deployCmd{
 		Compose: compose, Name: name, Disk: 4, Timeout: 10 * time.Minute,
 		workload: workload{
-			AppImage: map[string]string{kmsImage: filepath.Join(a.stack.Bin, "dstack-kms-dev")},
-			Port:     []string{fmt.Sprintf("%d:%d", port, kmsPort)}, Lock: lockFile, KeyProvider: manifest.KeyProviderTPM,
+			AppImage: map[string]string{kmsImage: filepath.Join(a.stack.Bin, binary)},
+			Port:     []string{fmt.Sprintf("%d:%d", port, kmsPort)}, Lock: lockFile, KeyProvider: provider,
 		},
 	}
 	if source != nil {

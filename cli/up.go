@@ -165,5 +165,9 @@ func (c *statusCmd) Run(a *app) error {
 	}
 	out["apps"], out["running"], out["vmm_version"] = len(vms), running, version.Version
 	a.printf("State   %s\nVMM     up, version %s\nApps    %d, %d running\n", a.stack.Dir, version.Version, len(vms), running)
+	if k, err := a.stack.Keys(); err == nil {
+		a.printf("KMS     %d; `dstack kms status` asks them\n", len(k.Nodes))
+		out["kms"] = k.Nodes
+	}
 	return a.result(out)
 }

@@ -29,6 +29,10 @@ verify="$dstack verify $url --lock bin/hello.lock.json --dev-roots $state/dev-pk
 echo "\$ $verify"
 $verify
 
+echo
+echo "== 5. Where its keys are from, and what else was given and refused"
+$dstack kms log --last 5
+
 cat <<END
 
 The app goes on running. To look around:
@@ -36,6 +40,7 @@ The app goes on running. To look around:
   $dstack info hello
   $dstack logs -f hello
   curl http://127.0.0.1:8080/
+  $dstack app revoke hello --reason "enough"     its next boot gets no keys
 To stop:
   $dstack rm --force hello     this app
   $dstack down                 everything, leaving nothing behind
