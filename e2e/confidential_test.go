@@ -21,7 +21,12 @@ func TestSoakConfidentialServices(t *testing.T) {
 	if os.Getenv("DSTACK_SOAK") == "" {
 		t.Skip("SKIP: six boots; run with make soak")
 	}
-	state := filepath.Join(t.TempDir(), "s")
+	// A short path: sockets lie below it.
+	state, err := os.MkdirTemp("", "ck-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(state) })
 	tool := func(args ...string) result {
 		t.Helper()
 		cmd := exec.Command(filepath.Join(shared.bin, "dstack"), append([]string{"--state", state}, args...)...)
