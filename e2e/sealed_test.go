@@ -308,6 +308,17 @@ func (s *sealedApp) revoked(patience time.Duration) {
 	if got := s.get("key", "path", "web/session"); !strings.Contains(got, `"key":"`) {
 		t.Fatalf("before it is revoked: %s", got)
 	}
+	if r := dstack(t, "--json", "app", "ls").must(t); !strings.Contains(r.stdout, s.AppID) || !strings.Contains(r.stdout, s.ComposeHash) {
+		t.Errorf("the app is not listed:\n%s", r.stdout)
+	}
+	if r := dstack(t, "kms", "status").must(t); !strings.Contains(r.stdout, "development trust") {
+		t.Errorf("status:\n%s", r.stdout)
+	}
+	dstack(t, "app", "freeze", "sealed").refused(t, "confirm")
+	dstack(t, "app", "revoke", "nobody", "--reason", "x").refused(t, "app_unknown")
+	dstack(t, "kms", "policy", "--submit").must(t)
+	copied := filepath.Join(s.dir, "witness")
+	dstack(t, "kms", "log", "--copy", copied).must(t)
 	dstack(t, "app", "revoke", "sealed", "--reason", "it leaks canaries").must(t)
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Second) {
 		got := s.get("key", "path", "web/session")
@@ -327,7 +338,7 @@ func (s *sealedApp) revoked(patience time.Duration) {
 	if !strings.Contains(r.stderr, "it leaks canaries") {
 		t.Errorf("the refusal does not say why:\n%s", r.stderr)
 	}
-	log := dstack(t, "--json", "kms", "log").must(t)
+	log := dstack(t, "--json", "kms", "log", "--copy", copied).must(t) // it continues what was copied
 	for _, want := range []string{`"kind": "grant"`, `"purpose": "renewal"`, `"kind": "refusal"`, "compose_hash_revoked"} {
 		if !strings.Contains(log.stdout, want) {
 			t.Errorf("the release log has no %s", want)
