@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	kmsapi "github.com/dstack-go/dstack/api/kms"
@@ -149,12 +150,12 @@ const (
 // (threats.md G12). Whoever answers in a KMS's place is not passed over.
 //
 // Codes: kms_unreachable, kms_signer, env_key_signer, env_key_stale, and those of
-// channel.Issued.
+// channel.Issued and of releaselog.Memory.
 func (p *plan) appKey(a *app) ([]byte, error) {
 	var failed error
 	for _, u := range p.kms {
 		a.step("ask %s for the key of the app's variables", u)
-		key, err := p.appKeyAt(a.ctx, u)
+		key, err := p.appKeyAt(a, u)
 		if err == nil {
 			return key, nil
 		}
@@ -166,8 +167,8 @@ func (p *plan) appKey(a *app) ([]byte, error) {
 	return nil, fault.Wrap(failed, "kms_unreachable", "no KMS tells the key of the app's variables").WithFix("check the addresses of --kms, and that a KMS runs there")
 }
 
-func (p *plan) appKeyAt(ctx context.Context, address string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, kmsTimeout)
+func (p *plan) appKeyAt(a *app, address string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(a.ctx, kmsTimeout)
 	defer cancel()
 	u, err := url.Parse(address)
 	if err != nil {
@@ -185,6 +186,10 @@ func (p *plan) appKeyAt(ctx context.Context, address string) ([]byte, error) {
 	c := &prpc.Client{BaseURL: strings.TrimSuffix(address, "/") + "/prpc", HTTP: &http.Client{Transport: transport}}
 	var meta kmsapi.GetMetaResponse
 	if err := c.Call(ctx, "GetMeta", &emptypb.Empty{}, &meta); err != nil {
+		return nil, err
+	}
+	err = observe(ctx, a, p.pin, meta.LogHead, func(method string, req, resp proto.Message) error { return c.Call(ctx, method, req, resp) })
+	if err != nil {
 		return nil, err
 	}
 	if p.kmsSigner != nil && !bytes.Equal(p.kmsSigner, meta.K256Pubkey) {

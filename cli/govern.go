@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dstack-go/dstack"
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/governance/policy"
@@ -242,22 +244,17 @@ func (c *kmsLogCmd) Run(a *app) error {
 	if node == nil {
 		return fault.New("kms_unknown", "the stack has no KMS %q", c.Node).WithFix("`dstack kms status` lists them")
 	}
+	ask := func(method string, req, resp proto.Message) error {
+		return node.Call(a.ctx, k.Pin(), method, req, resp)
+	}
 	var reply kmsapi.LogHead
-	if err := node.Call(a.ctx, k.Pin(), "GetLogHead", nil, &reply); err != nil {
+	if err := ask("GetLogHead", nil, &reply); err != nil {
+		return err
+	}
+	if err := observe(a.ctx, a, k.Pin(), &reply, ask); err != nil {
 		return err
 	}
 	head, err := releaselog.VerifyHead(&reply, k.Pin())
-	if err != nil {
-		return err
-	}
-	memory := releaselog.OpenMemory(filepath.Join(a.stack.Dir, "kms-heads.json"))
-	err = memory.Observe(a.ctx, head, func(from uint64) ([][]byte, error) {
-		var proof kmsapi.LogConsistencyResponse
-		if err := node.Call(a.ctx, k.Pin(), "GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from, To: head.Size()}, &proof); err != nil {
-			return nil, err
-		}
-		return proof.Proof, nil
-	})
 	if err != nil {
 		return err
 	}
@@ -309,6 +306,25 @@ func (c *kmsLogCmd) Run(a *app) error {
 		a.printf("%s  %s\n", line, printable(strings.TrimSpace(e.Reason+" "+e.Note)))
 	}
 	return a.result(map[string]any{"log": head.Log(), "size": head.Size(), "root": head.Root(), "start": start, "entries": entries})
+}
+
+// observe holds the head of a KMS's release log against the one that this stack's tool
+// saw last, and remembers it. A KMS that never showed a log, as upstream's, has none.
+// Codes: those of releaselog.Memory.
+func observe(ctx context.Context, a *app, root []byte, head *kmsapi.LogHead, ask func(method string, req, resp proto.Message) error) error {
+	memory := releaselog.OpenMemory(filepath.Join(a.stack.Dir, "kms-heads.json"))
+	if head == nil {
+		return memory.Missing(root)
+	}
+	h, err := releaselog.VerifyHead(head, root)
+	if err != nil {
+		return err
+	}
+	return memory.Observe(ctx, h, func(from uint64) ([][]byte, error) {
+		var proof kmsapi.LogConsistencyResponse
+		err := ask("GetLogConsistency", &kmsapi.LogConsistencyRequest{From: from, To: h.Size()}, &proof)
+		return proof.Proof, err
+	})
 }
 
 type kmsPolicyCmd struct {
