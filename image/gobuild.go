@@ -43,13 +43,21 @@ func (b *build) engine(ctx context.Context, p *artifacts) (bool, error) {
 	k := key(struct {
 		Inputs      []string
 		Go, LDFlags string
-	}{inputs, b.tools.Go, ldflags})
+		Edits       []edit
+	}{inputs, b.tools.Go, ldflags, engineEdits})
 	dir, cached, err := b.cache.part("engine", k, func(dir string) error {
 		b.logf("image: building the container engine; this takes minutes, once")
-		if err := b.goBuild(ctx, src, "./shim", filepath.Join(dir, "containerd-shim-runc-v2"), "", ldflags); err != nil {
+		edited := filepath.Join(dir, "source")
+		if err := b.editedSource(ctx, src, edited); err != nil {
 			return err
 		}
-		return b.goBuild(ctx, src, ".", filepath.Join(dir, "engine"), "", ldflags)
+		if err := b.goBuild(ctx, edited, "./shim", filepath.Join(dir, "containerd-shim-runc-v2"), "", ldflags); err != nil {
+			return err
+		}
+		if err := b.goBuild(ctx, edited, ".", filepath.Join(dir, "engine"), "", ldflags); err != nil {
+			return err
+		}
+		return os.RemoveAll(edited)
 	})
 	p.engine, p.shim = filepath.Join(dir, "engine"), filepath.Join(dir, "containerd-shim-runc-v2")
 	return cached, err

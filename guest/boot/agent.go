@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
@@ -51,12 +53,16 @@ type agentKeeper struct {
 	stop      context.CancelFunc
 	stopped   chan struct{}
 
+	wanted *os.File // reads the end of the file once the agent shall start
+	want   *os.File // its other end, closed by Start
+
 	once  sync.Once
 	ready chan struct{}
 }
 
-// startAgent binds the agent's sockets, so that clients can connect from here on,
-// and starts it behind them.
+// startAgent binds the agent's sockets, so that clients can connect from here on. The
+// agent starts behind them with the first client or with Start: on one CPU it would
+// take time from the engine that an app without questions gains nothing from.
 func startAgent(m *Machine) (*agentKeeper, error) {
 	release := readOSRelease("/etc/os-release")
 	m.secrets.mu.Lock()
@@ -85,7 +91,11 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 	if v := release["VERSION_ID"]; v != "" {
 		a.config.Version = v
 	}
+	if a.wanted, a.want, err = os.Pipe(); err != nil {
+		return nil, err
+	}
 	if err := a.listen(); err != nil {
+		a.Start()
 		a.close()
 		return nil, err
 	}
@@ -148,7 +158,34 @@ func (a *agentKeeper) close() {
 	for _, f := range a.listeners {
 		f.Close()
 	}
+	a.wanted.Close()
 	a.config.Wipe()
+}
+
+// Start starts the agent if no client has yet. It may be called again.
+func (a *agentKeeper) Start() { _ = a.want.Close() }
+
+// awaitClient returns when a client has connected to one of the sockets, or after
+// Start.
+func (a *agentKeeper) awaitClient() {
+	var fds []unix.PollFd
+	for _, f := range append(slices.Collect(maps.Values(a.listeners)), a.wanted) {
+		// Not Fd, which would make the socket block for everyone who has it.
+		c, err := f.SyscallConn()
+		if err != nil {
+			return
+		}
+		if c.Control(func(fd uintptr) { fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}) }) != nil {
+			return
+		}
+	}
+	for {
+		// Anything but an interruption is a reason to start: an agent too early costs
+		// a second, an agent that never comes costs the app.
+		if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // proxyTo hands each connection of l to the unix socket at path.
@@ -181,6 +218,7 @@ func proxyTo(l net.Listener, path string) {
 func (a *agentKeeper) run(ctx context.Context) {
 	defer close(a.stopped)
 	defer a.close()
+	a.awaitClient()
 	for n := 0; ctx.Err() == nil; n++ {
 		begin := time.Now()
 		err := a.runOnce(ctx)
@@ -242,8 +280,9 @@ func (a *agentKeeper) start(cmd *exec.Cmd) (initrpc.Child, error) {
 	}, nil
 }
 
-// WaitReady waits until the agent has served once. Code agent_start.
+// WaitReady starts the agent and waits until it has served once. Code agent_start.
 func (a *agentKeeper) WaitReady(ctx context.Context) error {
+	a.Start()
 	select {
 	case <-a.ready:
 		return nil
@@ -255,6 +294,7 @@ func (a *agentKeeper) WaitReady(ctx context.Context) error {
 // Stop ends the agent and wipes its configuration.
 func (a *agentKeeper) Stop() {
 	a.stop()
+	a.Start() // a keeper that still waits for a client sees that it is over
 	<-a.stopped
 }
 

@@ -449,7 +449,7 @@ func (m *Machine) systemReady(ctx context.Context) error {
 	return m.log.System(ctx, eventlog.SystemReady, nil)
 }
 
-// ingress starts the agent behind its sockets and lets in what the measured
+// ingress binds the agent's sockets, behind which it starts, and lets in what the measured
 // manifest allows.
 func (m *Machine) ingress(context.Context) error {
 	var err error
@@ -470,7 +470,7 @@ func (m *Machine) ingress(context.Context) error {
 	return nil
 }
 
-// done waits for the agent, which has started beside the engine.
+// done waits for the agent, which starts now unless somebody asked it before.
 func (m *Machine) done(ctx context.Context) error {
 	if err := m.agent.WaitReady(ctx); err != nil {
 		return err

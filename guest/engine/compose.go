@@ -174,7 +174,7 @@ func (c *Compose) command(args ...string) (supervise.Command, error) {
 	command := supervise.Command{
 		Path: filepath.Join(c.Config.Bin, "docker-compose"),
 		Args: []string{"docker-compose", "--progress", "plain", "-f", c.File()},
-		Dir:  c.Dir, Env: append(c.Config.Env(), "DOCKER_HOST=unix://"+c.Config.Socket(), "COMPOSE_ANSI=never"),
+		Dir:  c.Dir, Env: append(c.Config.processEnv(), "DOCKER_HOST=unix://"+c.Config.Socket(), "COMPOSE_ANSI=never"),
 	}
 	// inherit hands a file in memory down and returns its path in the child.
 	inherit := func(name string, content []byte) (string, error) {

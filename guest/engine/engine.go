@@ -23,7 +23,7 @@ type Config struct {
 	Run    string // tmpfs for configuration, sockets and state
 	Data   string // parent of docker/ and containerd/, on the data disk
 	Nosync bool   // the data disk does not outlive the boot: skip database syncs
-	// GCPercent is the daemons' GOGC; 0 leaves Go's default. Starting up makes much
+	// GCPercent is GOGC of the daemons and compose; 0 leaves Go's default. Starting up makes much
 	// short-lived garbage and little that stays, so a higher value trades memory
 	// for time.
 	GCPercent int
@@ -45,7 +45,8 @@ func (c Config) Env() []string {
 	return []string{"PATH=" + c.Bin + ":/usr/sbin:/sbin:/bin", "HOME=" + filepath.Join(c.Run, "engine"), "TMPDIR=/tmp"}
 }
 
-func (c Config) daemonEnv() []string {
+// processEnv is [Config.Env] and how the engine's own programs collect garbage.
+func (c Config) processEnv() []string {
 	env := c.Env()
 	if c.GCPercent > 0 {
 		env = append(env, fmt.Sprintf("GOGC=%d", c.GCPercent))
@@ -152,7 +153,7 @@ func (e *Engine) keep(name string, args []string, report func(string, error, tim
 	go func() {
 		defer close(d.done)
 		e.sup.Keep(ctx, nil, stopGrace, func() (supervise.Command, error) {
-			return supervise.Command{Path: path, Args: append([]string{name}, args...), Env: e.daemonEnv(), Output: d.Log}, nil
+			return supervise.Command{Path: path, Args: append([]string{name}, args...), Env: e.processEnv(), Output: d.Log}, nil
 		}, func(err error, wait time.Duration) {
 			e.restarts.Add(1)
 			report(name, err, wait)

@@ -348,7 +348,7 @@ func TestDaemonConfiguration(t *testing.T) {
 	if s := Default().containerdConfig(); strings.Contains(s, "tcp") {
 		t.Errorf("containerd listens on TCP:\n%s", s)
 	}
-	for _, e := range Default().daemonEnv() {
+	for _, e := range Default().processEnv() {
 		if !slices.ContainsFunc([]string{"PATH=", "HOME=", "TMPDIR=", "GOGC="}, func(p string) bool { return strings.HasPrefix(e, p) }) {
 			t.Errorf("daemons get %s", e)
 		}
