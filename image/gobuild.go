@@ -25,7 +25,8 @@ var engineModules = map[string]string{
 }
 
 // engine builds containerd, dockerd, docker-compose and docker (one binary) and
-// the shim from the module image/engine.
+// the shim from the module image/engine and the modules that it pins, edited as
+// engineEdits says.
 func (b *build) engine(ctx context.Context, p *artifacts) (bool, error) {
 	src := filepath.Join(b.Source, "image", "engine")
 	inputs, err := goSources(src)
