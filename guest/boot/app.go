@@ -153,8 +153,17 @@ func (m *Machine) images(ctx context.Context) error {
 	return engine.PullLocked(ctx, m.engine, registry.Addr, m.manifest.ImageLock, nil)
 }
 
-// composeUp brings the app up. Every gate has passed.
+// composeUp brings the app up, and then the agent unless somebody has asked it before:
+// who is told that the app is up can ask for its evidence.
 func (m *Machine) composeUp(ctx context.Context) error {
+	if err := m.appUp(ctx); err != nil {
+		return err
+	}
+	return m.agent.WaitReady(ctx)
+}
+
+// appUp brings the app up. Every gate has passed.
+func (m *Machine) appUp(ctx context.Context) error {
 	if m.manifest.Runner == manifest.RunnerBash {
 		return m.bashUp()
 	}

@@ -470,11 +470,8 @@ func (m *Machine) ingress(context.Context) error {
 	return nil
 }
 
-// done waits for the agent, which starts now unless somebody asked it before.
-func (m *Machine) done(ctx context.Context) error {
-	if err := m.agent.WaitReady(ctx); err != nil {
-		return err
-	}
+// done watches over the app from now on.
+func (m *Machine) done(context.Context) error {
 	m.logMemory("app-up")
 	m.watch()
 	m.statusMu.Lock()
