@@ -70,10 +70,15 @@ func TestSoakConfidentialServices(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	helloApp(t) // builds the binary
+	binary := filepath.Join(state, "hello")
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", binary, "./examples/hello")
+	build.Dir, build.Env = testkit.Root(), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 	tool("stop", "kms-0").must(t)
 	deploy := tool("--json", "deploy", "-c", "examples/hello/docker-compose.yaml", "-n", "hello", "--port", fmt.Sprintf("%d:8080", port),
-		"--app-image", "hello:1="+filepath.Join(filepath.Dir(shared.bin), "hello"), "--lock", filepath.Join(state, "hello.lock.json")).must(t)
+		"--app-image", "hello:1="+binary, "--lock", filepath.Join(state, "hello.lock.json")).must(t)
 	if !strings.Contains(deploy.stderr, "policy_undelivered") {
 		t.Errorf("that a KMS does not know of the app is not said:\n%s", deploy.stderr)
 	}
