@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dstack-go/dstack/internal/testkit"
 )
@@ -95,7 +96,11 @@ func TestSoakConfidentialServices(t *testing.T) {
 	// The other way round: the first comes back with the same root, and the app boots by it.
 	tool("stop", "kms-1").must(t)
 	tool("start", "kms-0").must(t)
-	if now := look(); now.RootCA != began.RootCA || !now.Nodes[0].Answers || now.Nodes[0].Log != began.Nodes[0].Log {
+	now := look()
+	for deadline := time.Now().Add(time.Minute); !now.Nodes[0].Answers && time.Now().Before(deadline); now = look() {
+		time.Sleep(time.Second) // its container has just been started
+	}
+	if now.RootCA != began.RootCA || !now.Nodes[0].Answers || now.Nodes[0].Log != began.Nodes[0].Log {
 		t.Fatalf("%+v", now)
 	}
 	r := tool("kms", "policy", "--submit")
