@@ -80,7 +80,10 @@ func (s *Service) Handler() http.Handler {
 			case large <- struct{}{}:
 				defer func() { <-large }()
 			default:
-				http.Error(w, "the KMS reads too many large requests", http.StatusServiceUnavailable)
+				// As every failure is told, in the encoding that clients take from a wrapper.
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(http.StatusBadRequest)
+				io.WriteString(w, `{"error":"the KMS is busy with large requests","code":"busy"}`)
 				return
 			}
 		}

@@ -105,6 +105,7 @@ func (c *operatorKeyCmd) Run() error {
 type shareCmd struct {
 	Backup string `required:"" type:"path" placeholder:"FILE" help:"The backup."`
 	Key    string `required:"" type:"path" placeholder:"FILE" help:"The operator's private key."`
+	Output string `short:"o" type:"path" placeholder:"FILE" help:"New file for the share, mode 0600, in place of standard output."`
 }
 
 func (c *shareCmd) Run() error {
@@ -124,6 +125,9 @@ func (c *shareCmd) Run() error {
 	text := append(bytes.TrimSpace(share.Text()), '\n')
 	defer clear(text)
 	fmt.Fprintf(os.Stderr, "This share is a secret: give it to nobody but the one who restores backup %x of the root %x.\n", b.ID, b.Identity.CA)
+	if c.Output != "" {
+		return createFile(c.Output, text)
+	}
 	_, err = os.Stdout.Write(text)
 	return err
 }
@@ -153,6 +157,14 @@ func (c *restoreCmd) Run() error {
 		}
 	}()
 	for _, path := range c.Share {
+		info, err := os.Stat(path)
+		if err != nil {
+			return fault.Wrap(err, "file_missing", "read a share")
+		}
+		if info.Mode().Perm()&0o077 != 0 {
+			return fault.New("share_mode", "others may read the share %s (mode %04o)", path, info.Mode().Perm()).
+				WithFix("chmod 600 %s; whoever read it needs fewer operators than the quorum", path)
+		}
 		text, err := readFile(path)
 		if err != nil {
 			return err

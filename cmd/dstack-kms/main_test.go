@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -209,8 +210,9 @@ func TestBackupAndRestore(t *testing.T) {
 	var shares []string
 	for _, name := range []string{"ann", "eve"} {
 		text := capture(t, (&shareCmd{Backup: at("backup"), Key: at(name)}).Run)
-		if err := os.WriteFile(at(name+".share"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
+		capture(t, (&shareCmd{Backup: at("backup"), Key: at(name), Output: at(name + ".share")}).Run)
+		if b, err := os.ReadFile(at(name + ".share")); err != nil || string(b) != text {
+			t.Errorf("the share in a file: %v", err)
 		}
 		shares = append(shares, at(name+".share"))
 	}
@@ -226,6 +228,12 @@ func TestBackupAndRestore(t *testing.T) {
 	wantCode(t, other.Run(), "root_mismatch")
 	other.RootCA = "no digits"
 	wantCode(t, other.Run(), "root_mismatch")
+	if err := errors.Join(os.WriteFile(at("open.share"), nil, 0o644), os.Chmod(at("open.share"), 0o644)); err != nil { // whatever the umask is
+		t.Fatal(err)
+	}
+	open := restore
+	open.Share = []string{at("open.share")}
+	wantCode(t, open.Run(), "share_mode")
 	over := restore
 	over.Data = at("kms")
 	wantCode(t, over.Run(), "already_bootstrapped")
