@@ -163,7 +163,7 @@ type kmsCmd struct {
 	Status kmsStatusCmd `cmd:"" help:"Show the stack's KMSs, whether they answer, and by what policy they decide."`
 	Log    kmsLogCmd    `cmd:"" help:"Show a KMS's release log, and check that it is whole and continues what was seen before."`
 	Policy kmsPolicyCmd `cmd:"" help:"Print the signed policy, or give it to the KMSs again."`
-	Rotate kmsRotateCmd `cmd:"" help:"Begin the next key epoch of native keys; the one before is given beside it."`
+	Rotate kmsRotateCmd `cmd:"" help:"Begin the next key epoch of native keys; the one before is given beside it, and the KMSs erase older ones for good."`
 }
 
 type kmsStatusCmd struct{}
