@@ -117,7 +117,7 @@ func ourBoot() (s sample, err error) {
 	_ = tool("rm", "--force", "bench").Run()
 	defer func() { _ = tool("rm", "--force", "bench").Run() }()
 	began := time.Now()
-	deploy := tool("deploy", "-c", "examples/hello/docker-compose.yaml", "-n", "bench", "--app-image", "hello:1="+*hello,
+	deploy := tool("deploy", "-c", "examples/hello/docker-compose.yaml", "-n", "bench", "--key-provider", "none", "--app-image", "hello:1="+*hello,
 		"--port", fmt.Sprintf("%d:8080", port), "--lock", filepath.Join(os.TempDir(), "dstack-bench.lock.json"))
 	var errs bytes.Buffer
 	deploy.Stderr = &errs
