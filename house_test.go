@@ -67,6 +67,16 @@ var importTable = []importRule{
 		Never: []string{"vmm", "gateway", "guest", "image", "stack", "cli", "cmd", "simtee"},
 	},
 	{
+		Why:   "components meet in wire contracts and on the ground floor only",
+		From:  []string{"gateway"},
+		Never: []string{"vmm", "kms", "guest", "image", "stack", "cli", "cmd", "simtee"},
+	},
+	{
+		Why:   "what decides where a connection goes opens no socket and runs no program",
+		From:  []string{"gateway/hello", "gateway/hostname", "gateway/portpolicy", "gateway/wgconfig", "gateway/route"},
+		Never: []string{"net/http", "os/exec"},
+	},
+	{
 		Why: "the ground floor knows no component",
 		From: []string{"api", "prpc", "hostlink", "hostshare", "attest", "collateral", "measure", "manifest",
 			"verifier", "channel", "keys", "osimage", "internal", "governance", "releaselog"},
