@@ -73,7 +73,7 @@ var importTable = []importRule{
 	},
 	{
 		Why:   "what decides where a connection goes opens no socket and runs no program",
-		From:  []string{"gateway/hello", "gateway/hostname", "gateway/portpolicy", "gateway/wgconfig", "gateway/route"},
+		From:  []string{"gateway/hello", "gateway/hostname", "gateway/portpolicy", "gateway/proxyproto", "gateway/wgconfig", "gateway/route"},
 		Never: []string{"net/http", "os/exec"},
 	},
 	{

@@ -126,6 +126,9 @@ func Build(d Draft) ([]byte, error) {
 			if p.PP {
 				e["pp"] = true
 			}
+			if p.TLS != "" {
+				e["tls"] = p.TLS
+			}
 			ports = append(ports, e)
 		}
 		o["port_policy"] = object{"ports": ports, "restrict_mode": d.PortPolicy.RestrictMode}

@@ -118,7 +118,14 @@ type PortPolicy struct {
 type Port struct {
 	Port uint16 // port
 	PP   bool   // pp: the gateway speaks the PROXY protocol to it
+	TLS  string // tls (ours): who ends TLS, app or gateway; "" = as the host name asks
 }
+
+// Who ends the TLS connections to a port.
+const (
+	TLSApp     = "app"
+	TLSGateway = "gateway"
+)
 
 // Allows reports whether the policy lets traffic to a TCP port in.
 func (p PortPolicy) Allows(port uint16) bool {
@@ -640,7 +647,11 @@ func (d *decoder) portPolicy() (p PortPolicy) {
 	p.RestrictMode = in.boolean("restrict_mode", false)
 	for i, e := range in.objects("ports") {
 		port := &decoder{obj: e, prefix: fmt.Sprintf("port_policy.ports[%d].", i)}
-		p.Ports = append(p.Ports, Port{Port: uint16(port.uint("port", 16)), PP: port.boolean("pp", false)})
+		entry := Port{Port: uint16(port.uint("port", 16)), PP: port.boolean("pp", false), TLS: port.optionalString("tls")}
+		if entry.TLS != "" && entry.TLS != TLSApp && entry.TLS != TLSGateway {
+			port.fail("tls", "must be app or gateway")
+		}
+		p.Ports = append(p.Ports, entry)
 		in.merge(port)
 	}
 	d.merge(in)

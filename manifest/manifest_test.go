@@ -72,7 +72,7 @@ func TestSampleManifest(t *testing.T) {
 		Version: 3, Name: "sample", Runner: "docker-compose", DockerComposeFile: "services:\n  web:\n    image: nginx\n",
 		InitScripts: []string{"echo one", "echo two"}, PublicTCBInfo: true, KeyProvider: "kms", GatewayEnabled: true,
 		AllowedEnvs: []string{"API_KEY"}, SecureTime: &f, StorageFS: "ext4", SwapSize: 1 << 30, EventLogVersion: 1,
-		PortPolicy:    PortPolicy{Ports: []Port{{8080, true}}, RestrictMode: true},
+		PortPolicy:    PortPolicy{Ports: []Port{{Port: 8080, PP: true}}, RestrictMode: true},
 		VerityVolumes: []VerityVolume{{Source: "models.img", Target: "/run/models", Root: [32]byte(bytes.Repeat([]byte{0x5a}, 32))}},
 		OnLeaseLoss:   OnLeaseLossContinue,
 		Raw:           raw,
@@ -199,6 +199,11 @@ func TestAccepted(t *testing.T) {
 		{"an empty port policy lets all in", `"port_policy":{}`, func(m *Manifest) bool { return m.PortPolicy.Allows(22) }},
 		{"a restricted port policy", `"port_policy":{"restrict_mode":true,"ports":[{"port":80}]}`,
 			func(m *Manifest) bool { return m.PortPolicy.Allows(80) && !m.PortPolicy.Allows(81) }},
+		{"who ends TLS", `"port_policy":{"ports":[{"port":80,"tls":"app"},{"port":81,"tls":"gateway"},{"port":82}]}`,
+			func(m *Manifest) bool {
+				p := m.PortPolicy.Ports
+				return p[0].TLS == TLSApp && p[1].TLS == TLSGateway && p[2].TLS == ""
+			}},
 		{"unknown fields of port_policy are inert", `"port_policy":{"x":1,"ports":[{"port":80,"y":2}]}`, func(m *Manifest) bool { return len(m.PortPolicy.Ports) == 1 }},
 		{"platforms may be empty", `"requirements":{"platforms":[]}`, func(m *Manifest) bool { return m.Requirements.HasPlatforms && len(m.Requirements.Platforms) == 0 }},
 		{"null requirements are absent", `"requirements":null`, func(m *Manifest) bool { return m.Requirements == nil }},
@@ -294,6 +299,9 @@ func TestRefused(t *testing.T) {
 		{"a port entry without port", string(doc(`"port_policy":{"ports":[{}]}`)), "manifest_field"},
 		{"a port as text", string(doc(`"port_policy":{"ports":[{"port":"80"}]}`)), "manifest_field"},
 		{"a port entry that is a number", string(doc(`"port_policy":{"ports":[80]}`)), "manifest_field"},
+		{"an unknown word for who ends TLS", string(doc(`"port_policy":{"ports":[{"port":80,"tls":"none"}]}`)), "manifest_field"},
+		{"who ends TLS in upper case", string(doc(`"port_policy":{"ports":[{"port":80,"tls":"App"}]}`)), "manifest_field"},
+		{"who ends TLS as a truth value", string(doc(`"port_policy":{"ports":[{"port":80,"tls":true}]}`)), "manifest_field"},
 		{"a port policy that is an array", string(doc(`"port_policy":[]`)), "manifest_field"},
 		{"an unknown requirement", string(doc(`"requirements":{"os_versoin":">=1"}`)), "manifest_unknown_field"},
 		{"a requirement in another case", string(doc(`"requirements":{"OS_version":">=1"}`)), "manifest_unknown_field"},
@@ -375,14 +383,14 @@ func TestBuild(t *testing.T) {
 	got, err := Build(Draft{
 		Name: "hello <&> wörld", DockerComposeFile: "services:\n  a:\n    image: x\u2028y\n", SecureTime: &f,
 		ImagePolicy: "digest", ImageLock: map[string]string{"x": "sha256:" + strings.Repeat("ab", 32)},
-		PortPolicy: &PortPolicy{Ports: []Port{{Port: 80}}, RestrictMode: true},
+		PortPolicy: &PortPolicy{Ports: []Port{{Port: 80}, {Port: 443, PP: true, TLS: TLSApp}}, RestrictMode: true},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := `{"docker_compose_file":"services:\n  a:\n    image: x` + "\u2028" + `y\n","image_lock":{"x":"sha256:` + strings.Repeat("ab", 32) +
 		`"},"image_policy":"digest","key_provider":"none","manifest_version":2,"name":"hello <&> wörld",` +
-		`"port_policy":{"ports":[{"port":80}],"restrict_mode":true},"runner":"docker-compose","secure_time":false}`
+		`"port_policy":{"ports":[{"port":80},{"port":443,"pp":true,"tls":"app"}],"restrict_mode":true},"runner":"docker-compose","secure_time":false}`
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
