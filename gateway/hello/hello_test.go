@@ -56,20 +56,20 @@ func goClient(cfg *tls.Config) func(net.Conn) error {
 func TestClientsOfCryptoTLS(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		cfg  tls.Config
+		cfg  *tls.Config
 		want Hello
 		min  int // bytes
 	}{
-		{"as it comes", tls.Config{ServerName: "a.example"}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 1216},
-		{"TLS 1.2", tls.Config{ServerName: "a.example", MaxVersion: tls.VersionTLS12}, Hello{ServerName: "a.example", Versions: []uint16{0x303}}, 100},
-		{"without a post-quantum share", tls.Config{ServerName: "a.example", CurvePreferences: []tls.CurveID{tls.X25519}}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 100},
-		{"upper case", tls.Config{ServerName: "A.EXAMPLE"}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 100},
-		{"no name", tls.Config{InsecureSkipVerify: true}, Hello{Versions: []uint16{0x304, 0x303}}, 100},
-		{"ALPN", tls.Config{ServerName: "a.example", NextProtos: []string{"h2", "http/1.1"}}, Hello{ServerName: "a.example", ALPN: []string{"h2", "http/1.1"}, Versions: []uint16{0x304, 0x303}}, 100},
-		{"a hello of many records", tls.Config{ServerName: "a.example", NextProtos: slices.Repeat([]string{strings.Repeat("p", 255)}, 200)}, Hello{ServerName: "a.example", ALPN: slices.Repeat([]string{strings.Repeat("p", 255)}, 200), Versions: []uint16{0x304, 0x303}}, 3 * MaxRecord},
+		{"as it comes", &tls.Config{ServerName: "a.example"}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 1216},
+		{"TLS 1.2", &tls.Config{ServerName: "a.example", MaxVersion: tls.VersionTLS12}, Hello{ServerName: "a.example", Versions: []uint16{0x303}}, 100},
+		{"without a post-quantum share", &tls.Config{ServerName: "a.example", CurvePreferences: []tls.CurveID{tls.X25519}}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 100},
+		{"upper case", &tls.Config{ServerName: "A.EXAMPLE"}, Hello{ServerName: "a.example", Versions: []uint16{0x304, 0x303}}, 100},
+		{"no name", &tls.Config{InsecureSkipVerify: true}, Hello{Versions: []uint16{0x304, 0x303}}, 100},
+		{"ALPN", &tls.Config{ServerName: "a.example", NextProtos: []string{"h2", "http/1.1"}}, Hello{ServerName: "a.example", ALPN: []string{"h2", "http/1.1"}, Versions: []uint16{0x304, 0x303}}, 100},
+		{"a hello of many records", &tls.Config{ServerName: "a.example", NextProtos: slices.Repeat([]string{strings.Repeat("p", 255)}, 200)}, Hello{ServerName: "a.example", ALPN: slices.Repeat([]string{strings.Repeat("p", 255)}, 200), Versions: []uint16{0x304, 0x303}}, 3 * MaxRecord},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			raw := capture(t, goClient(&c.cfg))
+			raw := capture(t, goClient(c.cfg))
 			if len(raw) < c.min {
 				t.Errorf("the hello has %d bytes", len(raw))
 			}

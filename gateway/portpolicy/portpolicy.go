@@ -102,6 +102,15 @@ func (p Policy) find(number uint16) (int, bool) {
 // Ports returns the listed ports in order, and whether others are open too.
 func (p Policy) Ports() (listed []Port, others bool) { return slices.Clone(p.ports), p.any }
 
+// Manifest returns the policy as a manifest has it.
+func (p Policy) Manifest() manifest.PortPolicy {
+	m := manifest.PortPolicy{RestrictMode: !p.any}
+	for _, port := range p.ports {
+		m.Ports = append(m.Ports, manifest.Port{Port: port.Number, PP: port.PROXY, TLS: [...]string{AsAsked: "", AtApp: manifest.TLSApp, AtGateway: manifest.TLSGateway}[port.TLS]})
+	}
+	return m
+}
+
 // Equal reports whether two policies are the same.
 func (p Policy) Equal(q Policy) bool { return p.any == q.any && slices.Equal(p.ports, q.ports) }
 

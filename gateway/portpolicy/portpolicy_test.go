@@ -187,6 +187,9 @@ func TestPropertyTheOperatorOnlyNarrows(t *testing.T) {
 		if !slices.IsSortedFunc(p.ports, func(a, b Port) int { return int(a.Number) - int(b.Number) }) {
 			t.Fatalf("%+v", p)
 		}
+		if again, err := New(p.Manifest()); err != nil || !again.Equal(p) {
+			t.Fatalf("%+v becomes %+v, %v", p, again, err)
+		}
 		return &p
 	}
 	rapid.Check(t, func(t *rapid.T) {
