@@ -273,6 +273,7 @@ func TestTXTValues(t *testing.T) {
 		{"the gateway", "gateway:80", Answer{}, "host_txt"},
 		{"an address", "127.0.0.1:80", Answer{}, "host_txt"},
 		{"too long", strings.Repeat("a", 64) + ":65535", Answer{}, "host_txt"},
+		{"a port of many zeros", "a:" + strings.Repeat("0", 70) + "80", Answer{}, "host_txt"},
 		{"nothing", "", Answer{}, "host_txt"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

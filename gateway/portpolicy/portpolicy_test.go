@@ -109,6 +109,10 @@ func TestAdmission(t *testing.T) {
 }
 
 func TestPoliciesThatAreNone(t *testing.T) {
+	var most []manifest.Port
+	for n := range MaxPorts {
+		most = append(most, manifest.Port{Port: uint16(MaxPorts - n)})
+	}
 	for _, c := range []struct {
 		name  string
 		ports []manifest.Port
@@ -119,7 +123,8 @@ func TestPoliciesThatAreNone(t *testing.T) {
 		{"a port twice, with and without a header", []manifest.Port{{Port: 80, PP: true}, {Port: 80}}, "port_policy"},
 		{"a port twice, with and without TLS", []manifest.Port{{Port: 80, TLS: "app"}, {Port: 1}, {Port: 80}}, "port_policy"},
 		{"an unknown word", []manifest.Port{{Port: 80, TLS: "none"}}, "port_policy"},
-		{"too many", make([]manifest.Port, MaxPorts+1), "port_policy"},
+		{"the most ports", most, ""},
+		{"too many", append(most, manifest.Port{Port: MaxPorts + 1}), "port_policy"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p, err := New(manifest.PortPolicy{Ports: c.ports})

@@ -327,7 +327,7 @@ func TestThreat_K02_BadRecordsAreQuarantined(t *testing.T) {
 		{"another version", text(`{"version":1`, `{"version":2`), "route_record"},
 		{"a policy that contradicts itself", text(`"ports":[`, `"ports":[{"port":443,"pp":true,"tls":""},`), "route_record"},
 		{"a policy with an unknown word", text(`"tls":"app"`, `"tls":"none"`), "route_record"},
-		{"too long", append(bytes.Repeat([]byte("x"), MaxRecord+1), '\n'), "route_record"},
+		{"too long", text("{", "{"+strings.Repeat(" ", MaxRecord)), "route_record"},
 		{"an app id too short", text(r.App.String(), r.App.String()[:38]), "route_record"},
 		{"more behind the document", append(bytes.TrimSuffix(line(func(*Record) {}), []byte("\n")), []byte("{}\n")...), "route_record"},
 	} {
@@ -452,6 +452,9 @@ func TestRemoveApp(t *testing.T) {
 	for n := range 5 {
 		register(t, tb, record(t, cl, n/3, n))
 	}
+	cl.add(time.Second)
+	between := record(t, cl, 0, 0)
+	cl.add(time.Second)
 	if got := tb.RemoveApp(dstack.AppID{0xa}); len(got) != 3 {
 		t.Errorf("%d removed", len(got))
 	}
@@ -460,8 +463,10 @@ func TestRemoveApp(t *testing.T) {
 	}
 	_, err := tb.Select(nil, dstack.AppID{0xa}, 1)
 	wantCode(t, err, "route_unknown")
-	_, err = tb.Register(record(t, cl, 0, 0))
-	wantCode(t, err, "route_removed")
+	for _, r := range []Record{between, record(t, cl, 0, 0)} {
+		_, err = tb.Register(r)
+		wantCode(t, err, "route_removed")
+	}
 	check(t, tb)
 }
 
