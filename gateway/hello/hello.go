@@ -367,11 +367,10 @@ type Alert uint8
 
 // Alerts that a gateway sends before it has a session.
 const (
-	UnexpectedMessage Alert = 10
-	RecordOverflow    Alert = 22
-	DecodeError       Alert = 50
-	InternalError     Alert = 80
-	UnrecognizedName  Alert = 112
+	RecordOverflow   Alert = 22
+	DecodeError      Alert = 50
+	InternalError    Alert = 80
+	UnrecognizedName Alert = 112
 )
 
 // AlertFor returns the alert that answers an error of this package; ok is false where none
