@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Builds and tests the contracts of governance/contracts and writes their artefacts:
-# governance/contracts/abi/*.json and storage-layout.json.
+# governance/contracts/abi/*.json, storage-layout.json and sources.sha256.
 #
 #   contracts.sh           build, test, write
 #   contracts.sh --check   build, test, and fail where the committed artefacts differ
@@ -10,7 +10,7 @@
 #   contracts.sh --lint    build, and print what forge lint says of the sources
 #
 # The tools come from npm once, by package-lock.json's versions and hashes, into a cache
-# that the lock names; afterwards no network is used. Needs node and npm.
+# that is named after them; afterwards no network is used. Needs node and npm.
 set -eu
 cd "$(dirname "$0")/.."
 mode=${1:-}
@@ -23,7 +23,7 @@ case "$mode" in
 esac
 here=$PWD/governance/contracts
 cache="${DSTACK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dstack}/contracts"
-key=$(cat "$here/package.json" "$here/package-lock.json" | sha256sum | cut -c1-16)
+key=$(cat "$here/package.json" "$here/package-lock.json" "$here/solc.js" | sha256sum | cut -c1-16)
 tools=$cache/tools-$key
 mkdir -p "$cache"
 # Two checkouts may build at once.
@@ -32,19 +32,11 @@ flock 9
 
 if [ ! -d "$tools" ]; then
 	fresh=$(mktemp -d "$cache/new-XXXXXX")
+	trap 'rm -rf "$fresh"' EXIT
 	cp "$here/package.json" "$here/package-lock.json" "$fresh/"
 	# forge's package would fetch a binary by a script; its platform package has it.
 	npm ci --prefix "$fresh" --ignore-scripts --no-audit --no-fund --silent
-	# forge speaks to a solc on its path: standard JSON in, standard JSON out.
-	cat >"$fresh/solc" <<'EOF'
-#!/usr/bin/env node
-const solc = require(__dirname + "/node_modules/solc");
-if (process.argv.includes("--version")) {
-	console.log("solc, the solidity compiler commandline interface\nVersion: " + solc.version().replace("Emscripten.clang", "Linux.g++"));
-} else {
-	require("fs").writeSync(1, solc.compile(require("fs").readFileSync(0, "utf8")));
-}
-EOF
+	cp "$here/solc.js" "$fresh/solc"
 	chmod +x "$fresh/solc"
 	mv "$fresh" "$tools"
 fi
@@ -76,8 +68,10 @@ fi
 rm -rf made
 mkdir made
 node "$here/artefacts.js" write "$work/out" "$work/made"
+# What they were made from, so that the Go tests see when somebody forgot to.
+(cd "$here" && LC_ALL=C && export LC_ALL && sha256sum foundry.toml package-lock.json src/*.sol) >made/sources.sha256
 if [ "$mode" = --check ]; then
-	for file in abi storage-layout.json; do
+	for file in abi storage-layout.json sources.sha256; do
 		diff -ru "$here/$file" "made/$file" >difference || {
 			head -c 4000 difference
 			echo "$file is not what the sources give: run scripts/contracts.sh and look at the difference" >&2
@@ -87,5 +81,5 @@ if [ "$mode" = --check ]; then
 	echo "the artefacts are those of the sources"
 else
 	rm -rf "$here/abi"
-	cp -R made/abi made/storage-layout.json "$here/"
+	cp -R made/abi made/storage-layout.json made/sources.sha256 "$here/"
 fi
