@@ -52,6 +52,23 @@ contract HostileApp {
     }
 }
 
+/// An app that answers what it is told to.
+contract EchoApp {
+    bytes private answer;
+
+    constructor(bytes memory answer_) {
+        answer = answer_;
+    }
+
+    function supportsInterface(bytes4 id) external pure returns (bool) {
+        return id == 0x01ffc9a7 || id == type(IAppAuth).interfaceId;
+    }
+
+    fallback(bytes calldata) external returns (bytes memory) {
+        return answer;
+    }
+}
+
 contract NotAnApp {}
 
 contract NextKms is DstackKms {
@@ -177,6 +194,28 @@ contract DstackKmsTest is Base {
         denies(ok, reason, "app policy is malformed");
         (ok, reason) = ask(HostileApp.Mode.LongString);
         denies(ok, reason, "app policy is malformed");
+    }
+
+    function echo(bytes memory answer) internal returns (bool, string memory) {
+        EchoApp app_ = new EchoApp(answer);
+        kms.registerApp(address(app_));
+        return kms.isAppAllowed(boot(address(app_)));
+    }
+
+    function testFuzz_no_answer_of_an_app_reverts(bool allowed, uint256 length, bytes calldata text) external {
+        length = length % 4 == 0 ? length : length % 200;
+        (bool ok, string memory reason) = echo(abi.encodePacked(uint256(allowed ? 1 : 0), uint256(64), length, text));
+        if (length > text.length) denies(ok, reason, "app policy is malformed");
+        else require(ok == allowed && keccak256(bytes(reason)) == keccak256(text[:length]), "not the app's answer");
+        (ok,) = echo(text);
+        require(!ok || text.length >= 96, "a short answer allowed");
+    }
+
+    function testFuzz_an_apps_answer_is_passed_on(bool allowed, string calldata why) external {
+        bytes memory answer = abi.encode(allowed, why);
+        (bool ok, string memory reason) = echo(answer);
+        if (answer.length > 4096) denies(ok, reason, "app policy is malformed");
+        else require(ok == allowed && keccak256(bytes(reason)) == keccak256(bytes(why)), "not the app's answer");
     }
 
     // Notice.

@@ -3,6 +3,7 @@ pragma solidity 0.8.37;
 
 import {AppBootInfo} from "../src/IAppAuth.sol";
 import {DstackApp} from "../src/DstackApp.sol";
+import {DstackKms} from "../src/DstackKms.sol";
 import {Base, Vm} from "./Base.sol";
 
 /// Owner, guardian and a stranger do anything in any order. The model beside the
@@ -191,5 +192,146 @@ contract InvariantTest is Base {
     function info(bytes32 compose, bytes32 device) private view returns (AppBootInfo memory b) {
         b = boot(address(app));
         (b.composeHash, b.deviceId) = (compose, device);
+    }
+}
+
+/// The same for the registry: whatever order the calls come in, a KMS is only what was
+/// announced a notice ago and not revoked since, and images do not become newer.
+contract RegistryActors is Base {
+    DstackKms public kms;
+    uint256 public constant VALUES = 4;
+    uint64 public constant NOTICE = 2 days;
+
+    mapping(uint256 list => mapping(bytes32 value => uint64)) public announcedAt;
+    mapping(uint256 list => mapping(bytes32 value => bool)) public replayed;
+    mapping(bytes32 value => uint64) public epochs;
+    uint64 public minEpoch;
+    string public broken;
+
+    constructor() {
+        vm.warp(1_800_000_000);
+        kms = deployKms(address(0));
+        vm.prank(OWNER);
+        kms.setGuardian(GUARDIAN);
+        vm.prank(OWNER);
+        kms.setNotice(NOTICE);
+    }
+
+    function setUp() public override {}
+
+    function value(uint256 seed) public pure returns (bytes32) {
+        return bytes32(seed % VALUES + 1);
+    }
+
+    function holds(uint256 list, bytes32 v) public view returns (bool) {
+        return list == 0 ? kms.kmsAllowedAggregatedMrs(v) : list == 1 ? kms.kmsAllowedDeviceIds(v) : kms.allowedOsImages(v);
+    }
+
+    function add(uint256 actor, uint256 list, uint256 seed, uint64 epoch) external {
+        (list, epoch) = (list % 3, epoch % 3);
+        bytes32 v = value(seed);
+        bool before = holds(list, v);
+        uint64 epochBefore = kms.osImageEpoch(v);
+        bool ok = act(
+            actor,
+            list == 0
+                ? abi.encodeCall(kms.addKmsAggregatedMr, (v))
+                : list == 1 ? abi.encodeCall(kms.addKmsDevice, (v)) : abi.encodeCall(kms.addOsImage, (v, epoch))
+        );
+        if (before && kms.osImageEpoch(v) != epochBefore) broken = "a listed image became newer";
+        if (!ok) return;
+        if (!before && holds(list, v)) {
+            if (announcedAt[list][v] == 0 || block.timestamp < announcedAt[list][v] + NOTICE) broken = "no notice";
+            if (list == 2 && epochs[v] != kms.osImageEpoch(v)) broken = "another epoch than was announced";
+            return;
+        }
+        if (actor % 3 != 0) {
+            if (!before) broken = "announced by another than the owner";
+        }
+        announcedAt[list][v] = uint64(block.timestamp);
+        if (list == 2) epochs[v] = epoch;
+    }
+
+    function remove(uint256 actor, uint256 list, uint256 seed) external {
+        list = list % 3;
+        bytes32 v = value(seed);
+        bool ok = act(
+            actor,
+            list == 0
+                ? abi.encodeCall(kms.removeKmsAggregatedMr, (v))
+                : list == 1 ? abi.encodeCall(kms.removeKmsDevice, (v)) : abi.encodeCall(kms.removeOsImageHash, (v))
+        );
+        if (ok != (actor % 3 != 1)) broken = "a revocation passed or failed otherwise";
+        if (!ok) return;
+        if (holds(list, v)) broken = "not revoked";
+        announcedAt[list][v] = 0;
+    }
+
+    function raise(uint256 actor, uint256 seed) external {
+        if (seed % 8 != 0 || minEpoch == 2) return;
+        if (act(actor, abi.encodeCall(kms.setMinOsEpoch, (minEpoch + 1)))) {
+            if (actor % 3 != 0) broken = "not the owner's epoch";
+            minEpoch += 1;
+        }
+    }
+
+    function wait(uint256 seconds_) external {
+        vm.warp(block.timestamp + seconds_ % (4 days));
+    }
+
+    function act(uint256 actor, bytes memory call) private returns (bool ok) {
+        vm.recordLogs();
+        vm.prank(actor % 3 == 0 ? OWNER : actor % 3 == 1 ? STRANGER : GUARDIAN);
+        (ok,) = address(kms).call(call);
+        Vm.Log[] memory logs = vm.getRecordedLogs();
+        bytes32[3] memory policies = [keccak256("kms-aggregated-mr"), keccak256("kms-device"), keccak256("os-image")];
+        for (uint256 i = 0; i < logs.length; ++i) {
+            if (logs[i].topics[0] != keccak256("PolicyChanged(address,bytes32,bytes32,bool)")) continue;
+            for (uint256 list = 0; list < 3; ++list) {
+                if (logs[i].topics[2] != policies[list]) continue;
+                replayed[list][logs[i].topics[3]] = abi.decode(logs[i].data, (bool));
+            }
+        }
+    }
+}
+
+contract RegistryInvariantTest is Base {
+    RegistryActors internal actors;
+    DstackKms internal kms;
+
+    function setUp() public override {
+        actors = new RegistryActors();
+        kms = actors.kms();
+    }
+
+    function targetContracts() external view returns (address[] memory targets) {
+        targets = new address[](1);
+        targets[0] = address(actors);
+    }
+
+    function invariant_every_call_went_as_the_model_says() external view {
+        require(bytes(actors.broken()).length == 0, actors.broken());
+    }
+
+    function invariant_storage_is_the_replayed_log() external view {
+        for (uint256 list = 0; list < 3; ++list) {
+            for (uint256 i = 0; i < actors.VALUES(); ++i) {
+                bytes32 v = actors.value(i);
+                require(actors.holds(list, v) == actors.replayed(list, v), "not the log's");
+            }
+        }
+    }
+
+    function invariant_a_kms_is_only_what_is_listed_and_new_enough() external view {
+        AppBootInfo memory b;
+        b.tcbStatus = "UpToDate";
+        for (uint256 i = 0; i < actors.VALUES(); ++i) {
+            bytes32 v = actors.value(i);
+            (b.mrAggregated, b.deviceId, b.osImageHash) = (v, v, v);
+            (bool ok,) = kms.isKmsAllowed(b);
+            bool want = actors.holds(0, v) && actors.holds(1, v) && actors.holds(2, v)
+                && kms.osImageEpoch(v) >= actors.minEpoch();
+            require(ok == want, "decided otherwise");
+        }
     }
 }
