@@ -50,6 +50,10 @@ cp -R "$here/src" "$here/test" "$here/foundry.toml" "$work/"
 ln -sfn "$tools/node_modules" "$work/lib"
 cd "$work"
 export FOUNDRY_SOLC="$tools/solc" FOUNDRY_OFFLINE=true NO_COLOR=1
+"$forge" fmt --check src test || {
+	echo "the sources are not formatted as forge fmt does" >&2
+	exit 1
+}
 "$forge" build --sizes >sizes.txt 2>&1 || {
 	cat sizes.txt
 	exit 1

@@ -66,9 +66,8 @@ contract Council is MultiSignerERC7913, EIP712 {
         for (uint256 i = 0; i < calls.length; ++i) {
             hashes[i] = keccak256(abi.encode(CALL_TYPE, calls[i].target, keccak256(calls[i].data)));
         }
-        return _hashTypedDataV4(
-            keccak256(abi.encode(EXECUTE_TYPE, keccak256(abi.encodePacked(hashes)), nonce_, deadline))
-        );
+        return
+            _hashTypedDataV4(keccak256(abi.encode(EXECUTE_TYPE, keccak256(abi.encodePacked(hashes)), nonce_, deadline)));
     }
 
     function setMembers(bytes[] calldata remove, bytes[] calldata add, uint64 threshold_) external onlyCouncil {

@@ -96,8 +96,8 @@ contract DstackKms is Governed, ERC165Upgradeable {
     }
 
     function supportsInterface(bytes4 id) public view override returns (bool) {
-        return id == type(IAppAuth).interfaceId || id == type(IAppAuthPlatform).interfaceId
-            || super.supportsInterface(id);
+        return
+            id == type(IAppAuth).interfaceId || id == type(IAppAuthPlatform).interfaceId || super.supportsInterface(id);
     }
 
     // Decisions.
@@ -398,9 +398,7 @@ contract DstackKms is Governed, ERC165Upgradeable {
         return _deploy(
             config.owner,
             abi.encodeWithSelector(
-                bytes4(
-                    keccak256("initialize((address,address,uint64,bool,bool,bool,bool,bytes32[],bytes32[]))")
-                ),
+                bytes4(keccak256("initialize((address,address,uint64,bool,bool,bool,bool,bytes32[],bytes32[]))")),
                 config
             )
         );
@@ -423,9 +421,7 @@ contract DstackKms is Governed, ERC165Upgradeable {
     function _setAppImplementation(address implementation) private {
         appImplementation = implementation;
         emit AppImplementationSet(implementation);
-        emit PolicyChanged(
-            _msgSender(), POLICY_APP_IMPLEMENTATION, bytes32(uint256(uint160(implementation))), true
-        );
+        emit PolicyChanged(_msgSender(), POLICY_APP_IMPLEMENTATION, bytes32(uint256(uint160(implementation))), true);
     }
 
     function _checkAppOwner(address appId) private view {

@@ -43,7 +43,13 @@ abstract contract Governed is Notice, UUPSUpgradeable {
 
     /// The announcement binds the call that the new code is started with: the same code
     /// with other arguments is another change.
-    function upgradeToAndCall(address newImplementation, bytes memory data) public payable override onlyProxy onlyOwner {
+    function upgradeToAndCall(address newImplementation, bytes memory data)
+        public
+        payable
+        override
+        onlyProxy
+        onlyOwner
+    {
         _checkUpgradable();
         bytes32 value = keccak256(abi.encode(newImplementation, data));
         if (!_allowed(POLICY_UPGRADE, value)) {

@@ -23,7 +23,11 @@ contract CouncilTest is Base {
         app = deployApp(startWith(plainConfig()));
         vm.prank(OWNER);
         app.transferOwnership(address(council));
-        council.execute(one(abi.encodeCall(app.acceptOwnership, ())), later(), signed2(abi.encodeCall(app.acceptOwnership, ()), 11, 22));
+        council.execute(
+            one(abi.encodeCall(app.acceptOwnership, ())),
+            later(),
+            signed2(abi.encodeCall(app.acceptOwnership, ()), 11, 22)
+        );
         require(app.owner() == address(council), "not the council's");
     }
 

@@ -121,7 +121,8 @@ contract DstackAppTest is Base {
         starts[0] = abi.encodeWithSignature(
             "initialize(address,bool,bool,bool,bytes32,bytes32)", STRANGER, false, false, true, 0, 0
         );
-        starts[1] = abi.encodeWithSignature("initialize(address,bool,bool,bytes32,bytes32)", STRANGER, false, true, 0, 0);
+        starts[1] =
+            abi.encodeWithSignature("initialize(address,bool,bool,bytes32,bytes32)", STRANGER, false, true, 0, 0);
         starts[2] = startWith(plainConfig());
         DstackApp implementation = new DstackApp();
         for (uint256 i = 0; i < 3; ++i) {
@@ -131,7 +132,9 @@ contract DstackAppTest is Base {
                 require(!ok && bytes4(why) == bytes4(keccak256("InvalidInitialization()")), "initialised twice");
             }
             (bool bare, bytes memory reason) = address(implementation).call(starts[i]);
-            require(!bare && bytes4(reason) == bytes4(keccak256("InvalidInitialization()")), "implementation initialised");
+            require(
+                !bare && bytes4(reason) == bytes4(keccak256("InvalidInitialization()")), "implementation initialised"
+            );
         }
     }
 
@@ -284,9 +287,7 @@ contract DstackAppTest is Base {
                 vm.prank(who);
                 (bool ok, bytes memory why) = address(app).call(calls[j]);
                 require(!ok, "a stranger's call passed");
-                same(
-                    keccak256(why), keccak256(abi.encodeWithSignature("OwnableUnauthorizedAccount(address)", who))
-                );
+                same(keccak256(why), keccak256(abi.encodeWithSignature("OwnableUnauthorizedAccount(address)", who)));
             }
         }
     }

@@ -480,9 +480,7 @@ contract DstackKmsTest is Base {
         kms.renounceOwnership();
         DstackKms implementation = new DstackKms();
         reverts("invalid owner address");
-        new ERC1967Proxy(
-            address(implementation), abi.encodeCall(DstackKms.initialize, (address(0), address(0)))
-        );
+        new ERC1967Proxy(address(implementation), abi.encodeCall(DstackKms.initialize, (address(0), address(0))));
         reverts("Invalid implementation address");
         kms.setAppImplementation(address(0));
     }

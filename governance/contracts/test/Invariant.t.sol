@@ -124,8 +124,7 @@ contract Actors is Base {
         bool any = act(sender, abi.encodeCall(app.transferOwnership, (sender)))
             || act(sender, abi.encodeCall(app.acceptOwnership, ()))
             || act(sender, abi.encodeCall(app.upgradeToAndCall, (address(app), "")))
-            || act(sender, abi.encodeCall(app.setGuardian, (sender)))
-            || act(sender, startWith(plainConfig()));
+            || act(sender, abi.encodeCall(app.setGuardian, (sender))) || act(sender, startWith(plainConfig()));
         if (any) broken = "meddled";
     }
 
@@ -224,7 +223,8 @@ contract RegistryActors is Base {
     }
 
     function holds(uint256 list, bytes32 v) public view returns (bool) {
-        return list == 0 ? kms.kmsAllowedAggregatedMrs(v) : list == 1 ? kms.kmsAllowedDeviceIds(v) : kms.allowedOsImages(v);
+        return
+            list == 0 ? kms.kmsAllowedAggregatedMrs(v) : list == 1 ? kms.kmsAllowedDeviceIds(v) : kms.allowedOsImages(v);
     }
 
     function add(uint256 actor, uint256 list, uint256 seed, uint64 epoch) external {
