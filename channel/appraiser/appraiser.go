@@ -68,7 +68,7 @@ func (a *Appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel
 	}
 	v := verifier.Appraise(req)
 	if !v.Accepted {
-		return nil, refusal(v)
+		return nil, v.Refusal()
 	}
 	id := channel.Identity{AppID: v.Workload.AppID, ComposeHash: v.Workload.ComposeHash}
 	if text := v.Workload.InstanceID; text != "" {
@@ -102,19 +102,4 @@ func intersect(a, b []dstack.ComposeHash) []dstack.ComposeHash {
 		return []dstack.ComposeHash{{}}
 	}
 	return both
-}
-
-func refusal(v *verifier.Verdict) error {
-	code, text, fix := "channel_appraisal", "", ""
-	for _, f := range v.Findings {
-		if f.Level != verifier.Error {
-			continue
-		}
-		if text == "" {
-			code, text, fix = f.Code, f.Message, f.Fix
-		} else {
-			text += "; " + f.Message
-		}
-	}
-	return (&fault.Error{Code: code, Message: "the evidence is refused: " + text}).WithFix("%s", fix)
 }

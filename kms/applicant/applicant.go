@@ -167,7 +167,7 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	}
 	v := verifier.Appraise(req)
 	if !v.Accepted {
-		return nil, refusal(v)
+		return nil, v.Refusal()
 	}
 	if j.Floor != nil && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation != 0 {
 		if err := j.Floor.Raise(ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
@@ -264,24 +264,9 @@ func (j *Judge) claims(req verifier.Request) (*attest.Claims, error) {
 	req.Policy.DevRoots = j.Development
 	v := verifier.Appraise(req)
 	if !v.Accepted {
-		return nil, refusal(v)
+		return nil, v.Refusal()
 	}
 	return v.Claims, nil
-}
-
-func refusal(v *verifier.Verdict) error {
-	code, text, fix := "evidence_refused", "", ""
-	for _, f := range v.Findings {
-		if f.Level != verifier.Error {
-			continue
-		}
-		if text == "" {
-			code, text, fix = f.Code, f.Message, f.Fix
-		} else {
-			text += "; " + f.Message
-		}
-	}
-	return (&fault.Error{Code: code, Message: "the evidence is refused: " + text}).WithFix("%s", fix)
 }
 
 // variant is upstream's name of a platform.
