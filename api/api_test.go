@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/dstack-go/dstack/api/agent"
+	"github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/api/guestapi"
 	"github.com/dstack-go/dstack/api/hostapi"
 	"github.com/dstack-go/dstack/api/kms"
@@ -26,7 +27,7 @@ var update = flag.Bool("update", false, "write testdata/wire.txt anew")
 func TestWireIsUpstreams(t *testing.T) {
 	var b strings.Builder
 	for _, f := range []protoreflect.FileDescriptor{vmm.File_vmm_vmm_proto, hostapi.File_hostapi_hostapi_proto,
-		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto} {
+		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto, gateway.File_gateway_gateway_proto} {
 		for i := range f.Services().Len() {
 			s := f.Services().Get(i)
 			for j := range s.Methods().Len() {
@@ -70,7 +71,7 @@ func TestWireIsUpstreams(t *testing.T) {
 // follows the declaration.
 func TestFieldsAreDeclaredInOrderOfTheirNumbers(t *testing.T) {
 	for _, f := range []protoreflect.FileDescriptor{vmm.File_vmm_vmm_proto, hostapi.File_hostapi_hostapi_proto,
-		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto} {
+		guestapi.File_guestapi_guestapi_proto, agent.File_agent_agent_proto, kms.File_kms_kms_proto, gateway.File_gateway_gateway_proto} {
 		for i := range f.Messages().Len() {
 			fields := f.Messages().Get(i).Fields()
 			for j := 1; j < fields.Len(); j++ {

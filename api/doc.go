@@ -14,6 +14,8 @@
 //	api/agent     package dstack_guest  apps and the public to the guest agent
 //	                                    (guest-agent.md §3 to §5)
 //	api/kms       package kms           guests and clients to the KMS (kms.md §3.2)
+//	api/gateway   package gateway       guests, operators and gateways to a gateway
+//	                                    (gateway.md §1)
 //
 // Everything in a message is attacker-controlled for its receiver: a message that
 // decoded is well formed, and nothing more.
@@ -24,4 +26,4 @@
 // run go generate.
 package api
 
-//go:generate protoc --go_out=. --go_opt=module=github.com/dstack-go/dstack/api vmm/vmm.proto hostapi/hostapi.proto guestapi/guestapi.proto agent/agent.proto kms/kms.proto
+//go:generate protoc --go_out=. --go_opt=module=github.com/dstack-go/dstack/api vmm/vmm.proto hostapi/hostapi.proto guestapi/guestapi.proto agent/agent.proto kms/kms.proto gateway/gateway.proto

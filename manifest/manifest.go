@@ -127,6 +127,11 @@ const (
 	TLSGateway = "gateway"
 )
 
+// TLSPort is the TCP port, in the tunnel to gateways alone, at which a guest's agent
+// ends TLS for ports with tls app: a PROXY header of version 2 goes first, then the
+// client's own bytes, and the name in its ClientHello says which port is meant.
+const TLSPort = 8091
+
 // Allows reports whether the policy lets traffic to a TCP port in.
 func (p PortPolicy) Allows(port uint16) bool {
 	if !p.RestrictMode {
