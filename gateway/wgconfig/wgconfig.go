@@ -146,6 +146,14 @@ func (k PrivateKey) Public() PublicKey {
 	return PublicKey{[KeySize]byte(sk.PublicKey().Bytes())}
 }
 
+// Bytes returns a copy of the 32 bytes, the caller's to wipe; zeros of no key.
+func (k PrivateKey) Bytes() (b [KeySize]byte) {
+	if k.k != nil {
+		b = *k.k.b
+	}
+	return b
+}
+
 // Wipe overwrites the key wherever the value was copied to.
 func (k PrivateKey) Wipe() {
 	if k.k != nil {
