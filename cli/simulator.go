@@ -49,6 +49,8 @@ type simulatorCmd struct {
 	HTTP    string `name:"http" help:"Serve everything over HTTP, too, on this loopback address, such as 127.0.0.1:8090." placeholder:"ADDR"`
 	Compose string `help:"Be the app of this docker-compose.yaml or app-compose.json; nothing of it is run." type:"existingfile" placeholder:"FILE"`
 	Fresh   bool   `help:"Use new keys and keep nothing, instead of those in the state directory."`
+	Keep    string `help:"Keep keys and sockets in this directory, in place of the one in the state directory." type:"path" placeholder:"DIR"`
+	PKI     string `name:"pki" help:"Sign evidence with the test PKI in this directory, such as the stack's." type:"existingdir" placeholder:"DIR"`
 }
 
 func (c *simulatorCmd) Help() string {
@@ -82,10 +84,16 @@ func (c *simulatorCmd) Run(a *app) (err error) {
 	defer os.RemoveAll(run)
 	dir := run
 	if !c.Fresh {
-		dir = filepath.Join(a.stack.Dir, "simulator")
+		dir = c.Keep
+		if dir == "" {
+			dir = filepath.Join(a.stack.Dir, "simulator")
+		}
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fault.Wrap(err, "state_dir", "make the state directory %s", dir).WithFix("choose a writable directory with --state, or use --fresh")
 		}
+	}
+	if c.PKI == "" {
+		c.PKI = filepath.Join(dir, "dev-pki")
 	}
 	if c.Socket == "" {
 		c.Socket = filepath.Join(dir, "dstack.sock")
@@ -115,7 +123,7 @@ func (c *simulatorCmd) Run(a *app) (err error) {
 
 	ctx, cancel := context.WithCancel(a.ctx)
 	defer cancel()
-	tee, err := startSimTEE(ctx, a, dir, run)
+	tee, err := startSimTEE(ctx, a, c.PKI, run)
 	if err != nil {
 		return err
 	}
@@ -135,7 +143,7 @@ func (c *simulatorCmd) Run(a *app) (err error) {
 	if c.HTTP != "" {
 		a.printf("# over HTTP: %s\n", c.HTTP)
 	}
-	roots := filepath.Join(dir, "dev-pki", "dev-roots.json")
+	roots := filepath.Join(c.PKI, "dev-roots.json")
 	if err := a.result(map[string]any{
 		"trust": "development", "notice": simulatorTrust, "endpoint": c.Socket, "tappd_endpoint": c.Tappd, "http": c.HTTP,
 		"app_id": tee.app.String(), "dev_roots": roots,
@@ -229,10 +237,10 @@ type simTEE struct {
 	mu sync.Mutex // orders register and log
 }
 
-// startSimTEE makes the test PKI and starts dstack-simtee, which ends with ctx, with
+// startSimTEE makes the test PKI, if there is none, and starts dstack-simtee, which ends with ctx, with
 // stop, or with this process.
-func startSimTEE(ctx context.Context, a *app, dir, run string) (*simTEE, error) {
-	program, pki := filepath.Join(a.stack.Bin, "dstack-simtee"), filepath.Join(dir, "dev-pki")
+func startSimTEE(ctx context.Context, a *app, pki, run string) (*simTEE, error) {
+	program := filepath.Join(a.stack.Bin, "dstack-simtee")
 	missing := func(err error) error {
 		return fault.Wrap(err, "binary_missing", "start dstack-simtee").WithFix("run `make build` and use bin/dstack")
 	}
