@@ -22,7 +22,7 @@ import (
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
-	"github.com/dstack-go/dstack/kms/applicant"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lock"
 	"github.com/dstack-go/dstack/stack"

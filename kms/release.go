@@ -20,13 +20,13 @@ import (
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/governance"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/custody"
 	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/keys/lease"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/releaselog"
 )
 

@@ -25,10 +25,10 @@ import (
 
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/channel"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/prpc"
 )
 

@@ -3,7 +3,7 @@
 // Package kms is dstack-kms: it gives apps their keys, if their machines prove what
 // they run and an authority allows it, and nobody else.
 //
-// A request goes one way: limits, evidence (kms/applicant), this KMS's own
+// A request goes one way: limits, evidence (governance/applicant), this KMS's own
 // authorisation, the authority's decision (package governance), derivation
 // (keys/custody), the release log (package releaselog), the reply. What cannot be
 // written to the log is not given. Every refusal has a code.
@@ -44,12 +44,12 @@ import (
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/governance"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/custody"
 	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/keys/envelope"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/releaselog"
 )
 
@@ -527,7 +527,7 @@ func (s *Service) applicant(ctx context.Context, vmConfig string) (*applicant.Ap
 // evidence as they like, so that beyond strangerRate their refusals are only counted.
 func (s *Service) judge(ctx context.Context, e applicant.Evidence) (*applicant.Applicant, error) {
 	a, err := s.cfg.Judge.Judge(ctx, e)
-	if err == nil || fault.Code(err) == "kms_collateral" {
+	if err == nil || fault.Code(err) == "collateral_unavailable" {
 		return a, err
 	}
 	if s.limits.strangers.allow("", s.now()) {

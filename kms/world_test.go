@@ -29,12 +29,12 @@ import (
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/governance"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/custody"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/releaselog"
 )

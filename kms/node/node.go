@@ -32,14 +32,11 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack"
-	agentapi "github.com/dstack-go/dstack/api/agent"
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/channel"
-	"github.com/dstack-go/dstack/collateral"
-	"github.com/dstack-go/dstack/collateral/cache"
-	"github.com/dstack-go/dstack/collateral/fetch"
-	"github.com/dstack-go/dstack/collateral/floor"
+	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/governance"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/durable"
@@ -48,19 +45,15 @@ import (
 	"github.com/dstack-go/dstack/keys/custody"
 	"github.com/dstack-go/dstack/keys/derive"
 	"github.com/dstack-go/dstack/kms"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/kms/onboard"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/releaselog"
-	"github.com/dstack-go/dstack/verifier"
 )
 
 // Files of the data directory beside those of package onboard.
 const (
 	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
-	collateralDir = "collateral"
-	floorDir      = "collateral-floor"
 	bootstrapFile = "bootstrap-info.json"
 )
 
@@ -127,44 +120,10 @@ func (n *Node) path(name string) string { return filepath.Join(n.cfg.Core.DataDi
 
 func (n *Node) makeJudge() (*applicant.Judge, error) {
 	a := n.cfg.Core.Attestation
-	j := &applicant.Judge{Roots: verifier.VendorRoots()}
-	if a.DevRoots == "" {
-		pcs, err := fetch.NewPCS(fetch.PCSOptions{Base: a.PCCS})
-		if err != nil {
-			return nil, err
-		}
-		kds, err := fetch.NewKDS(fetch.KDSOptions{Base: a.KDS})
-		if err != nil {
-			return nil, err
-		}
-		j.Collateral, err = cache.Open(n.path(collateralDir), fetch.Vendors{PCS: pcs, KDS: kds}, cache.Options{
-			Warn: func(err error) { n.log.Warn("collateral", "error", err) },
-		})
-		if err != nil {
-			return nil, err
-		}
-		j.Floor, err = floor.Open(n.path(floorDir))
-		return j, err
-	}
-	if !development {
-		return nil, fault.New("development_refused", "core.attestation.dev_roots is set, and this KMS is built for production").
-			WithFix("use a build for development (dstack up does)")
-	}
-	text, err := readText(a.DevRoots)
-	if err != nil {
-		return nil, fault.Wrap(err, "kms_config", "core.attestation.dev_roots")
-	}
-	roots, err := collateral.ParseDevRoots(text)
-	if err != nil {
-		return nil, err
-	}
-	list, err := verifier.DevelopmentRoots(roots)
-	if err != nil {
-		return nil, err
-	}
-	// Under development trust nothing of a vendor's counts: the two are not mixed.
-	j.Roots, j.Development, j.Collateral = list, true, collateral.Static{Bundle: roots.Bundle()}
-	return j, nil
+	return applicant.Trust{
+		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: development, Dir: n.cfg.Core.DataDir,
+		Warn: func(err error) { n.log.Warn("collateral", "error", err) },
+	}.Judge()
 }
 
 func (n *Node) makeAuthority() error {
@@ -214,26 +173,11 @@ func (n *Node) findSelf(ctx context.Context) error {
 		n.log.Warn("this KMS runs in no TEE: whoever has this machine has its keys (development trust)")
 		return nil
 	}
-	guest := prpc.NewClient("http://dstack", func(ctx context.Context) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	})
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
-	defer cancel()
-	var info agentapi.AppInfo
-	if err := guest.Call(ctx, "Info", nil, &info); err != nil {
-		return fault.Wrap(err, "kms_self", "ask the guest agent at %s", socket).WithFix("mount the guest agent's socket into the KMS's container")
+	app, err := self.Open(ctx, socket)
+	if err != nil {
+		return err
 	}
-	if len(info.AppId) != dstack.AppIDSize {
-		return fault.New("kms_self", "the guest agent names an app id of %d bytes", len(info.AppId))
-	}
-	n.appID, n.vmConfig = dstack.AppID(info.AppId), info.VmConfig
-	n.self = channel.AttesterFunc(func(ctx context.Context, data dstack.ReportData) ([]byte, error) {
-		var out agentapi.AttestResponse
-		if err := guest.Call(ctx, "Attest", &agentapi.RawQuoteArgs{ReportData: data[:]}, &out); err != nil {
-			return nil, err
-		}
-		return out.Attestation, nil
-	})
+	n.appID, n.vmConfig, n.self = app.ID, app.VMConfig, app
 	return nil
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/channel"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -36,7 +37,6 @@ import (
 	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/custody"
 	"github.com/dstack-go/dstack/kms"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/kms/onboard"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/releaselog"
@@ -726,7 +726,7 @@ func TestAGuestAgentThatDoesNotAnswer(t *testing.T) {
 	c := w.config(w.guest(1))
 	c.Core.Guest.Socket = filepath.Join(t.TempDir(), "none")
 	_, err := w.run(c)
-	wantCode(t, err, "kms_self")
+	wantCode(t, err, "app_self")
 }
 
 // Many ask at once while it stops: whoever was answered was answered whole.

@@ -27,11 +27,11 @@ import (
 	"github.com/dstack-go/dstack"
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/ratls"
+	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/csr"
 	"github.com/dstack-go/dstack/keys/custody"
-	"github.com/dstack-go/dstack/kms/applicant"
 	"github.com/dstack-go/dstack/kms/onboard"
 	"github.com/dstack-go/dstack/prpc"
 )

@@ -103,7 +103,7 @@ func (j *Judge) platform() verifier.Policy {
 	return p
 }
 
-// Judge verifies one piece of evidence. Codes: kms_collateral when the vendor's
+// Judge verifies one piece of evidence. Codes: collateral_unavailable when the vendor's
 // statements cannot be had, those of package container, those of the verifier's
 // findings, and those of package identity.
 func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
@@ -134,15 +134,15 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 		return nil, err
 	} else if ok {
 		if j.Collateral == nil {
-			return nil, fault.New("kms_collateral", "there is no source of collateral")
+			return nil, fault.New("collateral_unavailable", "there is no source of collateral")
 		}
 		if req.Collateral, err = j.Collateral.Collateral(ctx, want); err != nil {
-			return nil, fault.Wrap(err, "kms_collateral", "get the collateral of the evidence").WithFix("see whether the provisioning certification service can be reached")
+			return nil, fault.Wrap(err, "collateral_unavailable", "get the collateral of the evidence").WithFix("see whether the provisioning certification service can be reached")
 		}
 		if j.Floor != nil && want.FMSPC+want.Product != "" {
 			least, err := j.Floor.Floor(want.FMSPC + want.Product)
 			if err != nil {
-				return nil, fault.Wrap(err, "kms_collateral", "the newest collateral seen")
+				return nil, fault.Wrap(err, "collateral_unavailable", "the newest collateral seen")
 			}
 			req.Policy.Floor = uint32(min(least, math.MaxUint32))
 		}
@@ -171,7 +171,7 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	}
 	if j.Floor != nil && v.Trust == dstack.TrustProduction && v.Platform.TCBEvaluation != 0 {
 		if err := j.Floor.Raise(ctx, v.Platform.Product, uint64(v.Platform.TCBEvaluation)); err != nil {
-			return nil, fault.Wrap(err, "kms_collateral", "remember the newest collateral")
+			return nil, fault.Wrap(err, "collateral_unavailable", "remember the newest collateral")
 		}
 	}
 

@@ -112,7 +112,7 @@ func TestEvidenceThatDoesNotHold(t *testing.T) {
 		{"of a machine whose vendor is not trusted", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) { j.Roots = []attest.Roots{other.Roots()} }, "unknown_root"},
 		{"of a development machine, in production", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) { j.Development = false }, "no_roots"},
 		{"with a judge that trusts nobody", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) { *j = Judge{Collateral: j.Collateral, Now: j.Now} }, "no_roots"},
-		{"without collateral", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) { j.Collateral = nil }, "kms_collateral"},
+		{"without collateral", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) { j.Collateral = nil }, "collateral_unavailable"},
 		{"whose collateral is over", func(j *Judge, _ *tdxtest.Guest, _ *Evidence) {
 			j.Now = func() time.Time { return tdxtest.NextUpdate.Add(time.Hour) }
 		}, "crl_expired"},

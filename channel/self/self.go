@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package self is a program that runs as an app of a dstack guest: who it is, by its
+// guest agent, and evidence of it.
+//
+// Trusted: the guest agent, which is part of the machine that the evidence is of.
+package self
+
+import (
+	"context"
+	"net"
+	"time"
+
+	"github.com/dstack-go/dstack"
+	agentapi "github.com/dstack-go/dstack/api/agent"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/prpc"
+)
+
+// App is this program as an app.
+type App struct {
+	ID       dstack.AppID
+	VMConfig string // belongs to its evidence
+	agent    *prpc.Client
+}
+
+// patience is how long the agent may take to answer who this is.
+const patience = 60 * time.Second
+
+// Open asks the guest agent at a unix socket. Code app_self.
+func Open(ctx context.Context, socket string) (*App, error) {
+	a := &App{agent: prpc.NewClient("http://dstack", func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	})}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var info agentapi.AppInfo
+	if err := a.agent.Call(ctx, "Info", nil, &info); err != nil {
+		return nil, fault.Wrap(err, "app_self", "ask the guest agent at %s who this is", socket).WithFix("mount the guest agent's socket into the container")
+	}
+	if len(info.AppId) != dstack.AppIDSize {
+		return nil, fault.New("app_self", "the guest agent names an app id of %d bytes", len(info.AppId))
+	}
+	a.ID, a.VMConfig = dstack.AppID(info.AppId), info.VmConfig
+	return a, nil
+}
+
+// Attest implements channel.Attester.
+func (a *App) Attest(ctx context.Context, data dstack.ReportData) ([]byte, error) {
+	var out agentapi.AttestResponse
+	if err := a.agent.Call(ctx, "Attest", &agentapi.RawQuoteArgs{ReportData: data[:]}, &out); err != nil {
+		return nil, err
+	}
+	return out.Attestation, nil
+}
