@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package gateway is dstack-gateway: it lets attested instances register, carries public
+// connections to them (gateway/edge) over a network of their own (gateway/tunnel), and
+// gets certificates for names that they own, whose keys it never has.
+//
+// A registration comes over an attached attested channel, whose evidence is of that very
+// connection; app, instance and manifest are taken from it and from nothing that the
+// caller says, the port policy from the manifest that was measured. What follows is a
+// route with a lease: it ends unless fresh evidence, and whoever authorises, renew it.
+//
+// Trusted: the machine that this runs in, the roots of evidence, the authority or KMS
+// that admits. Attacker-controlled: every byte that a guest sends, whatever it proves to
+// be; the network.
+//
+// Implements spec/gateway.md §1 and §3.1; threats.md K01, K03, K05, G05.
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/dstack-go/dstack"
+	api "github.com/dstack-go/dstack/api/gateway"
+	"github.com/dstack-go/dstack/channel"
+	"github.com/dstack-go/dstack/gateway/hostname"
+	"github.com/dstack-go/dstack/gateway/portpolicy"
+	"github.com/dstack-go/dstack/gateway/route"
+	"github.com/dstack-go/dstack/gateway/wgconfig"
+	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/prpc"
+)
+
+// Limits of a registration, and of a request for a certificate.
+const (
+	maxManifest = 1 << 20 // bytes
+	maxCSR      = 16 << 10
+	maxNames    = 64
+	// probes is how many addresses are tried for one instance.
+	probes      = 64
+	requestTime = 60 * time.Second
+)
+
+// Tunnel is what carries packets to instances.
+type Tunnel interface {
+	Set(wgconfig.Peer) error
+	Remove(wgconfig.PublicKey) error
+	Peers() ([]wgconfig.Status, error)
+}
+
+// Certificates makes certificates for keys that are elsewhere.
+type Certificates interface {
+	// Sign returns a chain, PEM, for the key of a certificate request and exactly these
+	// names, and when to ask again.
+	Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error)
+}
+
+// Domain is a base domain, and the port at which its names are reached.
+type Domain struct {
+	Name hostname.Name
+	Port uint16
+}
+
+// Node is a gateway as guests are told of it.
+type Node struct {
+	ID       uint32
+	UUID     [16]byte
+	URL      string // of its RPC
+	Key      wgconfig.PublicKey
+	Address  netip.Prefix // in the tunnel, with the network's length
+	Endpoint string       // host:port of WireGuard
+}
+
+// Config is what a service is made of.
+type Config struct {
+	Judge     *applicant.Judge // of guests' evidence
+	Self      channel.Attester // makes the gateway's own
+	Admission Admission        // required: the zero value admits nobody
+	Routes    *route.Table
+	Tunnel    Tunnel
+	// Certificates makes those of apps; nil: there are none.
+	Certificates Certificates
+	// Domains are the base domains, the preferred first.
+	Domains func() []Domain
+	Node    Node
+	// Peers are the other gateways that are up; may be nil.
+	Peers     func() []Node
+	TXTPrefix string // what guests are told; "" is upstream's
+
+	Lease time.Duration // of a route, at most; 1 h
+	// Certificate is for strangers, who get no evidence: what `Info` says is not secret.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	Version     string
+	Now         func() time.Time
+	Log         *slog.Logger
+}
+
+// Service answers guests. Make it with New.
+type Service struct {
+	cfg   Config
+	now   func() time.Time
+	log   *slog.Logger
+	slots chan struct{}
+
+	// registering keeps what one instance does in order; most others go on.
+	registering [64]sync.Mutex
+	stats       Stats
+}
+
+// Stats are counts since the start.
+type Stats struct {
+	Registered, Renewed, Refused, Certificates, Handshakes atomic.Uint64
+}
+
+// New checks what it is given. Code gateway_config.
+func New(c Config) (*Service, error) {
+	if c.Judge == nil || c.Self == nil || c.Admission == nil || c.Routes == nil || c.Tunnel == nil || c.Domains == nil || c.Certificate == nil {
+		return nil, fault.New("gateway_config", "a gateway needs a judge, evidence of its own, admission, routes, a tunnel, domains and a certificate")
+	}
+	if c.Node.Key.IsZero() || !c.Node.Address.Addr().Is4() || c.Node.Endpoint == "" {
+		return nil, fault.New("gateway_config", "a gateway needs a WireGuard key, an IPv4 address in its network and an endpoint that guests reach")
+	}
+	if c.Lease == 0 {
+		c.Lease = time.Hour
+	}
+	if c.TXTPrefix == "" {
+		c.TXTPrefix = hostname.TXTPrefix
+	}
+	s := &Service{cfg: c, now: c.Now, log: c.Log, slots: make(chan struct{}, 2*runtime.GOMAXPROCS(0))}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	return s, nil
+}
+
+// Stats returns the counts.
+func (s *Service) Stats() *Stats { return &s.stats }
+
+// Handler serves the RPC of guests. Their connection must be in the context (Serve).
+func (s *Service) Handler() http.Handler {
+	methods := []prpc.Method{
+		prpc.Unary("RegisterCvm", s.register),
+		prpc.Unary("GetCertificate", s.certificate),
+		prpc.Unary("Info", s.info),
+		prpc.Unary("AcmeInfo", func(context.Context, *emptypb.Empty) (*api.AcmeInfoResponse, error) {
+			return &api.AcmeInfoResponse{}, nil
+		}),
+		prpc.Unary("GetPeers", s.peers),
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/prpc/", prpc.NewMux([]string{"Gateway.", "Tproxy."}, methods...))
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "OK") })
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-App-Version", s.cfg.Version)
+		ctx, cancel := context.WithTimeout(r.Context(), requestTime)
+		defer cancel()
+		mux.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+// Serve answers on l, which it owns, until ctx ends.
+func (s *Service) Serve(ctx context.Context, l net.Listener) error {
+	secure, err := channel.NewListener(l, &channel.Config{
+		Appraiser: appraiser{s}, Attester: s.cfg.Self, Now: s.now,
+		Other: &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: s.cfg.Certificate},
+		Refused: func(remote net.Addr, err error) {
+			s.stats.Handshakes.Add(1)
+			s.log.Info("connection refused", "remote", remote.String(), "code", fault.Code(err), "error", err)
+		},
+	})
+	if err != nil {
+		l.Close()
+		return err
+	}
+	server := prpc.Server(s.Handler())
+	server.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)
+	server.BaseContext = func(net.Listener) context.Context { return context.WithoutCancel(ctx) }
+	server.ConnContext = channel.ConnContext
+	done := make(chan error, 1)
+	go func() { done <- server.Server.Serve(secure) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if err = server.Shutdown(stop); err != nil {
+		server.Close()
+	}
+	<-done
+	return nil
+}
+
+// appraiser takes any guest whose evidence holds: whether it gets a route is Admission's.
+type appraiser struct{ s *Service }
+
+func (a appraiser) Appraise(ctx context.Context, c channel.Candidate) (*channel.Appraisal, error) {
+	select { // verification is bound by the processor: more at once would only make all slower
+	case a.s.slots <- struct{}{}:
+		defer func() { <-a.s.slots }()
+	case <-ctx.Done():
+		return nil, fault.New("busy", "the gateway is busy")
+	}
+	who, err := a.s.cfg.Judge.Judge(ctx, applicant.Evidence{Container: c.Container, ReportData: c.ReportData, Session: true})
+	if err != nil {
+		return nil, err
+	}
+	return who.Appraisal(), nil
+}
+
+// caller is the instance at the other end. Codes register_unattested, register_no_instance,
+// register_booting.
+func (s *Service) caller(ctx context.Context) (*channel.Peer, *applicant.Applicant, error) {
+	peer, err := channel.PeerOf(ctx)
+	if err != nil {
+		return nil, nil, fault.Wrap(err, "register_unattested", "no attestation provided").
+			WithFix("register over an attested channel (ALPN %s): a certificate alone shows no fresh evidence", channel.ALPN)
+	}
+	who, ok := peer.Detail.(*applicant.Applicant)
+	switch {
+	case !ok:
+		return nil, nil, fault.New("register_unattested", "no attestation provided")
+	case peer.Identity.InstanceID == nil:
+		return nil, nil, fault.New("register_no_instance", "an instance without an id has no route of its own").WithFix("deploy the app without no_instance_id")
+	case who.Booting:
+		return nil, nil, fault.New("register_booting", "the guest has not finished booting: nothing runs there yet")
+	}
+	return peer, who, nil
+}
+
+func (s *Service) register(ctx context.Context, r *api.RegisterCvmRequest) (*api.RegisterCvmResponse, error) {
+	out, err := s.admit(ctx, r)
+	if err != nil {
+		s.stats.Refused.Add(1)
+		s.log.Info("registration refused", "code", fault.Code(err), "error", err)
+	}
+	return out, err
+}
+
+// admit makes or renews the caller's route. Codes of caller, Admission and route.Table;
+// wg_key, register_manifest, register_addresses (no address is free).
+func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.RegisterCvmResponse, error) {
+	peer, who, err := s.caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	key, err := wgconfig.ParsePublicKey(r.ClientPublicKey)
+	if err != nil {
+		return nil, err
+	}
+	policy, err := measuredPolicy(r.AppCompose, peer.Identity.ComposeHash)
+	if err != nil {
+		return nil, err
+	}
+	now := s.now()
+	until, err := s.cfg.Admission.Admit(ctx, who, Lease{r.LeaseDocument, r.LeaseSignature}, now)
+	if err != nil {
+		return nil, err
+	}
+	if most := now.Add(s.cfg.Lease); until.After(most) {
+		until = most
+	}
+	rec := route.Record{
+		App: peer.Identity.AppID, Instance: *peer.Identity.InstanceID, Compose: peer.Identity.ComposeHash,
+		Key: key, Policy: policy, Attested: now, Until: until,
+	}
+	lock := &s.registering[int(rec.Instance[0])%len(s.registering)]
+	lock.Lock()
+	defer lock.Unlock()
+	before, known := s.cfg.Routes.Instance(rec.Instance)
+	var was route.Record
+	if known {
+		was = before.Record()
+	}
+	rt, err := s.place(rec, was)
+	if err != nil {
+		return nil, err
+	}
+	rec = rt.Record()
+	if !known || was.Key != rec.Key || was.Address != rec.Address {
+		if known && was.Key != rec.Key {
+			if err := s.cfg.Tunnel.Remove(was.Key); err != nil {
+				return nil, err
+			}
+		}
+		if err := s.cfg.Tunnel.Set(wgconfig.Peer{Key: rec.Key, Address: rec.Address}); err != nil {
+			s.cfg.Routes.Remove(rec.Instance) // not half a route
+			return nil, err
+		}
+		s.stats.Registered.Add(1)
+		s.log.Info("route", "app", rec.App.String(), "instance", rec.Instance.String(), "address", rec.Address.String(), "until", rec.Until)
+	} else {
+		s.stats.Renewed.Add(1)
+	}
+	return s.reply(rec), nil
+}
+
+// place registers a record at the address that the instance has already, or else at the
+// first free one of those that follow from its id, so that gateways mostly agree.
+func (s *Service) place(rec, was route.Record) (*route.Route, error) {
+	if was.Address.IsValid() {
+		rec.Address = was.Address
+		return s.cfg.Routes.Register(rec)
+	}
+	for i := range probes {
+		a, ok := addressOf(s.cfg.Node.Address.Masked(), rec.Instance, i)
+		if !ok || a == s.cfg.Node.Address.Addr() {
+			continue
+		}
+		rec.Address = a
+		rt, err := s.cfg.Routes.Register(rec)
+		if fault.Code(err) != "route_address_taken" {
+			return rt, err
+		}
+	}
+	return nil, fault.New("register_addresses", "no free address was found in %s", s.cfg.Node.Address.Masked()).WithFix("give the gateway a larger network")
+}
+
+// addressOf is the n-th address to try for an instance: a host of the network by the
+// SHA-256 of a tag, the instance's id and n.
+func addressOf(network netip.Prefix, id dstack.InstanceID, n int) (netip.Addr, bool) {
+	h := sha256.New()
+	h.Write([]byte("dstack-gateway-address-v1"))
+	h.Write(id[:])
+	h.Write(binary.BigEndian.AppendUint32(nil, uint32(n)))
+	base := network.Addr().As4()
+	host := binary.BigEndian.Uint32(h.Sum(nil)) >> network.Bits()
+	if network.Bits() == 0 {
+		host = binary.BigEndian.Uint32(h.Sum(nil))
+	}
+	a := netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(base[:])|host)))
+	return a, wgconfig.Inside(network, a)
+}
+
+// measuredPolicy is the port policy of the manifest with the hash. Code register_manifest.
+func measuredPolicy(text []byte, hash dstack.ComposeHash) (*portpolicy.Policy, error) {
+	switch {
+	case len(text) == 0:
+		return nil, fault.New("register_manifest", "the app's manifest is missing: its ports are not known")
+	case len(text) > maxManifest:
+		return nil, fault.New("register_manifest", "the manifest has %d bytes, more than %d", len(text), maxManifest)
+	case sha256.Sum256(text) != hash:
+		return nil, fault.New("register_manifest", "the manifest is not the one that the instance measured (%s)", hash)
+	}
+	m, err := manifest.Parse(text)
+	if err != nil {
+		return nil, fault.Wrap(err, "register_manifest", "the app's manifest")
+	}
+	p, err := portpolicy.New(m.PortPolicy)
+	if err != nil {
+		return nil, err
+	}
+	return &p, nil
+}
+
+func (s *Service) reply(rec route.Record) *api.RegisterCvmResponse {
+	nodes := append([]Node{s.cfg.Node}, s.others()...)
+	out := &api.RegisterCvmResponse{
+		Wg:         &api.WireGuardConfig{ClientIp: rec.Address.String()},
+		Agent:      &api.GuestAgentConfig{InternalPort: portpolicy.AgentPort, AppAddressNsPrefix: s.cfg.TXTPrefix},
+		LeaseUntil: uint64(rec.Until.Unix()),
+	}
+	for _, d := range s.cfg.Domains() {
+		if out.Agent.Domain == "" {
+			out.Agent.Domain, out.Agent.ExternalPort = string(d.Name), uint32(d.Port)
+		}
+		out.Domains = append(out.Domains, string(d.Name))
+	}
+	for _, n := range nodes {
+		out.Wg.Servers = append(out.Wg.Servers, &api.WireGuardPeer{Pk: n.Key.String(), Ip: n.Address.String(), Endpoint: n.Endpoint})
+		out.Gateways = append(out.Gateways, &api.GatewayNodeInfo{
+			Id: n.ID, Uuid: n.UUID[:], Url: n.URL, LastSeen: uint64(s.now().Unix()), WgPublicKey: n.Key.String(), WgIp: n.Address.Addr().String(), WgEndpoint: n.Endpoint,
+		})
+	}
+	return out
+}
+
+func (s *Service) others() []Node {
+	if s.cfg.Peers == nil {
+		return nil
+	}
+	return s.cfg.Peers()
+}
+
+func (s *Service) info(context.Context, *emptypb.Empty) (*api.InfoResponse, error) {
+	out := &api.InfoResponse{AppAddressNsPrefix: s.cfg.TXTPrefix, Version: s.cfg.Version}
+	if d := s.cfg.Domains(); len(d) > 0 {
+		out.BaseDomain, out.ExternalPort = string(d[0].Name), uint32(d[0].Port)
+	}
+	return out, nil
+}
+
+func (s *Service) peers(context.Context, *emptypb.Empty) (*api.GetPeersResponse, error) {
+	out := &api.GetPeersResponse{MyId: s.cfg.Node.ID, MyUrl: s.cfg.Node.URL}
+	for _, n := range append([]Node{s.cfg.Node}, s.others()...) {
+		out.Peers = append(out.Peers, &api.PeerInfo{Id: n.ID, Url: n.URL})
+	}
+	return out, nil
+}
+
+// certificate gets one for the key of the caller's own channel and names that are its
+// own. Codes of caller; certificate_request, certificate_key, certificate_name,
+// certificate_none (this gateway makes none), those of Certificates.
+func (s *Service) certificate(ctx context.Context, r *api.GetCertificateRequest) (*api.GetCertificateResponse, error) {
+	peer, _, err := s.caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if s.cfg.Certificates == nil {
+		return nil, fault.New("certificate_none", "this gateway makes no certificates")
+	}
+	if len(r.Csr) > maxCSR {
+		return nil, fault.New("certificate_request", "the certificate request has %d bytes, more than %d", len(r.Csr), maxCSR)
+	}
+	csr, err := x509.ParseCertificateRequest(r.Csr)
+	if err == nil {
+		err = csr.CheckSignature()
+	}
+	if err != nil {
+		return nil, fault.Wrap(err, "certificate_request", "the certificate request")
+	}
+	if !bytes.Equal(csr.RawSubjectPublicKeyInfo, peer.SPKI) {
+		return nil, fault.New("certificate_key", "the request is for another key than this channel's, which the guest's init committed to")
+	}
+	names, err := s.ownNames(csr, peer.Identity)
+	if err != nil {
+		return nil, err
+	}
+	chain, notAfter, renewAt, err := s.cfg.Certificates.Sign(ctx, csr, names)
+	if err != nil {
+		s.log.Warn("certificate", "app", peer.Identity.AppID.String(), "code", fault.Code(err), "error", err)
+		return nil, err
+	}
+	s.stats.Certificates.Add(1)
+	s.log.Info("certificate", "app", peer.Identity.AppID.String(), "instance", peer.Identity.InstanceID.String(), "names", len(names), "not_after", notAfter)
+	return &api.GetCertificateResponse{Chain: string(chain), NotAfter: uint64(notAfter.Unix()), RenewAt: uint64(renewAt.Unix())}, nil
+}
+
+// ownNames are the names of a request, each of which leads to the identity.
+func (s *Service) ownNames(csr *x509.CertificateRequest, id channel.Identity) ([]hostname.Name, error) {
+	if len(csr.DNSNames) == 0 || len(csr.DNSNames) > maxNames || len(csr.IPAddresses)+len(csr.EmailAddresses)+len(csr.URIs) > 0 {
+		return nil, fault.New("certificate_name", "a request names 1 to %d hosts and nothing else", maxNames)
+	}
+	rules := hostname.Rules{}
+	for _, d := range s.cfg.Domains() {
+		rules.Bases = append(rules.Bases, d.Name)
+	}
+	var out []hostname.Name
+	for _, text := range csr.DNSNames {
+		name, err := hostname.ParseName(text)
+		if err != nil {
+			return nil, fault.Wrap(err, "certificate_name", "the request's name %q", text)
+		}
+		d, err := rules.Resolve(name)
+		if err != nil {
+			return nil, fault.Wrap(err, "certificate_name", "the request's name %s", name)
+		}
+		b, ok := d.ID.Bytes()
+		if d.Kind != hostname.App || !ok || b != id.AppID && (id.InstanceID == nil || b != *id.InstanceID) {
+			return nil, fault.New("certificate_name", "%s does not lead to app %s", name, id.AppID)
+		}
+		if !slices.Contains(out, name) {
+			out = append(out, name)
+		}
+	}
+	return out, nil
+}
