@@ -12,6 +12,7 @@ setup:
 build:
 	$(GO) build -trimpath -buildvcs=false -o bin/ ./cmd/...
 	$(GO) build -trimpath -buildvcs=false -tags dstack_sim -o bin/dstack-kms-dev ./cmd/dstack-kms
+	$(GO) build -trimpath -buildvcs=false -tags dstack_sim -o bin/dstack-gateway-dev ./cmd/dstack-gateway
 
 demo: setup build
 	scripts/demo.sh

@@ -11,12 +11,9 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
-	"github.com/alecthomas/kong"
-
-	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/command"
 	"github.com/dstack-go/dstack/kms/node"
 )
 
@@ -58,7 +55,7 @@ func (c *serveCmd) Run() error {
 	if err != nil {
 		return err
 	}
-	n.Version = fmt.Sprintf("v%s (git:%s)", version, revision())
+	n.Version = fmt.Sprintf("v%s (git:%s)", version, command.Revision())
 	err = n.Run(ctx, func(a net.Addr) { fmt.Printf("listening on %s\n", a) })
 	if ctx.Err() != nil {
 		return nil // it was asked to stop
@@ -75,34 +72,8 @@ func (c *checkCmd) Run() error {
 }
 
 func (*versionCmd) Run() error {
-	fmt.Printf("dstack-kms v%s (%s), %s\n", version, revision(), node.Build())
+	fmt.Printf("dstack-kms v%s (%s), %s\n", version, command.Revision(), node.Build())
 	return nil
 }
 
-// revision is the commit that the binary was built from, if the build recorded it.
-func revision() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				return s.Value
-			}
-		}
-	}
-	return "unknown"
-}
-
-func main() {
-	var c cli
-	ctx := kong.Parse(&c, kong.Name("dstack-kms"), kong.UsageOnError(),
-		kong.Description("Gives keys to attested and authorised apps."))
-	if err := ctx.Run(); err != nil {
-		fmt.Fprintf(os.Stderr, "dstack-kms: %v\n", err)
-		if code := fault.Code(err); code != "" {
-			fmt.Fprintf(os.Stderr, "code: %s\n", code)
-		}
-		if fix := fault.Fix(err); fix != "" {
-			fmt.Fprintf(os.Stderr, "fix: %s\n", fix)
-		}
-		os.Exit(1)
-	}
-}
+func main() { command.Main("dstack-kms", "Gives keys to attested and authorised apps.", new(cli)) }

@@ -11,12 +11,11 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/alecthomas/kong"
 
-	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/command"
 	"github.com/dstack-go/dstack/verifyd"
 )
 
@@ -65,35 +64,17 @@ func (c *cli) run() error {
 	return s.Serve(ctx, func(at net.Addr) { fmt.Printf("listening on %s\n", at) })
 }
 
-// revision is the commit that the binary was built from, if the build recorded it.
-func revision() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				return s.Value
-			}
-		}
-	}
-	return "unknown"
-}
-
 func main() {
 	var c cli
 	kong.Parse(&c, kong.Name("dstack-verifier"), kong.UsageOnError(),
 		kong.Description("Judges attestation evidence of confidential VMs and enclaves: serves POST /verify, or judges one file."),
-		kong.Vars{"version": fmt.Sprintf("dstack-verifier v%s (%s)", version, revision())})
+		kong.Vars{"version": fmt.Sprintf("dstack-verifier v%s (%s)", version, command.Revision())})
 	err := c.run()
 	if err == nil {
 		return
 	}
 	if _, said := err.(invalid); !said {
-		fmt.Fprintf(os.Stderr, "dstack-verifier: %v\n", err)
-		if code := fault.Code(err); code != "" {
-			fmt.Fprintf(os.Stderr, "code: %s\n", code)
-		}
-		if fix := fault.Fix(err); fix != "" {
-			fmt.Fprintf(os.Stderr, "fix: %s\n", fix)
-		}
+		command.Tell("dstack-verifier", err)
 	}
 	os.Exit(1)
 }

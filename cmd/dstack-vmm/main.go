@@ -10,12 +10,9 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
-	"github.com/alecthomas/kong"
-
-	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/command"
 	"github.com/dstack-go/dstack/vmm"
 )
 
@@ -52,7 +49,7 @@ func (c *serveCmd) Run() error {
 	defer stop()
 	server, err := vmm.Open(config, vmm.Options{
 		Log:     slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})),
-		Version: version, Revision: revision(),
+		Version: version, Revision: command.Revision(),
 	})
 	if err != nil {
 		return err
@@ -75,34 +72,10 @@ func (c *checkCmd) Run() error {
 }
 
 func (*versionCmd) Run() error {
-	fmt.Printf("dstack-vmm v%s (%s)\n", version, revision())
+	fmt.Printf("dstack-vmm v%s (%s)\n", version, command.Revision())
 	return nil
 }
 
-// revision is the commit that the binary was built from, if the build recorded it.
-func revision() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				return s.Value
-			}
-		}
-	}
-	return "unknown"
-}
-
 func main() {
-	var c cli
-	ctx := kong.Parse(&c, kong.Name("dstack-vmm"), kong.UsageOnError(),
-		kong.Description("Runs confidential VMs with QEMU and serves their management API."))
-	if err := ctx.Run(); err != nil {
-		fmt.Fprintf(os.Stderr, "dstack-vmm: %v\n", err)
-		if code := fault.Code(err); code != "" {
-			fmt.Fprintf(os.Stderr, "code: %s\n", code)
-		}
-		if fix := fault.Fix(err); fix != "" {
-			fmt.Fprintf(os.Stderr, "fix: %s\n", fix)
-		}
-		os.Exit(1)
-	}
+	command.Main("dstack-vmm", "Runs confidential VMs with QEMU and serves their management API.", new(cli))
 }

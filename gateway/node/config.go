@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"encoding/hex"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/hostname"
+	"github.com/dstack-go/dstack/gateway/proxyproto"
+	"github.com/dstack-go/dstack/gateway/tunnel"
+	"github.com/dstack-go/dstack/gateway/wgconfig"
+	"github.com/dstack-go/dstack/internal/config"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// Config is gateway.toml; keys that upstream's has too have its names. Each can be set
+// from the environment, see package internal/config: prefix DSTACK_GATEWAY_, two
+// underscores for a dot (DSTACK_GATEWAY_CORE__WG__ENDPOINT). In a CVM that is the app's
+// compose file, which is measured.
+type Config struct {
+	// Address and Port are where guests register.
+	Address string     `toml:"address"`
+	Port    uint16     `toml:"port"`
+	Core    CoreConfig `toml:"core"`
+}
+
+// CoreConfig is everything else.
+type CoreConfig struct {
+	// DataDir holds the WireGuard key, the routes and certificates: 0700, and in a CVM on
+	// its sealed disk.
+	DataDir string `toml:"data_dir"`
+	// NodeID tells gateways of one cluster apart, from 1; MyURL is this one's Address and
+	// Port as guests reach them.
+	NodeID  uint32 `toml:"node_id"`
+	MyURL   string `toml:"my_url"`
+	Domains string `toml:"domains"` // base domains, "name" or "name:port", separated by commas
+
+	WG          WGConfig          `toml:"wg"`
+	Proxy       ProxyConfig       `toml:"proxy"`
+	Guest       GuestConfig       `toml:"guest"`
+	Attestation AttestationConfig `toml:"attestation"`
+	Auth        AuthConfig        `toml:"auth"`
+	Admin       AdminConfig       `toml:"admin"`
+}
+
+// WGConfig is the network to the instances.
+type WGConfig struct {
+	Listen    string `toml:"listen"`   // address:port, UDP; 0.0.0.0:51820
+	Endpoint  string `toml:"endpoint"` // host:port as guests reach it
+	IP        string `toml:"ip"`       // the gateway's address in the network, such as 100.96.0.1/11
+	Mode      string `toml:"mode"`     // kernel, tun or netstack; empty: the first that works
+	Interface string `toml:"interface"`
+	listen    netip.AddrPort
+	ip        netip.Prefix
+}
+
+// ProxyConfig is the public listener.
+type ProxyConfig struct {
+	ListenAddr string `toml:"listen_addr"`
+	ListenPort uint16 `toml:"listen_port"`
+	// HTTPPort redirects plain HTTP to https; 0: not at all.
+	HTTPPort uint16 `toml:"http_port"`
+	// CustomDomains asks DNS where names lead that are on no base domain.
+	CustomDomains         bool     `toml:"custom_domains"`
+	AppAddressNSPrefix    string   `toml:"app_address_ns_prefix"`
+	AppAddressNSCompat    bool     `toml:"app_address_ns_compat"`
+	InboundPPSources      string   `toml:"inbound_pp_sources"` // networks whose PROXY header is believed, separated by commas
+	MaxConnections        int      `toml:"max_connections"`
+	MaxConnectionsPerApp  int      `toml:"max_connections_per_app"`
+	MaxConnectionsPerPeer int      `toml:"max_connections_per_source"`
+	ConnectionRatePerPeer int      `toml:"connection_rate_per_source"`
+	Timeouts              Timeouts `toml:"timeouts"`
+	sources               proxyproto.Sources
+}
+
+// Timeouts are upstream's; zero values are the defaults of package gateway/edge.
+type Timeouts struct {
+	Connect    config.Duration `toml:"connect"`
+	Handshake  config.Duration `toml:"handshake"`
+	DNSResolve config.Duration `toml:"dns_resolve"`
+	Idle       config.Duration `toml:"idle"`
+	Total      config.Duration `toml:"total"`
+}
+
+// GuestConfig is the TEE that the gateway runs in.
+type GuestConfig struct {
+	Socket string `toml:"socket"` // of the guest agent
+}
+
+// AttestationConfig is whose evidence counts.
+type AttestationConfig struct {
+	PCCS string `toml:"pccs"` // where TDX collateral comes from; empty: the vendor's service
+	KDS  string `toml:"kds"`  // where SEV-SNP certificates come from; empty: the vendor's service
+	// DevRoots is the file or text of development roots, which only a build for
+	// development takes.
+	DevRoots string `toml:"dev_roots"`
+}
+
+// AuthConfig says which attested instances get a route.
+type AuthConfig struct {
+	// Type is lease (a KMS authorised it) or attested (any whose evidence holds).
+	Type string `toml:"type"`
+	// KMSRoot is that KMS: its root CA's key, DER SubjectPublicKeyInfo, hexadecimal.
+	KMSRoot string `toml:"kms_root"`
+	// Lease is the longest life of a route without fresh evidence; 1 h.
+	Lease config.Duration `toml:"lease"`
+}
+
+// AdminConfig is the administrators' listener.
+type AdminConfig struct {
+	// Address is unix:PATH, which is 0600, or host:port with a token.
+	Address   string        `toml:"address"`
+	AuthToken config.Secret `toml:"auth_token"` // at least 16 characters
+}
+
+// DefaultConfig returns the defaults.
+func DefaultConfig() Config {
+	return Config{
+		Address: "0.0.0.0", Port: 8000,
+		Core: CoreConfig{
+			DataDir: "/data/gateway", NodeID: 1,
+			WG:    WGConfig{Listen: "0.0.0.0:51820", IP: "100.96.0.1/11"},
+			Proxy: ProxyConfig{ListenAddr: "0.0.0.0", ListenPort: 443, AppAddressNSCompat: true},
+			Guest: GuestConfig{Socket: "/var/run/dstack.sock"},
+		},
+	}
+}
+
+// LoadConfig reads and checks a file ("" for none) and the environment. Codes: those of
+// package config; gateway_config.
+func LoadConfig(path string, environ []string) (Config, error) {
+	c := DefaultConfig()
+	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_GATEWAY_", Environ: environ}); err != nil {
+		return c, err
+	}
+	return c, c.check()
+}
+
+// Build says in words what trust this build admits.
+func Build() string {
+	if development {
+		return "built for development: it admits trust that protects nothing"
+	}
+	return "built for production"
+}
+
+func bad(format string, args ...any) *fault.Error {
+	return fault.New("gateway_config", format, args...)
+}
+
+func (c *Config) check() (err error) {
+	core := &c.Core
+	if !filepath.IsAbs(core.DataDir) {
+		return bad("core.data_dir %q is no absolute path", core.DataDir)
+	}
+	if core.NodeID == 0 {
+		return bad("core.node_id is 0").WithFix("number the gateways of a cluster from 1")
+	}
+	if u, err := url.Parse(core.MyURL); err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return bad("core.my_url %q is not the https URL at which guests reach this gateway", core.MyURL)
+	}
+	if _, err := c.domains(); err != nil {
+		return err
+	}
+	wg := &core.WG
+	if wg.listen, err = netip.ParseAddrPort(wg.Listen); err != nil || wg.listen.Port() == 0 {
+		return bad("core.wg.listen %q is no address:port", wg.Listen)
+	}
+	if wg.ip, err = netip.ParsePrefix(wg.IP); err != nil || !wg.ip.Addr().Is4() || wg.ip.Bits() > 28 || !wgconfig.Inside(wg.ip.Masked(), wg.ip.Addr()) {
+		return bad("core.wg.ip %q is no IPv4 host of a network of at most 28 bits", wg.IP)
+	}
+	if _, err := wgconfig.ParseEndpoint(wg.Endpoint); err != nil {
+		return fault.Wrap(err, "gateway_config", "core.wg.endpoint")
+	}
+	switch tunnel.Mode(wg.Mode) {
+	case tunnel.Auto, tunnel.Kernel, tunnel.TUN, tunnel.Netstack:
+	default:
+		return bad("core.wg.mode is %q, not kernel, tun or netstack", wg.Mode)
+	}
+	for text := range strings.SplitSeq(core.Proxy.InboundPPSources, ",") {
+		if text = strings.TrimSpace(text); text == "" {
+			continue
+		}
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return bad("core.proxy.inbound_pp_sources: %q is no network", text)
+		}
+		core.Proxy.sources = append(core.Proxy.sources, p.Masked())
+	}
+	switch core.Auth.Type {
+	case "attested":
+	case "lease":
+		if b, err := hex.DecodeString(core.Auth.KMSRoot); err != nil || len(b) == 0 {
+			return bad("core.auth.kms_root is missing or not hexadecimal").WithFix("give the KMS's root CA key, which its apps pin as key_provider_id")
+		}
+	default:
+		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
+			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
+	}
+	switch a := core.Admin.Address; {
+	case a == "", strings.HasPrefix(a, "unix:/"):
+	default:
+		if _, err := netip.ParseAddrPort(a); err != nil {
+			return bad("core.admin.address %q is neither unix:/PATH nor address:port", a)
+		}
+		if len(core.Admin.AuthToken.Reveal()) < 16 {
+			return bad("core.admin.auth_token has fewer than 16 characters").WithFix("make one with `openssl rand -hex 16`, or listen at a unix socket")
+		}
+	}
+	return nil
+}
+
+// domains are the base domains, the preferred first.
+func (c *Config) domains() ([]gateway.Domain, error) {
+	var out []gateway.Domain
+	for text := range strings.SplitSeq(c.Core.Domains, ",") {
+		if text = strings.TrimSpace(text); text == "" {
+			continue
+		}
+		d := gateway.Domain{Port: c.Core.Proxy.ListenPort}
+		host, port, ok := strings.Cut(text, ":")
+		if ok {
+			n, err := strconv.ParseUint(port, 10, 16)
+			if err != nil || n == 0 {
+				return nil, bad("core.domains: %q has no port", text)
+			}
+			d.Port = uint16(n)
+		}
+		var err error
+		if d.Name, err = hostname.ParseBase(host); err != nil {
+			return nil, fault.Wrap(err, "gateway_config", "core.domains: %q", text)
+		}
+		out = append(out, d)
+	}
+	if len(out) == 0 {
+		return nil, bad("core.domains is empty").WithFix("name the domain whose subdomains lead to apps, such as apps.example.org")
+	}
+	return out, nil
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package node is a gateway as a program: its configuration, its data directory, its
+// listeners, and how they begin and end.
+//
+// Listeners open before anything is asked of the network: nothing waits for a CA, another
+// gateway or a guest. What was routed before a restart is routed after it at once.
+//
+// Development trust — evidence under roots that no vendor stands for — exists only in
+// builds with the tag dstack_sim (threats.md G08).
+//
+// Implements spec/gateway.md §0.
+package node
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dstack-go/dstack/channel/self"
+	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/edge"
+	"github.com/dstack-go/dstack/gateway/hostname"
+	"github.com/dstack-go/dstack/gateway/privateca"
+	"github.com/dstack-go/dstack/gateway/route"
+	"github.com/dstack-go/dstack/gateway/tunnel"
+	"github.com/dstack-go/dstack/gateway/wgconfig"
+	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/internal/durable"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// Files of the data directory beside those of package privateca.
+const (
+	keyFile    = "wg.key"
+	uuidFile   = "node_uuid"
+	routesFile = "routes"
+)
+
+// drainTime is how long connections may go on after the gateway was told to stop.
+const drainTime = 10 * time.Second
+
+// Node is one gateway.
+type Node struct {
+	cfg     Config
+	log     *slog.Logger
+	Version string // what replies say in X-App-Version
+
+	self    *self.App
+	judge   *applicant.Judge
+	ca      *privateca.CA
+	domains []gateway.Domain
+	key     wgconfig.PrivateKey
+	uuid    [16]byte
+}
+
+// Open reads what is in the data directory, making it at the first start, and asks the
+// guest agent who this is.
+func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	n := &Node{cfg: c, log: log}
+	dir := c.Core.DataDir
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return nil, fault.Wrap(err, "gateway_config", "make core.data_dir")
+	}
+	var err error
+	if n.domains, err = c.domains(); err != nil {
+		return nil, err
+	}
+	a := c.Core.Attestation
+	n.judge, err = applicant.Trust{
+		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: development, Dir: dir,
+		Warn: func(err error) { log.Warn("collateral", "error", err) },
+	}.Judge()
+	if err != nil {
+		return nil, err
+	}
+	if n.judge.Development {
+		log.Warn("evidence under development roots counts: this gateway's trust is development")
+	}
+	if n.self, err = self.Open(ctx, c.Core.Guest.Socket); err != nil {
+		return nil, err
+	}
+	var names []hostname.Name
+	for _, d := range n.domains {
+		names = append(names, d.Name)
+	}
+	if n.ca, err = privateca.Open(dir, names, nil); err != nil {
+		return nil, err
+	}
+	if n.key, err = openKey(filepath.Join(dir, keyFile)); err != nil {
+		return nil, err
+	}
+	n.uuid, err = openUUID(filepath.Join(dir, uuidFile))
+	return n, err
+}
+
+// openKey returns the WireGuard key, made at the first start: guests know the gateway's
+// end of the tunnel by it. Code gateway_key.
+func openKey(path string) (wgconfig.PrivateKey, error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		k := wgconfig.GeneratePrivateKey()
+		b := k.Bytes()
+		defer clear(b[:])
+		text := base64.StdEncoding.AppendEncode(nil, b[:])
+		defer clear(text)
+		return k, durable.WriteFile(path, text, 0o600)
+	}
+	if err != nil {
+		return wgconfig.PrivateKey{}, fault.Wrap(err, "gateway_key", "read the WireGuard key")
+	}
+	defer clear(text)
+	b := make([]byte, 64)
+	defer clear(b)
+	m, err := base64.StdEncoding.Decode(b, bytes.TrimSpace(text[:min(len(text), 64)]))
+	if err == nil {
+		var k wgconfig.PrivateKey
+		if k, err = wgconfig.NewPrivateKey(b[:m]); err == nil {
+			return k, nil
+		}
+	}
+	return wgconfig.PrivateKey{}, fault.Wrap(err, "gateway_key", "%s is no WireGuard key", path).WithFix("remove it: one is made anew, and guests register again")
+}
+
+func openUUID(path string) (id [16]byte, err error) {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		rand.Read(id[:])
+		return id, durable.WriteFile(path, []byte(hex.EncodeToString(id[:])), 0o600)
+	}
+	if err == nil {
+		var b []byte
+		if b, err = hex.DecodeString(string(bytes.TrimSpace(text))); err == nil && len(b) == len(id) {
+			return [16]byte(b), nil
+		}
+	}
+	return id, fault.New("gateway_config", "%s is no id of 32 hexadecimal digits", path).WithFix("remove it: one is made anew")
+}
+
+// Listening says where a gateway answers.
+type Listening struct{ RPC, Proxy, HTTP, Admin net.Addr }
+
+// Run serves until ctx ends, and then lets connections finish for a while. ready, if not
+// nil, is told once everything listens.
+func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
+	c := &n.cfg.Core
+	table := route.New(route.Config{
+		Key: n.key.Public(), Address: c.WG.ip.Addr(), Network: c.WG.ip.Masked(), Lease: c.Auth.Lease.Duration, PerApp: c.Proxy.MaxConnectionsPerApp,
+	})
+	tn, err := tunnel.Open(ctx, tunnel.Config{
+		Key: n.key, Listen: c.WG.listen, Address: c.WG.ip.Addr(), Network: c.WG.ip.Masked(), Mode: tunnel.Mode(c.WG.Mode), Name: c.WG.Interface, Log: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	defer tn.Close()
+	service, err := n.service(table, tn)
+	if err != nil {
+		return err
+	}
+	routes := filepath.Join(c.DataDir, routesFile)
+	if err := service.Restore(routes); err != nil {
+		return err
+	}
+	public, err := n.edge(table, tn)
+	if err != nil {
+		return err
+	}
+
+	var at Listening
+	var open []net.Listener
+	defer func() {
+		for _, l := range open {
+			l.Close()
+		}
+	}()
+	listen := func(network, addr string, is *net.Addr) (net.Listener, error) {
+		l, err := net.Listen(network, addr)
+		if err != nil {
+			return nil, fault.Wrap(err, "gateway_listen", "listen at %s", addr).WithFix("set another port, or stop who has this one")
+		}
+		open, *is = append(open, l), l.Addr()
+		return l, nil
+	}
+	port := func(addr string, p uint16) string { return net.JoinHostPort(addr, strconv.Itoa(int(p))) }
+	proxy, err := listen("tcp", port(c.Proxy.ListenAddr, c.Proxy.ListenPort), &at.Proxy)
+	if err != nil {
+		return err
+	}
+	rpc, err := listen("tcp", port(n.cfg.Address, n.cfg.Port), &at.RPC)
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return public.Serve(ctx, proxy) })
+	group.Go(func() error { return service.Serve(ctx, rpc) })
+	group.Go(func() error { return service.Keep(ctx, routes) })
+	if c.Proxy.HTTPPort != 0 {
+		plain, err := listen("tcp", port(c.Proxy.ListenAddr, c.Proxy.HTTPPort), &at.HTTP)
+		if err != nil {
+			return err
+		}
+		group.Go(func() error { return serve(ctx, plain, public.Redirect(nil, n.domains[0].Port)) })
+	}
+	n.log.Info("the gateway serves", "rpc", at.RPC.String(), "proxy", at.Proxy.String(), "tunnel", tn.Mode(), "wireguard", n.key.Public().String(), "app", n.self.ID.String())
+	if ready != nil {
+		ready(at)
+	}
+	err = group.Wait()
+	end, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	public.Shutdown(end)
+	return err
+}
+
+func (n *Node) service(table *route.Table, tn *tunnel.Tunnel) (*gateway.Service, error) {
+	c := &n.cfg.Core
+	var admission gateway.Admission
+	switch c.Auth.Type {
+	case "lease":
+		root, err := hex.DecodeString(c.Auth.KMSRoot)
+		if err != nil {
+			return nil, err
+		}
+		admission = gateway.ByLease{Root: root}
+	case "attested":
+		n.log.Warn("every instance whose evidence holds gets a route, whatever it runs (core.auth.type)")
+		admission = gateway.AnyAttested{}
+	}
+	return gateway.New(gateway.Config{
+		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: n.ca, Certificate: n.ca.GetCertificate,
+		Domains:   func() []gateway.Domain { return n.domains },
+		Node:      gateway.Node{ID: c.NodeID, UUID: n.uuid, URL: c.MyURL, Key: n.key.Public(), Address: c.WG.ip, Endpoint: c.WG.Endpoint},
+		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
+	})
+}
+
+func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel) (*edge.Edge, error) {
+	p := &n.cfg.Core.Proxy
+	rules := hostname.Rules{}
+	for _, d := range n.domains {
+		rules.Bases = append(rules.Bases, d.Name)
+	}
+	pages := http.NewServeMux()
+	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
+	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
+	cfg := edge.Config{
+		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: n.ca.GetCertificate, Pages: pages,
+		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
+		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources,
+		Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer,
+		Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, Resolve: p.Timeouts.DNSResolve.Duration,
+		Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration, Log: n.log,
+	}
+	if p.CustomDomains {
+		cfg.Lookup = net.DefaultResolver.LookupTXT
+	}
+	return edge.New(cfg)
+}
+
+// serve serves plain HTTP until ctx ends.
+func serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 30 * time.Second,
+		MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(slog.NewTextHandler(io.Discard, nil), slog.LevelDebug)}
+	stop := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stop()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
