@@ -86,7 +86,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
 	}
 	a := c.Core.Attestation
 	n.judge, err = applicant.Trust{
-		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: development, Dir: dir,
+		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: useDevRoots, Dir: dir,
 		Warn: func(err error) { log.Warn("collateral", "error", err) },
 	}.Judge()
 	if err != nil {

@@ -4,5 +4,10 @@
 
 package node
 
+import "github.com/dstack-go/dstack/governance/applicant"
+
 // development admits development trust.
 const development = true
+
+// useDevRoots makes development roots count.
+var useDevRoots = applicant.UseDevRoots

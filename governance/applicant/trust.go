@@ -19,10 +19,11 @@ import (
 type Trust struct {
 	PCCS string // where TDX collateral comes from; empty: the vendor's service
 	KDS  string // where SEV-SNP certificates come from; empty: the vendor's service
-	// DevRoots is the file or text of development roots, which then count alone; code
-	// development_refused without Development.
-	DevRoots    string
-	Development bool   // of this build
+	// DevRoots is the file or text of development roots, which then count alone.
+	DevRoots string
+	// Development is UseDevRoots in a program built for development, and nil in others,
+	// which then have no trace of it (threats.md G08); code development_refused.
+	Development func(*Judge, []byte) error
 	Dir         string // keeps collateral, and the newest seen
 	Warn        func(error)
 }
@@ -46,7 +47,7 @@ func (t Trust) Judge() (*Judge, error) {
 		j.Floor, err = floor.Open(filepath.Join(t.Dir, "collateral-floor"))
 		return j, err
 	}
-	if !t.Development {
+	if t.Development == nil {
 		return nil, fault.New("development_refused", "development roots are configured, and this program is built for production").
 			WithFix("use a build for development (dstack up does)")
 	}
@@ -57,14 +58,19 @@ func (t Trust) Judge() (*Judge, error) {
 			return nil, fault.Wrap(err, "dev_roots_missing", "read the development roots")
 		}
 	}
+	return j, t.Development(j, text)
+}
+
+// UseDevRoots makes the judge take development roots, and nothing of a vendor's: the two
+// are not mixed.
+func UseDevRoots(j *Judge, text []byte) error {
 	roots, err := collateral.ParseDevRoots(text)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if j.Roots, err = verifier.DevelopmentRoots(roots); err != nil {
-		return nil, err
+		return err
 	}
-	// Under development trust nothing of a vendor's counts: the two are not mixed.
 	j.Development, j.Collateral = true, collateral.Static{Bundle: roots.Bundle()}
-	return j, nil
+	return nil
 }

@@ -121,7 +121,7 @@ func (n *Node) path(name string) string { return filepath.Join(n.cfg.Core.DataDi
 func (n *Node) makeJudge() (*applicant.Judge, error) {
 	a := n.cfg.Core.Attestation
 	return applicant.Trust{
-		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: development, Dir: n.cfg.Core.DataDir,
+		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: useDevRoots, Dir: n.cfg.Core.DataDir,
 		Warn: func(err error) { n.log.Warn("collateral", "error", err) },
 	}.Judge()
 }
