@@ -41,13 +41,14 @@ type Draft struct {
 	Requirements    json.RawMessage // JSON object; nil = leave out
 	VerityVolumes   []VerityVolume
 
-	ImagePolicy string
-	ImageLock   map[string]string
-	KeyScopes   map[string][]string
-	TimeServers []TimeServer
-	EnvSigners  [][]byte // Ed25519 public keys
-	KMSPolicy   *KMSPolicy
-	OnLeaseLoss string
+	ImagePolicy   string
+	ImageLock     map[string]string
+	KeyScopes     map[string][]string
+	TimeServers   []TimeServer
+	EnvSigners    [][]byte // Ed25519 public keys
+	KMSPolicy     *PeerPolicy
+	GatewayPolicy *PeerPolicy
+	OnLeaseLoss   string
 }
 
 // Build writes the normalised manifest: keys sorted, compact, UTF-8 unescaped,
@@ -181,6 +182,9 @@ func Build(d Draft) ([]byte, error) {
 	}
 	if d.KMSPolicy != nil {
 		o["kms_policy"] = d.KMSPolicy.document()
+	}
+	if d.GatewayPolicy != nil {
+		o["gateway_policy"] = d.GatewayPolicy.document()
 	}
 	b, err := appendJCS(nil, o)
 	if err != nil {

@@ -97,13 +97,14 @@ type Manifest struct {
 	Requirements    *Requirements  // requirements; nil when absent
 	VerityVolumes   []VerityVolume // verity_volumes
 
-	ImagePolicy string              // image_policy (ours): "" or "digest"
-	ImageLock   map[string]string   // image_lock (ours): image reference -> "sha256:<64 hex>"
-	KeyScopes   map[string][]string // key_scopes (ours): compose service -> key paths; see InScope
-	TimeServers []TimeServer        // time_servers (ours): empty, or at least MinTimeServers
-	EnvSigners  [][]byte            // env_signers (ours): Ed25519 public keys, 32 bytes each
-	KMSPolicy   *KMSPolicy          // kms_policy (ours): nil when absent
-	OnLeaseLoss string              // on_lease_loss (ours): continue or stop
+	ImagePolicy   string              // image_policy (ours): "" or "digest"
+	ImageLock     map[string]string   // image_lock (ours): image reference -> "sha256:<64 hex>"
+	KeyScopes     map[string][]string // key_scopes (ours): compose service -> key paths; see InScope
+	TimeServers   []TimeServer        // time_servers (ours): empty, or at least MinTimeServers
+	EnvSigners    [][]byte            // env_signers (ours): Ed25519 public keys, 32 bytes each
+	KMSPolicy     *PeerPolicy         // kms_policy (ours): nil when absent
+	GatewayPolicy *PeerPolicy         // gateway_policy (ours): nil when absent
+	OnLeaseLoss   string              // on_lease_loss (ours): continue or stop
 
 	Raw []byte // the exact bytes that were parsed
 }
@@ -257,7 +258,7 @@ func Parse(raw []byte) (*Manifest, error) {
 	m.KeyScopes = d.keyScopes()
 	m.TimeServers = d.timeServers()
 	m.EnvSigners = d.envSigners()
-	m.KMSPolicy = d.kmsPolicy(d.obj["kms_policy"])
+	m.KMSPolicy, m.GatewayPolicy = d.peerPolicy("kms_policy"), d.peerPolicy("gateway_policy")
 	m.OnLeaseLoss = d.optionalString("on_lease_loss")
 	if d.err != nil {
 		return nil, d.err
@@ -310,6 +311,9 @@ func (m *Manifest) check(top object) error {
 		}
 	} else {
 		m.OnLeaseLoss = OnLeaseLossContinue
+	}
+	if m.GatewayPolicy != nil && !m.GatewayWanted() {
+		return fieldError("gateway_policy", "says which gateway gets the app's traffic, but gateway_enabled is false")
 	}
 	if k := m.KeyProviderKind(); m.KMSPolicy != nil && k != KeyProviderKMS {
 		return fieldError("kms_policy", "says which KMS may give keys, but the key provider is %s", k)

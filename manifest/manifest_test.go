@@ -341,7 +341,7 @@ func TestRefused(t *testing.T) {
 		{"a KMS policy without an app", string(doc(`"key_provider":"kms","kms_policy":{"compose_hashes":["` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
 		{"a KMS policy of the zero app", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + strings.Repeat("0", 40) + `","compose_hashes":["` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
 		{"a KMS policy without a manifest", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + root[:40] + `","compose_hashes":[],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
-		{"a KMS policy with 17 manifests", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + root[:40] + `","compose_hashes":[` + strings.Repeat(`"`+root+`",`, MaxKMSHashes) + `"` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
+		{"a KMS policy with 17 manifests", string(doc(`"key_provider":"kms","kms_policy":{"app_id":"` + root[:40] + `","compose_hashes":[` + strings.Repeat(`"`+root+`",`, MaxPeerHashes) + `"` + root + `"],"os_image_hashes":["` + root + `"]}`)), "manifest_field"},
 		{"a KMS policy with a short hash", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"os_image_hashes":["`+root[2:]+`"]`))), "manifest_field"},
 		{"a KMS policy of no machine", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"devices":[],"os_image_hashes":["`+root+`"]`))), "manifest_field"},
 		{"a register without a value", string(doc(`"key_provider":"kms","kms_policy":` + kmsPolicy(`"registers":{"a":[]}`))), "manifest_field"},
@@ -396,7 +396,7 @@ func TestBuild(t *testing.T) {
 	}
 	ours := Draft{
 		KeyProvider: KeyProviderKMS, OnLeaseLoss: OnLeaseLossStop,
-		KMSPolicy: &KMSPolicy{
+		KMSPolicy: &PeerPolicy{
 			AppID: dstack.AppID{1}, ComposeHashes: []dstack.ComposeHash{{2}, {3}}, OSImageHashes: []dstack.ImageHash{{4}}, Devices: []dstack.DeviceID{{5}},
 			Registers: map[string][][]byte{"b": {{6}}, "a": {{7}, {8}}}, DevRoots: "{}", RequireSession: true,
 		},

@@ -57,7 +57,7 @@ type Keys struct {
 	Nodes  []KMSNode `json:"nodes"`
 	// Policy is what apps measure of the KMSs, so that guests appraise them; nil when one
 	// of them is no CVM.
-	Policy *manifest.KMSPolicy `json:"policy,omitempty"`
+	Policy *manifest.PeerPolicy `json:"policy,omitempty"`
 }
 
 // Pin is key_provider_id of the stack's apps.
@@ -313,7 +313,7 @@ func (s *Stack) AppraisedBy(devRoots string) error {
 	if err != nil {
 		return err
 	}
-	p := &manifest.KMSPolicy{DevRoots: devRoots, RequireSession: true}
+	p := &manifest.PeerPolicy{DevRoots: devRoots, RequireSession: true}
 	for _, n := range k.Nodes {
 		if n.VM == "" {
 			return nil // there is one that shows no evidence

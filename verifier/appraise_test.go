@@ -638,8 +638,8 @@ func TestPolicyMayAllow(t *testing.T) {
 	}
 }
 
-func kmsPolicy() *manifest.KMSPolicy {
-	return &manifest.KMSPolicy{AppID: dstack.AppID{1}, ComposeHashes: []dstack.ComposeHash{{2}}, OSImageHashes: []dstack.ImageHash{{3}}}
+func kmsPolicy() *manifest.PeerPolicy {
+	return &manifest.PeerPolicy{AppID: dstack.AppID{1}, ComposeHashes: []dstack.ComposeHash{{2}}, OSImageHashes: []dstack.ImageHash{{3}}}
 }
 
 // The verdict says what the guest demands of its KMS, and what a lost lease does.

@@ -88,7 +88,7 @@ func appraising(t *testing.T) (*initrpc.Config, *fakeInit) {
 	}
 	text, err := manifest.Build(manifest.Draft{
 		Name: "n", DockerComposeFile: "services: {}", KeyProvider: "kms",
-		KMSPolicy: &manifest.KMSPolicy{AppID: g.AppID, ComposeHashes: []dstack.ComposeHash{g.ComposeHash}, OSImageHashes: []dstack.ImageHash{{1}}, DevRoots: string(roots)},
+		KMSPolicy: &manifest.PeerPolicy{AppID: g.AppID, ComposeHashes: []dstack.ComposeHash{g.ComposeHash}, OSImageHashes: []dstack.ImageHash{{1}}, DevRoots: string(roots)},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -45,20 +45,20 @@ func newWorld(t *testing.T) *world {
 }
 
 // demand is a kms_policy that the world's KMS fits.
-func (w *world) demand(t *testing.T) *manifest.KMSPolicy {
+func (w *world) demand(t *testing.T) *manifest.PeerPolicy {
 	t.Helper()
 	roots, err := w.platform.DevRoots().Bytes()
 	if err != nil {
 		t.Fatal(err)
 	}
 	b := w.platform.Body()
-	return &manifest.KMSPolicy{
+	return &manifest.PeerPolicy{
 		AppID: w.kms.AppID, ComposeHashes: []dstack.ComposeHash{{9}, w.kms.ComposeHash}, DevRoots: string(roots),
 		Registers: map[string][][]byte{"mrtd": {b.MRTD[:]}, "rtmr0": {b.RTMR[0][:]}, "rtmr1": {b.RTMR[1][:]}, "rtmr2": {b.RTMR[2][:]}},
 	}
 }
 
-func policy(t *testing.T, p *manifest.KMSPolicy) *Policy {
+func policy(t *testing.T, p *manifest.PeerPolicy) *Policy {
 	t.Helper()
 	out, err := PolicyOf(p, true, "https://127.0.0.1:1")
 	if err != nil {
@@ -155,19 +155,19 @@ func TestThreat_C04_AKMSThatIsNotWhatTheManifestDemands(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, edit := range map[string]func(*manifest.KMSPolicy){
-		"another app":      func(p *manifest.KMSPolicy) { p.AppID[0] ^= 1 },
-		"another manifest": func(p *manifest.KMSPolicy) { p.ComposeHashes = p.ComposeHashes[:1] },
-		"another machine":  func(p *manifest.KMSPolicy) { p.Devices = []dstack.DeviceID{{1}} },
-		"another kernel":   func(p *manifest.KMSPolicy) { p.Registers["rtmr1"] = [][]byte{make([]byte, 48)} },
-		"a system that nobody vouches for": func(p *manifest.KMSPolicy) {
+	for name, edit := range map[string]func(*manifest.PeerPolicy){
+		"another app":      func(p *manifest.PeerPolicy) { p.AppID[0] ^= 1 },
+		"another manifest": func(p *manifest.PeerPolicy) { p.ComposeHashes = p.ComposeHashes[:1] },
+		"another machine":  func(p *manifest.PeerPolicy) { p.Devices = []dstack.DeviceID{{1}} },
+		"another kernel":   func(p *manifest.PeerPolicy) { p.Registers["rtmr1"] = [][]byte{make([]byte, 48)} },
+		"a system that nobody vouches for": func(p *manifest.PeerPolicy) {
 			delete(p.Registers, "rtmr2")
 		},
-		"an image that it does not name": func(p *manifest.KMSPolicy) {
+		"an image that it does not name": func(p *manifest.PeerPolicy) {
 			p.Registers, p.OSImageHashes = nil, []dstack.ImageHash{{7}}
 		},
-		"other roots":       func(p *manifest.KMSPolicy) { p.DevRoots = string(other) },
-		"the vendors' word": func(p *manifest.KMSPolicy) { p.DevRoots = "" },
+		"other roots":       func(p *manifest.PeerPolicy) { p.DevRoots = string(other) },
+		"the vendors' word": func(p *manifest.PeerPolicy) { p.DevRoots = "" },
 	} {
 		for _, only := range []bool{false, true} {
 			s := start(t, kmstest.Options{Attester: w.kms, OnlyRATLS: only})
@@ -239,7 +239,7 @@ func TestThreat_C03_ARefusalIsNoReasonToAskOtherwise(t *testing.T) {
 func TestPoliciesThatNoGuestHas(t *testing.T) {
 	w := newWorld(t)
 	_, err := PolicyOf(w.demand(t), false, "")
-	wantCode(t, err, "kms_dev_roots")
+	wantCode(t, err, "peer_dev_roots")
 	bad := w.demand(t)
 	bad.DevRoots = "{}"
 	_, err = PolicyOf(bad, true, "")

@@ -8,19 +8,11 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack/attest/ratls"
-	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/channel"
-	"github.com/dstack-go/dstack/channel/appraiser"
-	"github.com/dstack-go/dstack/collateral"
-	"github.com/dstack-go/dstack/collateral/fetch"
+	"github.com/dstack-go/dstack/guest/peer"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/manifest"
-	"github.com/dstack-go/dstack/verifier"
 )
-
-// statuses are the TCB statuses of a machine whose KMS is believed: those of which the
-// firmware is current.
-var statuses = []string{tdx.UpToDate, tdx.SWHardeningNeeded, tdx.ConfigurationNeeded, tdx.ConfigurationAndSWHardeningNeeded}
 
 // Policy says what the evidence of a KMS must show before anything that it says counts.
 type Policy struct {
@@ -30,54 +22,17 @@ type Policy struct {
 	RequireSession bool
 }
 
-// The wait for collateral ends before a connection's does, for the failure to say what
-// was waited for.
-const (
-	collateralAttempt = 6 * time.Second
-	collateralLimit   = 15 * time.Second
-)
-
-// PolicyOf is the policy of a manifest's kms_policy; of nil it is nil. pccs is where the
-// vendors' statements are, which roots for development bring along: those count in an
-// image for development only, and then alone. Codes: kms_dev_roots, dev_roots_malformed,
-// collateral_url.
-func PolicyOf(p *manifest.KMSPolicy, development bool, pccs string) (*Policy, error) {
+// PolicyOf is the policy of a manifest's kms_policy; of nil it is nil. Codes: those of
+// peer.Appraiser.
+func PolicyOf(p *manifest.PeerPolicy, development bool, pccs string) (*Policy, error) {
 	if p == nil {
 		return nil, nil
 	}
-	source, err := fetch.NewPCS(fetch.PCSOptions{Base: pccs, HTTP: fetch.HTTP{Timeout: collateralAttempt, Total: collateralLimit}})
+	a, intended, err := peer.Appraiser("kms_policy", p, development, pccs)
 	if err != nil {
 		return nil, err
 	}
-	registers := map[string][]collateral.Hex{}
-	for name, values := range p.Registers {
-		for _, v := range values {
-			registers[name] = append(registers[name], v)
-		}
-	}
-	app := p.AppID
-	a := &appraiser.Appraiser{
-		Roots: verifier.VendorRoots(), Collateral: source,
-		Policy: verifier.Policy{
-			TCB: verifier.TCBPolicy{Accept: statuses}, Devices: p.Devices, Registers: registers,
-			Workload: verifier.WorkloadPolicy{AppID: &app, ComposeHashes: p.ComposeHashes, ImageHashes: p.OSImageHashes},
-		},
-	}
-	if p.DevRoots != "" {
-		if !development {
-			return nil, fault.New("kms_dev_roots", "kms_policy of the manifest names development roots, which an image for production does not believe").
-				WithFix("remove dev_roots from kms_policy, or use an image for development")
-		}
-		dev, err := collateral.ParseDevRoots([]byte(p.DevRoots))
-		if err != nil {
-			return nil, err
-		}
-		if a.Roots, err = verifier.DevelopmentRoots(dev); err != nil {
-			return nil, err
-		}
-		a.Collateral, a.Policy.DevRoots = collateral.Static{Bundle: dev.Bundle()}, true
-	}
-	return &Policy{Appraiser: a, Intended: channel.Intended{AppID: app, ComposeHashes: p.ComposeHashes}, RequireSession: p.RequireSession}, nil
+	return &Policy{Appraiser: a, Intended: intended, RequireSession: p.RequireSession}, nil
 }
 
 // judge is the appraiser, with one code for what it refuses.

@@ -16,44 +16,50 @@ const (
 	OnLeaseLossStop     = "stop"
 )
 
-// Limits of kms_policy.
+// Limits of kms_policy and gateway_policy.
 const (
-	MaxKMSHashes    = 16      // compose hashes, image hashes and devices, each
-	MaxKMSRegisters = 32      // names, and values of one name
-	MaxDevRoots     = 1 << 20 // bytes
+	MaxPeerHashes    = 16      // compose hashes, image hashes and devices, each
+	MaxPeerRegisters = 32      // names, and values of one name
+	MaxDevRoots      = 1 << 20 // bytes
 )
 
-// KMSPolicy says which KMS may give the app its keys, by what its evidence shows: the
-// guest appraises the KMS before it takes keys.
-type KMSPolicy struct {
-	AppID         dstack.AppID         // app_id: the KMS's own
+// PeerPolicy says which service the guest believes, by what its evidence shows: whom it
+// takes the app's keys from (kms_policy), and to whom it gives the app's traffic
+// (gateway_policy). The guest appraises the service before anything else.
+type PeerPolicy struct {
+	AppID         dstack.AppID         // app_id: the service's own
 	ComposeHashes []dstack.ComposeHash // compose_hashes: 1 to 16, any of which it may run
 	// OSImageHashes (os_image_hashes) and Registers (register name -> values, any one
 	// of which) anchor the system that it runs on; one of them has something.
 	OSImageHashes []dstack.ImageHash
 	Registers     map[string][][]byte
 	Devices       []dstack.DeviceID // devices: the only machines; empty = any
-	// DevRoots (dev_roots) is the text of a file of development roots, by which the KMS's
+	// DevRoots (dev_roots) is the text of a file of development roots, by which the service's
 	// evidence is judged in place of the vendors'. Images for production refuse it.
 	DevRoots string
-	// RequireSession (require_session) refuses keys over RA-TLS, of which the evidence
-	// speaks of a key and not of the connection.
+	// RequireSession (require_session; of a KMS) refuses keys over RA-TLS, of which the
+	// evidence speaks of a key and not of the connection.
 	RequireSession bool
 }
 
-// kmsPolicy is ours: whom the guest takes its keys from, beyond the pin.
-func (d *decoder) kmsPolicy(v any) *KMSPolicy {
+// peerPolicy reads kms_policy or gateway_policy.
+func (d *decoder) peerPolicy(field string) *PeerPolicy {
+	v := d.obj[field]
 	if v == nil {
 		return nil
 	}
 	obj, ok := v.(object)
 	if !ok {
-		d.fail("kms_policy", "must be an object, not %s", kind(v))
+		d.fail(field, "must be an object, not %s", kind(v))
 		return nil
 	}
-	in := &decoder{obj: obj, prefix: "kms_policy."}
-	in.only("app_id", "compose_hashes", "os_image_hashes", "devices", "registers", "dev_roots", "require_session")
-	p := &KMSPolicy{DevRoots: in.optionalString("dev_roots"), RequireSession: in.boolean("require_session", false)}
+	in := &decoder{obj: obj, prefix: field + "."}
+	known := []string{"app_id", "compose_hashes", "os_image_hashes", "devices", "registers", "dev_roots"}
+	if field == "kms_policy" {
+		known = append(known, "require_session")
+	}
+	in.only(known...)
+	p := &PeerPolicy{DevRoots: in.optionalString("dev_roots"), RequireSession: in.boolean("require_session", false)}
 	in.requiredString("app_id")
 	copy(p.AppID[:], in.hex("app_id", dstack.AppIDSize))
 	p.ComposeHashes = hashes[dstack.ComposeHash](in, "compose_hashes")
@@ -68,9 +74,9 @@ func (d *decoder) kmsPolicy(v any) *KMSPolicy {
 	case p.AppID.IsZero():
 		in.fail("app_id", "is zero")
 	case len(p.ComposeHashes) == 0:
-		in.fail("compose_hashes", "is empty: no KMS could be accepted")
+		in.fail("compose_hashes", "is empty: none could be accepted")
 	case len(p.OSImageHashes) == 0 && len(p.Registers) == 0:
-		in.fail("os_image_hashes", "is empty, and so is registers: nothing would vouch for the system that the KMS runs on")
+		in.fail("os_image_hashes", "is empty, and so is registers: nothing would vouch for the system that it runs on")
 	case len(p.DevRoots) > MaxDevRoots:
 		in.fail("dev_roots", "has %d bytes, more than %d", len(p.DevRoots), MaxDevRoots)
 	}
@@ -81,8 +87,8 @@ func (d *decoder) kmsPolicy(v any) *KMSPolicy {
 // hashes reads an array of distinct hashes of 32 bytes.
 func hashes[T ~[32]byte](d *decoder, field string) []T {
 	texts := d.strings(field)
-	if len(texts) > MaxKMSHashes {
-		d.fail(field, "has %d elements, more than %d", len(texts), MaxKMSHashes)
+	if len(texts) > MaxPeerHashes {
+		d.fail(field, "has %d elements, more than %d", len(texts), MaxPeerHashes)
 		return nil
 	}
 	var out []T
@@ -107,8 +113,8 @@ func (d *decoder) registers() map[string][][]byte {
 		d.fail("registers", "must be an object, not %s", kind(v))
 		return nil
 	}
-	if len(obj) > MaxKMSRegisters {
-		d.fail("registers", "has %d names, more than %d", len(obj), MaxKMSRegisters)
+	if len(obj) > MaxPeerRegisters {
+		d.fail("registers", "has %d names, more than %d", len(obj), MaxPeerRegisters)
 		return nil
 	}
 	in := &decoder{obj: obj, prefix: d.prefix + "registers."}
@@ -119,8 +125,8 @@ func (d *decoder) registers() map[string][][]byte {
 			break
 		}
 		texts := in.strings(name)
-		if len(texts) == 0 || len(texts) > MaxKMSRegisters {
-			in.fail(name, "has %d values, not 1 to %d", len(texts), MaxKMSRegisters)
+		if len(texts) == 0 || len(texts) > MaxPeerRegisters {
+			in.fail(name, "has %d values, not 1 to %d", len(texts), MaxPeerRegisters)
 			break
 		}
 		for i, text := range texts {
@@ -137,7 +143,7 @@ func (d *decoder) registers() map[string][][]byte {
 }
 
 // document is the policy as a manifest has it.
-func (p *KMSPolicy) document() object {
+func (p *PeerPolicy) document() object {
 	o := object{"app_id": p.AppID.String(), "compose_hashes": texts(p.ComposeHashes)}
 	if len(p.OSImageHashes) > 0 {
 		o["os_image_hashes"] = texts(p.OSImageHashes)
