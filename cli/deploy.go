@@ -47,6 +47,7 @@ type deployment struct {
 	OSImageHash dstack.ImageHash   `json:"os_image_hash"`
 	Lock        string             `json:"lock,omitempty"`
 	Ports       []string           `json:"ports"`
+	URLs        []string           `json:"urls,omitempty"` // through the gateway
 	AttestURL   string             `json:"attest_url,omitempty"`
 	Seconds     float64            `json:"seconds"`
 	DryRun      bool               `json:"dry_run,omitempty"`
@@ -108,7 +109,7 @@ func (c *deployCmd) Run(a *app) error {
 	}
 	config := &vmmpb.VmConfiguration{
 		Name: c.Name, Image: p.lock.Image, ComposeFile: string(p.text), Vcpu: p.vm.CPUCount, Memory: uint32(p.vm.MemorySize >> 20), DiskSize: uint32(c.Disk),
-		Ports: p.portMappings(attest), EncryptedEnv: sealed, KmsUrls: c.KMS,
+		Ports: p.portMappings(attest), EncryptedEnv: sealed, KmsUrls: c.KMS, GatewayUrls: p.gatewayURLs(),
 	}
 	if c.AppID != "" {
 		config.AppId = &c.AppID
@@ -140,6 +141,11 @@ func (p *plan) report(a *app, out deployment, attest int, began time.Time) error
 	for _, m := range p.ports {
 		out.Ports = append(out.Ports, m.String())
 		a.printf("App      %s\n", m.url())
+		if p.gateway != nil && m.proto == "tcp" {
+			u := p.gateway.URL(p.lock.AppID, m.vm)
+			out.URLs = append(out.URLs, u)
+			a.printf("Public   %s\n", u)
+		}
 	}
 	a.printf("Lock     %s\n", out.Lock)
 	verify := "dstack verify " + out.AttestURL + " --lock " + out.Lock
@@ -148,6 +154,14 @@ func (p *plan) report(a *app, out deployment, attest int, began time.Time) error
 	}
 	a.printf("Verify   %s\n", verify)
 	return a.result(out)
+}
+
+// gatewayURLs are where the guest finds its gateway.
+func (p *plan) gatewayURLs() []string {
+	if p.gateway == nil {
+		return nil
+	}
+	return []string{p.gateway.GuestURL}
 }
 
 // explain prints the end of the console of a VM that is about to be removed.

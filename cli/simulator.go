@@ -504,6 +504,10 @@ func (t *simTEE) Status(context.Context) (initrpc.Status, error) {
 }
 
 // Lease implements agent.Init: there is no KMS.
+func (t *simTEE) Tunnel(context.Context, initrpc.TunnelChange) (initrpc.TunnelStatus, error) {
+	return initrpc.TunnelStatus{}, fault.New("tunnel_absent", "the simulator has no tunnel")
+}
+
 func (t *simTEE) Lease(context.Context, initrpc.LeaseChange) error { return nil }
 
 // Shutdown implements agent.Init; only the host asks for it, and there is none.

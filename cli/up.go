@@ -19,6 +19,7 @@ type upCmd struct {
 	Confidential bool   `name:"confidential-services" help:"Run the stack's KMSs in CVMs, too, as apps of their own, instead of one as a process of this machine."`
 	Replicas     int    `name:"kms-replicas" help:"With --confidential-services: how many KMSs." default:"2"`
 	NoKMS        bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
+	NoGateway    bool   `name:"no-gateway" help:"Start no gateway: apps then have ports of this machine only."`
 	Tee          string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
 }
 
@@ -65,6 +66,11 @@ func (c *upCmd) Run(a *app) error {
 			return err
 		}
 	}
+	if !c.NoGateway && c.Tee == "sim" {
+		if _, err := a.stack.StartGateway(a.ctx, a.step); err != nil {
+			return err
+		}
+	}
 	a.step("the stack is up after %s", seconds(time.Since(began)))
 	a.printf("State       %s\n", a.stack.Dir)
 	if c.Tee == "sim" {
@@ -79,6 +85,10 @@ func (c *upCmd) Run(a *app) error {
 			}
 			a.printf("KMS         %s (%s)\n", n.URL, where)
 		}
+	}
+	if g, err := a.stack.Gateway(); err == nil {
+		a.printf("Gateway     https://<app>.%s:%d (%s)\n", g.Domain, g.Port, a.paint(amber, "a process of this machine: development trust"))
+		a.printf("Its CA      %s\n", g.CA)
 	}
 	a.printf("Next        dstack deploy -c docker-compose.yaml\n")
 	return a.result(map[string]any{"state": a.stack.Dir, "tee": c.Tee, "dev_roots": a.stack.DevRoots(), "socket": a.stack.Socket()})
@@ -122,6 +132,10 @@ func (c *downCmd) Run(a *app) error {
 				return err
 			}
 		}
+	}
+	a.step("stop the gateway")
+	if err := a.stack.StopGateway(20 * time.Second); err != nil {
+		return err
 	}
 	a.step("stop the KMS")
 	if err := a.stack.StopKMS(20 * time.Second); err != nil {
@@ -168,6 +182,10 @@ func (c *statusCmd) Run(a *app) error {
 	if k, err := a.stack.Keys(); err == nil {
 		a.printf("KMS     %d; `dstack kms status` asks them\n", len(k.Nodes))
 		out["kms"] = k.Nodes
+	}
+	if g, err := a.stack.Gateway(); err == nil {
+		a.printf("Gateway https://<app>.%s:%d\n", g.Domain, g.Port)
+		out["gateway"] = g
 	}
 	return a.result(out)
 }

@@ -90,7 +90,7 @@ func (c *upgradeCmd) Run(a *app) error {
 	// Refused or taken as a whole, while the app still runs as it is.
 	update := &vmmpb.UpdateVmRequest{
 		Id: vm.Id, ComposeFile: string(p.text), EncryptedEnv: sealed, UpdatePorts: true, Ports: p.portMappings(attest),
-		UpdateKmsUrls: len(c.KMS) > 0, KmsUrls: c.KMS, Vcpu: &p.vm.CPUCount, Memory: &memory,
+		UpdateKmsUrls: len(c.KMS) > 0, KmsUrls: c.KMS, UpdateGatewayUrls: true, GatewayUrls: p.gatewayURLs(), Vcpu: &p.vm.CPUCount, Memory: &memory,
 	}
 	if c.Image != "" {
 		update.Image = &p.lock.Image

@@ -61,6 +61,7 @@ type workload struct {
 	SecureTime *bool    `help:"Begin only with authenticated time; by default the host's clock is believed, and the verdict says so." negatable:""`
 	TimeServer []string `help:"NTS server to ask, with the authority that certifies it where that is not a public one; three or more. Means --secure-time." placeholder:"HOST:PORT[=CAFILE]" sep:"none"`
 	LeaseLoss  string   `name:"on-lease-loss" help:"What happens to containers when the KMS no longer authorises the instance: continue, or stop. It gets no new keys or certificates in either case." enum:",continue,stop" default:"" placeholder:"WHAT"`
+	Gateway    string   `help:"Who gives the app a public name: stack (its gateway, if it has one) or none." enum:",stack,none" default:"" placeholder:"WHO"`
 	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
 }
 
@@ -83,8 +84,9 @@ type plan struct {
 	ports []mapping
 	kms   []string // where this machine asks
 
-	governed *stack.Keys  // the stack's KMSs, if the app's keys come from them
-	image    policy.Image // as their policy names it
+	gateway  *stack.Gateway // nil: the app has no route through one
+	governed *stack.Keys    // the stack's KMSs, if the app's keys come from them
+	image    policy.Image   // as their policy names it
 
 	env       []variable // nil: none are given
 	pin       []byte     // of the KMS's root
@@ -157,6 +159,9 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 		return nil, err
 	}
 
+	if p.gateway, err = w.stackGateway(a, &draft, was); err != nil {
+		return nil, err
+	}
 	if p.disks, err = w.volumes(&draft); err != nil {
 		return nil, err
 	}
@@ -187,7 +192,11 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	}
 	draft.PortPolicy = &manifest.PortPolicy{RestrictMode: true}
 	for _, m := range p.ports {
-		draft.PortPolicy.Ports = append(draft.PortPolicy.Ports, manifest.Port{Port: uint16(m.vm)})
+		port := manifest.Port{Port: uint16(m.vm)}
+		if p.gateway != nil && m.proto == "tcp" {
+			port.TLS = manifest.TLSApp // the app's plaintext is its own (threats.md C05)
+		}
+		draft.PortPolicy.Ports = append(draft.PortPolicy.Ports, port)
 	}
 	if p.text, err = manifest.Build(draft); err != nil {
 		return nil, err
@@ -270,6 +279,25 @@ func (w *workload) stackKeys(a *app, d *manifest.Draft, was *previous) (*stack.K
 		w.ProviderID = k.RootCA
 	}
 	return k, nil
+}
+
+// stackGateway makes the stack's gateway the app's, unless another is meant or none.
+func (w *workload) stackGateway(a *app, d *manifest.Draft, was *previous) (*stack.Gateway, error) {
+	if w.Gateway == "none" {
+		d.GatewayEnabled, d.GatewayPolicy = false, nil
+		return nil, nil
+	}
+	g, err := a.stack.Gateway()
+	switch {
+	case fault.Code(err) == "gateway_absent" && w.Gateway != "stack":
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case w.Gateway == "" && was != nil && !d.GatewayEnabled, d.NoInstanceID:
+		return nil, nil // as it was; and without an instance id there is no route
+	}
+	d.GatewayEnabled, d.GatewayPolicy = true, g.Policy
+	return g, nil
 }
 
 // provable makes sure that a KMS will be able to tell from its hash that the image is
@@ -452,7 +480,7 @@ func draftOf(m *manifest.Manifest) (manifest.Draft, error) {
 		KeyProvider: m.KeyProviderKind(), KeyProviderID: m.KeyProviderID, GatewayEnabled: m.GatewayWanted(), AllowedEnvs: m.AllowedEnvs,
 		NoInstanceID: m.NoInstanceID, SecureTime: m.SecureTime, StorageFS: m.StorageFS, SwapSize: m.SwapSize,
 		PortPolicy: &m.PortPolicy, VerityVolumes: m.VerityVolumes, ImagePolicy: m.ImagePolicy, ImageLock: m.ImageLock,
-		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners, KMSPolicy: m.KMSPolicy,
+		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners, KMSPolicy: m.KMSPolicy, GatewayPolicy: m.GatewayPolicy,
 	}
 	if m.OnLeaseLoss != manifest.OnLeaseLossContinue {
 		d.OnLeaseLoss = m.OnLeaseLoss

@@ -95,9 +95,16 @@ func (g *Gateway) serving(ctx context.Context) error {
 const gatewayApp = `{"manifest_version":2,"name":"dstack-gateway","runner":"docker-compose","docker_compose_file":"services: {}\n","key_provider":"none","public_tcbinfo":true}
 `
 
-// startGateway starts a gateway as a process of this machine, and another that is the
-// simulated TEE of it, and waits for both.
-func (s *Stack) startGateway(ctx context.Context, kmsRoot string, step func(string, ...any)) (*Gateway, error) {
+// StartGateway starts a gateway as a process of this machine, and another that is the
+// simulated TEE of it, and waits for both. It routes to apps that the stack's KMS
+// authorised, or, without a KMS, to every attested one.
+func (s *Stack) StartGateway(ctx context.Context, step func(string, ...any)) (*Gateway, error) {
+	auth, root := "attested", ""
+	if k, err := s.Keys(); err == nil {
+		auth, root = "lease", k.RootCA
+	} else if fault.Code(err) != "kms_absent" {
+		return nil, err
+	}
 	g, err := s.Gateway()
 	if err == nil && g.serving(ctx) == nil {
 		step("the gateway is running already")
@@ -124,10 +131,6 @@ func (s *Stack) startGateway(ctx context.Context, kmsRoot string, step func(stri
 	}
 	if err := s.gatewayIdentity(ctx, g, socket, id.exited); err != nil {
 		return nil, fault.Wrap(err, "gateway_start", "the gateway's simulated TEE does not answer:\n%s", tail(s.GatewayLogFile(), id.logStart)).WithFix("see %s", s.GatewayLogFile())
-	}
-	auth := "attested"
-	if kmsRoot != "" {
-		auth = "lease"
 	}
 	text := fmt.Sprintf(`# Written by dstack up. This gateway is a process of this machine: development trust.
 address = "127.0.0.1"
@@ -156,7 +159,7 @@ dev_roots = %q
 [core.auth]
 type = %q
 kms_root = %q
-`, g.RPC, s.gatewayDir(), g.GuestURL, g.Domain, g.Port, g.WG, GuestHost, g.WG, g.Port, socket, s.DevRoots(), auth, kmsRoot)
+`, g.RPC, s.gatewayDir(), g.GuestURL, g.Domain, g.Port, g.WG, GuestHost, g.WG, g.Port, socket, s.DevRoots(), auth, root)
 	if err := durable.WriteFile(s.gatewayConfigFile(), []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -168,11 +171,11 @@ kms_root = %q
 	if err != nil {
 		return nil, fault.Wrap(err, "gateway_start", "the gateway does not serve:\n%s", tail(s.GatewayLogFile(), p.logStart)).WithFix("see %s", s.GatewayLogFile())
 	}
-	text2, err := json.MarshalIndent(g, "", "  ")
+	known, err := json.MarshalIndent(g, "", "  ")
 	if err != nil {
 		return nil, err
 	}
-	return g, durable.WriteFile(s.gatewayFile(), append(text2, '\n'), 0o600)
+	return g, durable.WriteFile(s.gatewayFile(), append(known, '\n'), 0o600)
 }
 
 // newGateway chooses the ports, which stay: guests and bookmarks know them.

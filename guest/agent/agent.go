@@ -55,10 +55,12 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack"
+	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/eventlog"
 	"github.com/dstack-go/dstack/attest/tdx"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
 	"github.com/dstack-go/dstack/guest/clock"
+	"github.com/dstack-go/dstack/guest/gwclient"
 	"github.com/dstack-go/dstack/guest/kmsclient"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
@@ -101,6 +103,7 @@ type Init interface {
 	Containers(ctx context.Context) ([]initrpc.Container, error)
 	Shutdown(ctx context.Context, request initrpc.ShutdownRequest) error
 	Lease(ctx context.Context, change initrpc.LeaseChange) error
+	Tunnel(ctx context.Context, change initrpc.TunnelChange) (initrpc.TunnelStatus, error)
 }
 
 // Agent is a guest agent. Make it with [New].
@@ -124,9 +127,11 @@ type Agent struct {
 	body     *tdx.ReportBody // of the quote at start; nil where there is no TDX quote
 	keys     *keys.AppKeys
 	issuer   issuer
-	kms      *kmsclient.Client // nil: the keys are not from a KMS
-	kmsRoot  []byte            // DER SubjectPublicKeyInfo of its root CA
-	tenure   *tenure           // nil: the KMS gives no leases
+	kms      *kmsclient.Client            // nil: the keys are not from a KMS
+	kmsRoot  []byte                       // DER SubjectPublicKeyInfo of its root CA
+	tenure   *tenure                      // nil: the KMS gives no leases
+	lease    atomic.Pointer[kmsapi.Lease] // the latest, as gateways want to see it
+	gateways *gwclient.Client             // nil: the app has none
 	scopes   map[string][]string
 
 	// extending is held while the register and the log change, and by those who
@@ -212,6 +217,9 @@ func New(ctx context.Context, cfg *initrpc.Config, init Init, opt Options) (*Age
 		return nil, err
 	}
 	if err := a.takeLease(cfg); err != nil {
+		return nil, err
+	}
+	if a.gateways, err = newGateways(a, cfg); err != nil {
 		return nil, err
 	}
 	if a.tee == dstack.TDX {
@@ -344,6 +352,17 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 				s.TLSConfig = a.tlsConfig()
 				return s.ServeTLS(encrypted, "", "")
 			})
+		case initrpc.ListenTunnel:
+			if a.gateways == nil { // an app without an instance id has no route
+				ln.Close()
+				break
+			}
+			wg.Go(func() {
+				if err := a.terminator().Serve(ctx, ln); err != nil {
+					failed <- err
+				}
+			})
+			wg.Go(func() { a.gateways.Run(ctx) })
 		default:
 			service, ok := strings.CutPrefix(name, initrpc.ListenScope)
 			paths, scoped := a.scopes[service]

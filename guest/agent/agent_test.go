@@ -153,6 +153,10 @@ func (f *fakeInit) Shutdown(ctx context.Context, r initrpc.ShutdownRequest) erro
 	return nil
 }
 
+func (f *fakeInit) Tunnel(context.Context, initrpc.TunnelChange) (initrpc.TunnelStatus, error) {
+	return initrpc.TunnelStatus{}, nil
+}
+
 func (f *fakeInit) Lease(ctx context.Context, c initrpc.LeaseChange) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

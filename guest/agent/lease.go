@@ -106,7 +106,8 @@ func (a *Agent) takeLease(cfg *initrpc.Config) error {
 		return fault.New("app_keys_malformed", "there is a lease, and no KMS that gave it")
 	}
 	t := newTenure()
-	d, err := a.subject().Lease(&kmsapi.Lease{Document: cfg.Lease, Signature: cfg.LeaseSignature}, a.kmsRoot, a.now())
+	a.lease.Store(&kmsapi.Lease{Document: cfg.Lease, Signature: cfg.LeaseSignature})
+	d, err := a.subject().Lease(a.lease.Load(), a.kmsRoot, a.now())
 	switch {
 	case err == nil:
 		t.renewed(d, a.now(), a.boottime(), rand.Float64())
@@ -154,7 +155,9 @@ func (a *Agent) renewLease(ctx context.Context) error {
 				return err
 			}
 		}
-		got, err = a.subject().Lease(r.Lease, a.kmsRoot, a.now())
+		if got, err = a.subject().Lease(r.Lease, a.kmsRoot, a.now()); err == nil {
+			a.lease.Store(&kmsapi.Lease{Document: bytes.Clone(r.Lease.Document), Signature: bytes.Clone(r.Lease.Signature)})
+		}
 		return err
 	})
 	if err != nil {

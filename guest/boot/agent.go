@@ -83,6 +83,7 @@ func startAgent(m *Machine) (*agentKeeper, error) {
 			Events: m.log.Log(), ChannelKey: key, AppKeys: appKeys, Scopes: m.manifest.KeyScopes,
 			DataDisks: []string{"/", persistent},
 			KMSURLs:   m.sysConfig.KMSURLs, PCCSURL: m.sysConfig.PCCS(),
+			GatewayURLs: m.gatewayURLs,
 		},
 	}
 	if l := m.grant.Lease; l != nil {
@@ -143,6 +144,16 @@ func (a *agentKeeper) listen() error {
 	defer tcp.Close()
 	if a.listeners[initrpc.ListenExternal], err = tcp.(*net.TCPListener).File(); err != nil {
 		return err
+	}
+	if a.m.tunnel != nil {
+		l, err := net.Listen("tcp4", fmt.Sprintf(":%d", manifest.TLSPort))
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		if a.listeners[initrpc.ListenTunnel], err = l.(*net.TCPListener).File(); err != nil {
+			return err
+		}
 	}
 	if link := a.m.hostlink(); link != nil {
 		l, err := link.Listen("guestapi")
@@ -357,6 +368,25 @@ func (i rpcInit) Lease(_ context.Context, c initrpc.LeaseChange) error {
 		i.m.RequestShutdown(text)
 	}
 	return nil
+}
+
+// Tunnel changes the tunnel and lets its gateways in.
+func (i rpcInit) Tunnel(_ context.Context, c initrpc.TunnelChange) (initrpc.TunnelStatus, error) {
+	t := i.m.tunnel
+	if t == nil {
+		return initrpc.TunnelStatus{}, fault.New("tunnel_absent", "this guest has no tunnel: its manifest asks for no gateway, or the host names none")
+	}
+	if c.Set {
+		// The firewall first: what it does not know yet it drops.
+		if err := firewall.Open(i.m.ingressPolicy(&c)); err != nil {
+			return initrpc.TunnelStatus{}, fault.Wrap(err, "firewall_failed", "open the firewall for the gateways")
+		}
+		if err := t.Set(c); err != nil {
+			return initrpc.TunnelStatus{}, fault.Wrap(err, "tunnel_failed", "set up the tunnel")
+		}
+		i.m.console.Log(fmt.Sprintf("gateway: %d in the tunnel, this guest is %v", len(c.Peers), c.Addresses))
+	}
+	return t.Status()
 }
 
 // leaseLine says it on one line; lost is what has a code.

@@ -19,6 +19,8 @@ const (
 	eventTimings = "boot.timings"
 	// eventLease is ours: what became of the KMS's lease.
 	eventLease = "kms.lease"
+	// eventGateway is ours: why there is no tunnel to gateways.
+	eventGateway = "gateway"
 )
 
 // maxNotification is the largest payload a host keeps; longer ones vanish whole.

@@ -31,6 +31,7 @@ import (
 	"github.com/dstack-go/dstack/guest/keyprovider"
 	"github.com/dstack-go/dstack/guest/modules"
 	"github.com/dstack-go/dstack/guest/script"
+	"github.com/dstack-go/dstack/guest/tunnel"
 	"github.com/dstack-go/dstack/hostshare"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys"
@@ -87,14 +88,16 @@ type Machine struct {
 	grant     keyprovider.Grant // less the keys
 	kms       keyprovider.Provider
 
-	agent      *agentKeeper
-	scriptRoom *script.Room // nil: the manifest has no scripts
-	engine     *engine.Engine
-	gates      *engine.Gates // nil: no earlier boot left anything
-	compose    *engine.Compose
-	restarts   int64              // ends of the engine before compose began
-	stopWatch  context.CancelFunc // nil: nobody watches the app
-	shutdowns  chan string        // reasons
+	tunnel      *tunnel.Tunnel // nil: none to gateways
+	gatewayURLs []string
+	agent       *agentKeeper
+	scriptRoom  *script.Room // nil: the manifest has no scripts
+	engine      *engine.Engine
+	gates       *engine.Gates // nil: no earlier boot left anything
+	compose     *engine.Compose
+	restarts    int64              // ends of the engine before compose began
+	stopWatch   context.CancelFunc // nil: nobody watches the app
+	shutdowns   chan string        // reasons
 
 	statusMu sync.Mutex
 	status   initrpc.Status
@@ -453,21 +456,55 @@ func (m *Machine) systemReady(ctx context.Context) error {
 // manifest allows.
 func (m *Machine) ingress(context.Context) error {
 	var err error
+	if m.gatewayURLs = m.gateways(); len(m.gatewayURLs) > 0 {
+		// Without a route through gateways the app runs all the same: they can be away, too.
+		if m.tunnel, err = tunnel.Open(); err != nil {
+			m.console.Log(fmt.Sprintf("gateway: no tunnel: %v", err))
+			m.host.Notify(eventGateway, oneLine(truncate(err.Error(), 1024)))
+		}
+	}
 	if m.agent, err = startAgent(m); err != nil {
 		return fault.Wrap(err, "agent_start", "start the guest agent")
 	}
+	if err := firewall.Open(m.ingressPolicy(&initrpc.TunnelChange{})); err != nil {
+		return fault.Wrap(err, "firewall_failed", "open the firewall")
+	}
+	m.keepTime()
+	return nil
+}
+
+// gateways are where the app's gateways may be; none unless the manifest asks for them and
+// says by which evidence they are known.
+func (m *Machine) gateways() []string {
+	if !m.manifest.GatewayWanted() {
+		return nil
+	}
+	switch urls := m.sysConfig.GatewayURLs; {
+	case m.manifest.GatewayPolicy == nil:
+		m.console.Log("gateway: the manifest has no gateway_policy, so that no gateway can be known; the app has the ports of its VM only")
+		return nil
+	case len(urls) == 0:
+		m.console.Log("gateway: the host names none; the app has the ports of its VM only")
+		return nil
+	default:
+		return urls[:min(len(urls), initrpc.MaxPeers)]
+	}
+}
+
+// ingressPolicy is what the measured manifest lets in, with the gateways of a tunnel.
+func (m *Machine) ingressPolicy(c *initrpc.TunnelChange) firewall.Policy {
 	policy := firewall.Policy{AnyPort: !m.manifest.PortPolicy.RestrictMode}
 	for _, p := range m.manifest.PortPolicy.Ports {
 		policy.Ports = append(policy.Ports, p.Port)
 	}
-	if err := firewall.Open(policy); err != nil {
-		return fault.Wrap(err, "firewall_failed", "open the firewall")
+	if m.tunnel != nil {
+		policy.Tunnel = &firewall.Tunnel{Interface: tunnel.Name, Port: tunnel.Port, TLSPort: manifest.TLSPort}
+		for _, p := range c.Peers {
+			policy.Tunnel.Gateways = append(policy.Tunnel.Gateways, p.Address)
+			policy.Tunnel.Endpoints = append(policy.Tunnel.Endpoints, p.Endpoint)
+		}
 	}
-	m.keepTime()
-	if m.manifest.GatewayWanted() {
-		m.console.Log("gateway: this version registers with none; the app has the ports of its VM only")
-	}
-	return nil
+	return policy
 }
 
 // done watches over the app from now on.

@@ -26,6 +26,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 
@@ -55,6 +56,18 @@ type Policy struct {
 	AnyPort bool
 	// Ports are the published ports admitted, TCP and UDP, when AnyPort is false.
 	Ports []uint16
+	// Tunnel is the one to the app's gateways; nil: there is none.
+	Tunnel *Tunnel
+}
+
+// Tunnel is a WireGuard interface. Over it comes what Policy admits, TCP alone, and
+// connections to TLSPort, which nobody reaches another way.
+type Tunnel struct {
+	Interface string
+	Port      uint16           // UDP, of WireGuard itself: for Endpoints alone
+	TLSPort   uint16           // TCP: where the agent ends TLS
+	Endpoints []netip.AddrPort // of the gateways
+	Gateways  []netip.Addr     // their addresses in the tunnel, IPv4
 }
 
 // Numbers of include/uapi/linux/netfilter/nf_tables.h and
@@ -172,6 +185,9 @@ func inputRules(s state, p *Policy, ports *nftables.Set) [][]expr.Any {
 	if s == outbound {
 		return rules
 	}
+	if t := p.Tunnel; t != nil {
+		rules = append(rules, t.input(p, ports)...)
+	}
 	if p.AnyPort {
 		for _, proto := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 			rules = append(rules, rule(meta(expr.MetaKeyL4PROTO, []byte{proto}), accept()))
@@ -188,6 +204,57 @@ func inputRules(s state, p *Policy, ports *nftables.Set) [][]expr.Any {
 			accept()))
 	}
 	return rules
+}
+
+// input are the rules of the tunnel, which come before those that may admit everything.
+func (t *Tunnel) input(p *Policy, ports *nftables.Set) [][]expr.Any {
+	var rules [][]expr.Any
+	over := func() []expr.Any { return meta(expr.MetaKeyIIFNAME, ifname(t.Interface)) }
+	tcp := func() []expr.Any { return meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}) }
+	for _, g := range t.Gateways {
+		from := rule(over(), sourceIs(g, 12), tcp())
+		rules = append(rules, rule(from, destination(t.TLSPort), accept()))
+		if p.AnyPort {
+			rules = append(rules, rule(from, accept()))
+			continue
+		}
+		rules = append(rules, rule(from, []expr.Any{
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+			&expr.Lookup{SourceRegister: 1, SetName: ports.Name, SetID: ports.ID},
+		}, accept()))
+	}
+	rules = append(rules, rule(over(), drop()))
+	udp := func() []expr.Any {
+		return rule(meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_UDP}), destination(t.Port))
+	}
+	for _, e := range t.Endpoints {
+		if e.Addr().Is4() {
+			rules = append(rules, rule(udp(), sourceIs(e.Addr(), 12), accept()))
+		} else {
+			rules = append(rules, rule(udp(), sourceIs(e.Addr(), 8), accept()))
+		}
+	}
+	return append(rules, rule(udp(), drop()), rule(tcp(), destination(t.TLSPort), drop()))
+}
+
+// sourceIs matches the source of a packet, at the offset of its network header that the
+// address's family has.
+func sourceIs(a netip.Addr, offset uint32) []expr.Any {
+	family := byte(unix.NFPROTO_IPV4)
+	if a.Is6() {
+		family = unix.NFPROTO_IPV6
+	}
+	return append(meta(expr.MetaKeyNFPROTO, []byte{family}),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(a.BitLen() / 8)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()})
+}
+
+// destination matches the destination port of TCP or UDP.
+func destination(port uint16) []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+	}
 }
 
 func outputRules(s state) [][]expr.Any {

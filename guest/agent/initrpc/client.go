@@ -209,6 +209,13 @@ func (c *Client) Lease(ctx context.Context, change LeaseChange) error {
 	return c.call(ctx, methodLease, change, nil)
 }
 
+// Tunnel changes the tunnel, or asks how it is; see [Init].
+func (c *Client) Tunnel(ctx context.Context, change TunnelChange) (TunnelStatus, error) {
+	var r TunnelStatus
+	err := c.call(ctx, methodTunnel, change, &r)
+	return r, err
+}
+
 // Status asks how far boot has come.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var r Status

@@ -50,6 +50,9 @@ type Config struct {
 	Lease          []byte `json:"lease,omitempty"`
 	LeaseSignature []byte `json:"lease_signature,omitempty"`
 
+	// GatewayURLs are where gateways may be: transport, as the host gave them.
+	GatewayURLs []string `json:"gateway_urls,omitempty"`
+
 	// Scopes is key_scopes of the manifest: what the listener of each service may
 	// derive. Without an entry, a service has no listener of its own.
 	Scopes map[string][]string `json:"scopes,omitempty"`

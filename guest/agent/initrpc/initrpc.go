@@ -36,6 +36,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -79,6 +80,10 @@ type Init interface {
 	// decide, by the manifest.
 	Lease(ctx context.Context, change LeaseChange) error
 
+	// Tunnel changes the tunnel to the app's gateways, if asked to, and tells how it is.
+	// Its private key is init's alone.
+	Tunnel(ctx context.Context, change TunnelChange) (TunnelStatus, error)
+
 	// Status says how far boot has come.
 	Status(ctx context.Context) (Status, error)
 
@@ -116,6 +121,66 @@ type LeaseChange struct {
 	State  string    `json:"state"`
 	Until  time.Time `json:"until"`            // when it ends or ended
 	Reason string    `json:"reason,omitempty"` // why it was not renewed
+}
+
+// MaxPeers is the most gateways of a tunnel, and of its own addresses.
+const MaxPeers = 16
+
+// TunnelChange is how the tunnel is to be from now on, as a whole.
+type TunnelChange struct {
+	Set       bool         `json:"set"`                 // false only asks
+	Addresses []netip.Addr `json:"addresses,omitempty"` // the guest's own, IPv4
+	Peers     []TunnelPeer `json:"peers,omitempty"`
+}
+
+// TunnelPeer is a gateway.
+type TunnelPeer struct {
+	Key      []byte         `json:"key"`     // X25519, 32 bytes
+	Address  netip.Addr     `json:"address"` // its own in the tunnel, IPv4
+	Endpoint netip.AddrPort `json:"endpoint"`
+}
+
+// Check refuses what no tunnel can be; code tunnel_malformed.
+func (c *TunnelChange) Check() error {
+	bad := func(format string, args ...any) error { return fault.New("tunnel_malformed", format, args...) }
+	if len(c.Peers) > MaxPeers || len(c.Addresses) > MaxPeers {
+		return bad("%d peers and %d addresses, more than %d", len(c.Peers), len(c.Addresses), MaxPeers)
+	}
+	own := func(a netip.Addr) bool {
+		return a.Is4() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.IsLinkLocalUnicast()
+	}
+	seen := map[netip.Addr]bool{}
+	keys := map[string]bool{}
+	for _, a := range c.Addresses {
+		if !own(a) || seen[a] {
+			return bad("%s is no address of this guest's in the tunnel, or there twice", a)
+		}
+		seen[a] = true
+	}
+	for _, p := range c.Peers {
+		switch {
+		case len(p.Key) != 32 || keys[string(p.Key)]:
+			return bad("a key of %d bytes, or there twice", len(p.Key))
+		case !own(p.Address) || seen[p.Address]:
+			return bad("%s is no gateway's address in the tunnel, or there twice", p.Address)
+		case !p.Endpoint.IsValid() || p.Endpoint.Port() == 0 || p.Endpoint.Addr().Zone() != "" || p.Endpoint.Addr().IsUnspecified() || p.Endpoint.Addr().IsMulticast():
+			return bad("%s is no endpoint", p.Endpoint)
+		}
+		seen[p.Address], keys[string(p.Key)] = true, true
+	}
+	return nil
+}
+
+// TunnelStatus is how the tunnel is.
+type TunnelStatus struct {
+	Key        []byte            `json:"key"` // its public key, X25519
+	Handshakes []TunnelHandshake `json:"handshakes,omitempty"`
+}
+
+// TunnelHandshake is when a gateway was last heard of; Unix seconds, 0 for never.
+type TunnelHandshake struct {
+	Key []byte `json:"key"`
+	At  int64  `json:"at"`
 }
 
 // Status is the state of boot and of what it started.
@@ -159,6 +224,7 @@ const (
 	methodContainers = "containers"
 	methodShutdown   = "shutdown"
 	methodLease      = "lease"
+	methodTunnel     = "tunnel"
 	methodStatus     = "status"
 	methodReady      = "ready"
 	methodCancel     = "cancel"

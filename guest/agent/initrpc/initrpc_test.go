@@ -67,6 +67,10 @@ func (f *fakeInit) Shutdown(ctx context.Context, r ShutdownRequest) error {
 	return nil
 }
 
+func (f *fakeInit) Tunnel(context.Context, TunnelChange) (TunnelStatus, error) {
+	return TunnelStatus{}, nil
+}
+
 func (f *fakeInit) Lease(ctx context.Context, c LeaseChange) error {
 	f.lease.Store(&c)
 	return nil

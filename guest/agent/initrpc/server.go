@@ -197,6 +197,16 @@ func (s *server) handle(ctx context.Context, req request) (any, error) {
 		}
 		return struct{}{}, s.init.Lease(ctx, p)
 
+	case methodTunnel:
+		var p TunnelChange
+		if err := params(&p); err != nil {
+			return nil, err
+		}
+		if err := p.Check(); err != nil {
+			return nil, err
+		}
+		return s.init.Tunnel(ctx, p)
+
 	case methodStatus:
 		return s.init.Status(ctx)
 

@@ -39,6 +39,10 @@ const (
 	ListenExternal = "external"
 	ListenGuestAPI = "guestapi"
 
+	// ListenTunnel is where TLS ends for ports with tls app (manifest.TLSPort), in the
+	// tunnel to gateways alone.
+	ListenTunnel = "tunnel"
+
 	// ListenLocal serves apps and the public side on one port: development only.
 	ListenLocal = "local"
 
