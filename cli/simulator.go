@@ -32,6 +32,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/eventlog"
+	"github.com/dstack-go/dstack/attest/mrconfig"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/guest/agent"
 	"github.com/dstack-go/dstack/guest/agent/initrpc"
@@ -123,13 +124,17 @@ func (c *simulatorCmd) Run(a *app) (err error) {
 
 	ctx, cancel := context.WithCancel(a.ctx)
 	defer cancel()
-	tee, err := startSimTEE(ctx, a, c.PKI, run)
+	guest, err := newSimGuest(manifestText)
+	if err != nil {
+		return err
+	}
+	tee, err := startSimTEE(ctx, a, c.PKI, run, guest.document)
 	if err != nil {
 		return err
 	}
 	defer tee.wait()
 	defer cancel()
-	cfg, err := tee.boot(ctx, manifestText, dir)
+	cfg, err := tee.boot(ctx, guest, dir)
 	if err != nil {
 		return err
 	}
@@ -237,9 +242,9 @@ type simTEE struct {
 	mu sync.Mutex // orders register and log
 }
 
-// startSimTEE makes the test PKI, if there is none, and starts dstack-simtee, which ends with ctx, with
-// stop, or with this process.
-func startSimTEE(ctx context.Context, a *app, pki, run string) (*simTEE, error) {
+// startSimTEE makes the test PKI, if there is none, and starts dstack-simtee with what a
+// launch committed to. It ends with ctx, with stop, or with this process.
+func startSimTEE(ctx context.Context, a *app, pki, run string, document []byte) (*simTEE, error) {
 	program := filepath.Join(a.stack.Bin, "dstack-simtee")
 	missing := func(err error) error {
 		return fault.Wrap(err, "binary_missing", "start dstack-simtee").WithFix("run `make build` and use bin/dstack")
@@ -251,7 +256,11 @@ func startSimTEE(ctx context.Context, a *app, pki, run string) (*simTEE, error) 
 		return nil, fault.New("simulator_tee", "make the keys of the simulated TEE: %s", bytes.TrimSpace(out)).WithFix("remove %s", pki)
 	}
 	launch, socket := filepath.Join(run, "launch.json"), filepath.Join(run, "tee.sock")
-	if err := os.WriteFile(launch, []byte(`{"no_machine":true}`), 0o600); err != nil {
+	spec, err := json.Marshal(map[string]any{"no_machine": true, "mr_config_id": mrconfig.IDv3(document)})
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(launch, spec, 0o600); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -317,22 +326,41 @@ func (t *simTEE) failure() error {
 	}
 }
 
-// boot does what guest/boot does for the agent, without a machine: the launch
-// events, the keys, and the events up to system-ready.
-func (t *simTEE) boot(ctx context.Context, manifestText []byte, dir string) (*initrpc.Config, error) {
-	m, err := manifest.Parse(manifestText)
+// simGuest is the guest that there is none of.
+type simGuest struct {
+	text     []byte // of the manifest
+	manifest *manifest.Manifest
+	app      dstack.AppID
+	instance []byte // 20 bytes, or empty
+	document []byte // of the launch commitment
+}
+
+func newSimGuest(text []byte) (*simGuest, error) {
+	m, err := manifest.Parse(text)
 	if err != nil {
 		return nil, err
 	}
-	compose, gpu := m.Hash(), m.GPUPolicyHash()
-	copy(t.app[:], compose[:])
-	var instance []byte
+	g := &simGuest{text: text, manifest: m}
+	hash := m.Hash()
+	copy(g.app[:], hash[:])
+	doc := mrconfig.Document{AppID: &g.app, ComposeHash: hash, KeyProvider: m.KeyProviderKind()}
 	if !m.NoInstanceID {
-		instance = make([]byte, dstack.InstanceIDSize)
-		if _, err := rand.Read(instance); err != nil {
+		var id dstack.InstanceID
+		if _, err := rand.Read(id[:]); err != nil {
 			return nil, err
 		}
+		g.instance, doc.InstanceID = id[:], &id
 	}
+	g.document = doc.Bytes()
+	return g, nil
+}
+
+// boot does what guest/boot does for the agent, without a machine: the launch
+// events, the keys, and the events up to system-ready.
+func (t *simTEE) boot(ctx context.Context, g *simGuest, dir string) (*initrpc.Config, error) {
+	m, instance := g.manifest, g.instance
+	compose, gpu := m.Hash(), m.GPUPolicyHash()
+	t.app = g.app
 	appKeys, err := simulatorKeys(filepath.Join(dir, "seed"))
 	if err != nil {
 		return nil, err
@@ -353,9 +381,13 @@ func (t *simTEE) boot(ctx context.Context, manifestText []byte, dir string) (*in
 	sum := sha256.Sum256(spki)
 
 	// No image runs: its hash is nothing's. SDKs want one all the same.
+	vm, err := json.Marshal(map[string]string{"os_image_hash": strings.Repeat("0", 64), "mr_config": string(g.document)})
+	if err != nil {
+		return nil, err
+	}
 	cfg := &initrpc.Config{
 		Version: "0.6.0", Revision: "dstack-simulator-" + Version, TEE: dstack.TDX, IsDev: true,
-		Manifest: manifestText, VMConfig: `{"os_image_hash":"` + strings.Repeat("0", 64) + `"}`, DataDisks: []string{"/"},
+		Manifest: g.text, VMConfig: string(vm), DataDisks: []string{"/"},
 	}
 	type event struct {
 		name    string

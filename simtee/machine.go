@@ -55,7 +55,7 @@ func ParseLaunchSpec(data []byte) (LaunchSpec, error) {
 		return s, fault.Wrap(err, "launch_malformed", "launch file")
 	}
 	if s.NoMachine {
-		if (s != LaunchSpec{NoMachine: true}) {
+		if (s != LaunchSpec{NoMachine: true, MRConfigID: s.MRConfigID}) {
 			return s, fault.New("launch_malformed", "launch file says no_machine and describes one")
 		}
 		return s, nil
