@@ -274,5 +274,8 @@ func (e *Edge) greet(o *opening, t target, conn net.Conn, mode hostname.Mode) er
 	if _, err := conn.Write(first); err != nil {
 		return fault.Wrap(err, "edge_dial", "send the first bytes to instance %s", t.id)
 	}
+	if mode == hostname.Passthrough {
+		e.stats.up.Add(uint64(len(o.raw)))
+	}
 	return nil
 }

@@ -20,7 +20,7 @@ type Stats struct {
 	Open        int64             // connections now, of any kind
 	Joined      [3]uint64         // by [hostname.Mode]
 	Relaying    [3]int64          // now, by [hostname.Mode]
-	BytesUp     uint64            // from clients to apps, without what precedes the relay
+	BytesUp     uint64            // from clients to apps, without PROXY headers
 	BytesDown   uint64            // from apps to clients
 	Refused     map[string]uint64 // by code
 	Reaped      uint64            // ended by idle or total time, or with their route
