@@ -249,6 +249,9 @@ func (e *Edge) connect(o *opening, p plan) (*relay, error) {
 	return e.newRelay(o, p.mode, client, t, conn), nil
 }
 
+// freeWrite is what a new socket takes without waiting (tcp_wmem).
+const freeWrite = 4 << 10
+
 // greet sends what precedes the relay: the PROXY header and the hello, in one write.
 func (e *Edge) greet(o *opening, t target, conn net.Conn, mode hostname.Mode) error {
 	var first []byte
@@ -269,8 +272,10 @@ func (e *Edge) greet(o *opening, t target, conn net.Conn, mode hostname.Mode) er
 	if len(first) == 0 {
 		return nil
 	}
-	conn.SetWriteDeadline(time.Now().Add(e.cfg.Timeouts.Connect))
-	defer conn.SetWriteDeadline(time.Time{})
+	if len(first) > freeWrite {
+		conn.SetWriteDeadline(time.Now().Add(e.cfg.Timeouts.Connect))
+		defer conn.SetWriteDeadline(time.Time{})
+	}
 	if _, err := conn.Write(first); err != nil {
 		return fault.Wrap(err, "edge_dial", "send the first bytes to instance %s", t.id)
 	}
