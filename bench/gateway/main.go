@@ -468,7 +468,8 @@ func haproxy(listen, to ports, dir string) string {
   ssl-default-bind-options ssl-min-ver TLSv1.2
 defaults
   mode tcp
-  option splice-auto
+  option splice-request
+  option splice-response
   timeout client 10m
   timeout server 10m
   timeout connect 5s

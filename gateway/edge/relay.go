@@ -110,7 +110,8 @@ func (e *Edge) run(r *relay) {
 
 func (r *relay) loop(from, to *side, count *atomic.Uint64) {
 	err := r.move(from, to, count)
-	if err == nil {
+	// The last of the two is about to close anyway; only TLS has an end to tell before.
+	if err == nil && (to.tls != nil || r.running.Load() > 1) {
 		err = to.closeWrite()
 	}
 	if err != nil {
