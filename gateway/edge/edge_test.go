@@ -745,7 +745,7 @@ func TestIdleConnectionsEnd(t *testing.T) {
 }
 
 func TestARouteThatEndsTakesItsConnectionsWithIt(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Timeouts.Idle = time.Second })
+	r := newRig(t, nil)
 	r.instance(1, 1)
 	r.serve(1, 443, tlsEcho)
 	conn, err := r.tls(host(appID(1), "-s"))
