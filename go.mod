@@ -42,6 +42,7 @@ require (
 	github.com/beevik/nts v0.3.0
 	github.com/cloudflare/circl v1.6.5
 	github.com/decred/dcrd/dcrec/secp256k1/v4 v4.4.1
+	github.com/miekg/dns v1.1.73
 	github.com/pires/go-proxyproto v0.15.0
 	github.com/refraction-networking/utls v1.8.2
 	github.com/transparency-dev/merkle v0.0.2

@@ -83,6 +83,7 @@ type ProxyConfig struct {
 type Timeouts struct {
 	Connect    config.Duration `toml:"connect"`
 	Handshake  config.Duration `toml:"handshake"`
+	PPHeader   config.Duration `toml:"pp_header"`
 	DNSResolve config.Duration `toml:"dns_resolve"`
 	Idle       config.Duration `toml:"idle"`
 	Total      config.Duration `toml:"total"`

@@ -218,7 +218,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 		if err != nil {
 			return err
 		}
-		group.Go(func() error { return serve(ctx, plain, public.Redirect(nil, n.domains[0].Port)) })
+		group.Go(func() error { return serve(ctx, plain, public.Redirect(nil)) })
 	}
 	n.log.Info("the gateway serves", "rpc", at.RPC.String(), "proxy", at.Proxy.String(), "tunnel", tn.Mode(), "wireguard", n.key.Public().String(), "app", n.self.ID.String())
 	if ready != nil {
@@ -227,7 +227,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	err = group.Wait()
 	end, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
-	public.Shutdown(end)
+	_ = public.Shutdown(end) // whoever is left had his time
 	return err
 }
 
@@ -265,13 +265,19 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel) (*edge.Edge, error) {
 	cfg := edge.Config{
 		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: n.ca.GetCertificate, Pages: pages,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
-		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources,
-		Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer,
-		Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, Resolve: p.Timeouts.DNSResolve.Duration,
-		Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration, Log: n.log,
+		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
+		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},
+		Timeouts: edge.Timeouts{
+			Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, DNS: p.Timeouts.DNSResolve.Duration,
+			PROXY: p.Timeouts.PPHeader.Duration, Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration,
+		},
 	}
 	if p.CustomDomains {
-		cfg.Lookup = net.DefaultResolver.LookupTXT
+		dns, err := edge.SystemDNS()
+		if err != nil {
+			return nil, err
+		}
+		cfg.TXT = dns
 	}
 	return edge.New(cfg)
 }
