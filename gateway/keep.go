@@ -7,7 +7,10 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack/gateway/wgconfig"
@@ -28,7 +31,40 @@ func (s *Service) Restore(file string) error {
 	}
 	applied, bad := s.cfg.Routes.Merge(file, text)
 	s.log.Info("routes", "restored", applied, "quarantined", bad)
+	if text, err := os.ReadFile(file + endpointsSuffix); err == nil {
+		s.endpoints = parseEndpoints(text)
+	}
 	return s.reconcile()
+}
+
+// endpointsSuffix names the file of where peers were last heard of, beside the routes: a
+// gateway that knows calls them, and need not wait to be called.
+const endpointsSuffix = ".endpoints"
+
+// parseEndpoints reads lines of a key and an address:port. What is malformed is left out:
+// that peer calls by itself.
+func parseEndpoints(text []byte) map[wgconfig.PublicKey]netip.AddrPort {
+	out := map[wgconfig.PublicKey]netip.AddrPort{}
+	for line := range strings.Lines(string(text)) {
+		key, at, _ := strings.Cut(strings.TrimSpace(line), " ")
+		k, err := wgconfig.ParsePublicKey(key)
+		if err != nil {
+			continue
+		}
+		if ap, err := netip.ParseAddrPort(at); err == nil && ap.Port() != 0 && len(out) < wgconfig.MaxPeers {
+			out[k] = ap
+		}
+	}
+	return out
+}
+
+func (s *Service) endpointLines() []byte {
+	var lines []string
+	for k, at := range s.endpoints {
+		lines = append(lines, k.String()+" "+at.String()+"\n")
+	}
+	slices.Sort(lines)
+	return []byte(strings.Join(lines, ""))
 }
 
 // Keep holds the tunnel to the table, ends leases, and writes the routes to file ("" for
@@ -36,7 +72,17 @@ func (s *Service) Restore(file string) error {
 func (s *Service) Keep(ctx context.Context, file string) error {
 	tick := time.NewTicker(2 * time.Second)
 	defer tick.Stop()
-	var written []byte
+	written := map[string][]byte{}
+	write := func(name string, text []byte) {
+		if bytes.Equal(text, written[name]) {
+			return
+		}
+		if err := durable.WriteFile(name, text, 0o600); err != nil {
+			s.log.Warn("keep the routes", "error", err)
+			return
+		}
+		written[name] = text
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -47,14 +93,11 @@ func (s *Service) Keep(ctx context.Context, file string) error {
 			s.log.Warn("tunnel", "code", fault.Code(err), "error", err)
 		}
 		text, err := s.cfg.Routes.Dump()
-		if err != nil || file == "" || bytes.Equal(text, written) {
+		if err != nil || file == "" {
 			continue
 		}
-		if err := durable.WriteFile(file, text, 0o600); err != nil {
-			s.log.Warn("keep the routes", "error", err)
-			continue
-		}
-		written = text
+		write(file, text)
+		write(file+endpointsSuffix, s.endpointLines())
 	}
 }
 
@@ -71,14 +114,25 @@ func (s *Service) reconcile() error {
 	for _, key := range s.cfg.Routes.Observe(peers) {
 		errs = append(errs, s.cfg.Tunnel.Remove(key))
 	}
-	have := make(map[wgconfig.PublicKey]bool, len(peers))
+	have := make(map[wgconfig.PublicKey]netip.AddrPort, len(peers))
 	for _, p := range peers {
-		have[p.Key] = true
+		have[p.Key] = p.Endpoint
 	}
+	known := make(map[wgconfig.PublicKey]netip.AddrPort, len(peers))
 	for _, rec := range s.cfg.Routes.Records() {
-		if !have[rec.Key] {
-			errs = append(errs, s.cfg.Tunnel.Set(wgconfig.Peer{Key: rec.Key, Address: rec.Address}))
+		at, ok := have[rec.Key]
+		if !ok {
+			at = s.endpoints[rec.Key]
+			p := wgconfig.Peer{Key: rec.Key, Address: rec.Address}
+			if at.IsValid() {
+				p.Endpoint = wgconfig.EndpointOf(at)
+			}
+			errs = append(errs, s.cfg.Tunnel.Set(p))
+		}
+		if at.IsValid() {
+			known[rec.Key] = at
 		}
 	}
+	s.endpoints = known
 	return errors.Join(errs...)
 }

@@ -123,6 +123,9 @@ type Service struct {
 	// registering keeps what one instance does in order; most others go on.
 	registering [64]sync.Mutex
 	stats       Stats
+
+	// endpoints are where peers were last heard of; of Restore and then Keep alone.
+	endpoints map[wgconfig.PublicKey]netip.AddrPort
 }
 
 // Stats are counts since the start.
