@@ -29,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/process"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/signer"
 	"github.com/dstack-go/dstack/manifest"
@@ -413,9 +414,9 @@ auto_bootstrap_domain = "kms.dstack.localhost"
 	if err != nil {
 		return nil, err
 	}
-	k, err := s.addNode(ctx, node, 60*time.Second, p.exited)
+	k, err := s.addNode(ctx, node, 60*time.Second, p.Exited)
 	if err != nil {
-		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", tail(s.KMSLogFile(), p.logStart)).WithFix("see %s", s.KMSLogFile())
+		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", p.Tail()).WithFix("see %s", s.KMSLogFile())
 	}
 	return k, nil
 }
@@ -472,4 +473,6 @@ type partial struct {
 func (p *partial) Unwrap() error { return p.error }
 
 // StopKMS stops the KMS that is a process of this machine.
-func (s *Stack) StopKMS(grace time.Duration) error { return stopRecorded(s.kmsPIDFile(), grace) }
+func (s *Stack) StopKMS(grace time.Duration) error {
+	return process.StopRecorded(s.kmsPIDFile(), grace)
+}
