@@ -116,7 +116,7 @@ func (a App) AddComposeHash(h dstack.ComposeHash) Call {
 
 // RemoveComposeHash revokes a manifest, or withdraws its announcement.
 func (a App) RemoveComposeHash(h dstack.ComposeHash) Call {
-	return a.call("removeComposeHash(bytes32)", h)
+	return a.call("removeComposeHash(bytes32)", h).forgets("compose-hash", common.Hash(h)).done(a.allowed("allowedComposeHashes", h), false)
 }
 
 // AddDevice allows a machine.
@@ -125,24 +125,26 @@ func (a App) AddDevice(d dstack.DeviceID) Call {
 }
 
 // RemoveDevice revokes a machine, or withdraws its announcement.
-func (a App) RemoveDevice(d dstack.DeviceID) Call { return a.call("removeDevice(bytes32)", d) }
+func (a App) RemoveDevice(d dstack.DeviceID) Call {
+	return a.call("removeDevice(bytes32)", d).forgets("device", common.Hash(d)).done(a.allowed("allowedDeviceIds", d), false)
+}
 
 // SetAllowAnyDevice allows every machine, or the listed ones only.
 func (a App) SetAllowAnyDevice(any bool) Call {
 	c := a.call("setAllowAnyDevice(bool)", any).done(a.call("allowAnyDevice()"), any)
-	if any {
-		c = c.announced("allow-any-device", common.Hash{})
+	if !any {
+		return c.forgets("allow-any-device", common.Hash{})
 	}
-	return c
+	return c.announced("allow-any-device", common.Hash{})
 }
 
 // SetRequireTCBUpToDate demands that platforms have no known weakness, or ends that.
 func (a App) SetRequireTCBUpToDate(require bool) Call {
 	c := a.call("setRequireTcbUpToDate(bool)", require).done(a.call("requireTcbUpToDate()"), require)
-	if !require {
-		c = c.announced("require-tcb-up-to-date", common.Hash{})
+	if require {
+		return c.forgets("require-tcb-up-to-date", common.Hash{})
 	}
-	return c
+	return c.announced("require-tcb-up-to-date", common.Hash{})
 }
 
 // Freeze ends additions and upgrades for ever.
@@ -162,7 +164,9 @@ func (k KMS) AddOSImage(h dstack.ImageHash, epoch uint64) Call {
 }
 
 // RemoveOSImage revokes an image, or withdraws its announcement.
-func (k KMS) RemoveOSImage(h dstack.ImageHash) Call { return k.call("removeOsImageHash(bytes32)", h) }
+func (k KMS) RemoveOSImage(h dstack.ImageHash) Call {
+	return k.call("removeOsImageHash(bytes32)", h).forgets("os-image", common.Hash(h)).done(k.allowed("allowedOsImages", h), false)
+}
 
 // SetMinOSEpoch revokes every image of an earlier security epoch, for ever.
 func (k KMS) SetMinOSEpoch(epoch uint64) Call {
@@ -175,7 +179,9 @@ func (k KMS) AddDevice(d dstack.DeviceID) Call {
 }
 
 // RemoveDevice revokes a machine of the KMS, or withdraws its announcement.
-func (k KMS) RemoveDevice(d dstack.DeviceID) Call { return k.call("removeKmsDevice(bytes32)", d) }
+func (k KMS) RemoveDevice(d dstack.DeviceID) Call {
+	return k.call("removeKmsDevice(bytes32)", d).forgets("kms-device", common.Hash(d)).done(k.allowed("kmsAllowedDeviceIds", d), false)
+}
 
 // AddMR lets what has this aggregated measurement be the KMS.
 func (k KMS) AddMR(mr [32]byte) Call {
@@ -183,7 +189,9 @@ func (k KMS) AddMR(mr [32]byte) Call {
 }
 
 // RemoveMR revokes a measurement, or withdraws its announcement.
-func (k KMS) RemoveMR(mr [32]byte) Call { return k.call("removeKmsAggregatedMr(bytes32)", mr) }
+func (k KMS) RemoveMR(mr [32]byte) Call {
+	return k.call("removeKmsAggregatedMr(bytes32)", mr).forgets("kms-aggregated-mr", mr).done(k.allowed("kmsAllowedAggregatedMrs", mr), false)
+}
 
 // Info is who the KMS is, as clients and guests are told.
 type Info struct {
@@ -310,6 +318,71 @@ func (a App) Allowed(b governance.BootInfo, platform bool) (Call, error) {
 		return a.call("isAppAllowedOn("+bootInfoTypes+",string)", q, b.TEEVariant), nil
 	}
 	return a.call("isAppAllowed("+bootInfoTypes+")", q), nil
+}
+
+// Status is what both contracts say of themselves.
+type Status struct {
+	Owner        common.Address `json:"owner"`
+	PendingOwner common.Address `json:"pending_owner,omitzero"`
+	Guardian     common.Address `json:"guardian,omitzero"`
+	// Notice is how long a grant is announced before it takes effect, in seconds.
+	Notice         uint64 `json:"notice_seconds"`
+	KeyEpoch       uint64 `json:"key_epoch"`
+	OldestKeyEpoch uint64 `json:"oldest_key_epoch"`
+
+	// Of an app.
+	Registered         bool `json:"registered,omitempty"`
+	Frozen             bool `json:"frozen,omitempty"`
+	AllowAnyDevice     bool `json:"allow_any_device,omitempty"`
+	RequireTCBUpToDate bool `json:"require_tcb_up_to_date,omitempty"`
+	// Of the registry.
+	GatewayAppID      string         `json:"gateway_app_id,omitempty"`
+	AppImplementation common.Address `json:"app_implementation,omitzero"`
+	MinOSEpoch        uint64         `json:"min_os_epoch,omitempty"`
+	UpgradesDisabled  bool           `json:"upgrades_disabled,omitempty"`
+}
+
+// ask reads views without arguments into where they belong.
+func (g governed) ask(ctx context.Context, from Caller, block *big.Int, into map[string]any) error {
+	for view, place := range into {
+		values, err := View(ctx, from, g.call(view+"()"), block)
+		if err != nil {
+			return err
+		}
+		switch p := place.(type) {
+		case *common.Address:
+			*p = values[0].(common.Address)
+		case *uint64:
+			*p = values[0].(uint64)
+		case *bool:
+			*p = values[0].(bool)
+		case *string:
+			*p = values[0].(string)
+		}
+	}
+	return nil
+}
+
+func (g governed) common(s *Status) map[string]any {
+	return map[string]any{
+		"owner": &s.Owner, "pendingOwner": &s.PendingOwner, "guardian": &s.Guardian, "notice": &s.Notice,
+		"keyEpoch": &s.KeyEpoch, "oldestKeyEpoch": &s.OldestKeyEpoch,
+	}
+}
+
+// Status asks an app. Codes: those of View.
+func (a App) Status(ctx context.Context, from Caller, block *big.Int) (s Status, err error) {
+	views := a.common(&s)
+	views["frozen"], views["allowAnyDevice"], views["requireTcbUpToDate"] = &s.Frozen, &s.AllowAnyDevice, &s.RequireTCBUpToDate
+	return s, a.ask(ctx, from, block, views)
+}
+
+// Status asks the registry. Codes: those of View.
+func (k KMS) Status(ctx context.Context, from Caller, block *big.Int) (s Status, err error) {
+	views := k.common(&s)
+	views["gatewayAppId"], views["appImplementation"] = &s.GatewayAppID, &s.AppImplementation
+	views["minOsEpoch"], views["upgradesDisabled"] = &s.MinOSEpoch, &s.UpgradesDisabled
+	return s, k.ask(ctx, from, block, views)
 }
 
 // Initialize is the call by which a registry's proxy is started.

@@ -75,6 +75,8 @@ type Call struct {
 	// Change is what the contract announces when it has notice; nil: the call is
 	// immediate.
 	Change *Change
+	// Forgets is the announcement that the call withdraws, if there is one.
+	Forgets *Change
 	// Done asks whether what the call wants is so already; nil: nothing tells.
 	Done *Question
 }
@@ -108,6 +110,11 @@ func call(contract string, to common.Address, signature string, args ...any) Cal
 
 func (c Call) announced(policy string, value common.Hash) Call {
 	c.Change = &Change{PolicyID(policy), value}
+	return c
+}
+
+func (c Call) forgets(policy string, value common.Hash) Call {
+	c.Forgets = &Change{PolicyID(policy), value}
 	return c
 }
 
