@@ -221,6 +221,8 @@ func (e Event) entry() (Entry, bool) {
 		named()
 		enabled, _ := e.Args["enabled"].(bool)
 		switch {
+		case out.Policy == "implementation-upgrade":
+			return Entry{}, false // Upgraded says it
 		case lists[out.Policy] && enabled:
 			out.Act = Granted
 		case lists[out.Policy]:

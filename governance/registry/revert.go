@@ -104,7 +104,7 @@ func (r Revert) Err() error {
 		return fault.New("contract_refused", "the contract is not being initialised")
 	case "UUPSUnauthorizedCallContext":
 		return fault.New("contract_upgrade", "an upgrade must be asked of the proxy, not of the code behind it")
-	case "UUPSUnsupportedProxiableUUID", "ERC1967InvalidImplementation", "ERC1967NonPayable", "AddressEmptyCode":
+	case "UUPSUnsupportedProxiableUUID", "ERC1967InvalidImplementation", "ERC1967NonPayable", "ERC1967ProxyUninitialized", "AddressEmptyCode":
 		return fault.New("contract_upgrade", "the new code cannot be that of this proxy (%s)", r)
 	case "FailedCall":
 		return fault.New("contract_refused", "a call that the contract made failed without a reason")
