@@ -341,7 +341,7 @@ const localNode = "local"
 
 // startKMS starts a KMS as a process of this machine, with its policy, and waits for it.
 func (s *Stack) startKMS(ctx context.Context, tee string, step func(string, ...any)) (*Keys, error) {
-	key, err := s.GovernanceKey()
+	authority, err := s.authority()
 	if err != nil {
 		return nil, err
 	}
@@ -395,17 +395,10 @@ socket = ""
 [core.attestation]
 dev_roots = %q
 
-[core.auth_api]
-type = "policy"
-
-[core.auth_api.policy]
-keys = %q
-threshold = 1
-file = %q
-
+%s
 [core.onboard]
 auto_bootstrap_domain = "kms.dstack.localhost"
-`, u.Port(), s.kmsDir(), GuestHost, roots, hex.EncodeToString(key.Public().(ed25519.PublicKey)), s.PolicyFile())
+`, u.Port(), s.kmsDir(), GuestHost, roots, authority)
 	if err := durable.WriteFile(s.kmsConfigFile(), []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -419,6 +412,25 @@ auto_bootstrap_domain = "kms.dstack.localhost"
 		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", p.Tail()).WithFix("see %s", s.KMSLogFile())
 	}
 	return k, nil
+}
+
+// authority is a KMS's configuration for what the stack is governed by.
+func (s *Stack) authority() (string, error) {
+	if s.GovernedByChain() {
+		return s.chainAuthority()
+	}
+	key, err := s.GovernanceKey()
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf(`[core.auth_api]
+type = "policy"
+
+[core.auth_api.policy]
+keys = %q
+threshold = 1
+file = %q
+`, hex.EncodeToString(key.Public().(ed25519.PublicKey)), s.PolicyFile()), nil
 }
 
 // foundPolicy makes the first policy of a stack.

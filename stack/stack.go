@@ -147,6 +147,9 @@ type UpOptions struct {
 	// ConfidentialKMS names the KMSs that will run in CVMs, in place of one that is a
 	// process of this machine; guests are told where they will be.
 	ConfidentialKMS []string
+	// Chain has the KMS decide by a development chain, in place of a signed policy. A
+	// stack that began with one keeps it.
+	Chain bool
 	// Step is told what Up does, one line each; may be nil.
 	Step func(format string, args ...any)
 }
@@ -181,7 +184,11 @@ func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
 		}
 	}
 	var guestKMS []string
-	if !opt.NoKMS {
+	if opt.Chain || s.GovernedByChain() {
+		if err := s.governByChain(ctx, step); err != nil {
+			return err
+		}
+	} else if !opt.NoKMS {
 		if err := s.foundPolicy(opt.TEE); err != nil {
 			return err
 		}
