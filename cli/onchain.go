@@ -52,7 +52,14 @@ type onchain struct {
 
 // governedByChain reports whether verbs that policies and chains both have mean a chain.
 func (f *chainFlags) governedByChain(a *app) bool {
-	return f.RPC != "" || f.Registry != "" || a.stack.GovernedByChain()
+	if f.RPC != "" || f.Registry != "" || a.stack.GovernedByChain() {
+		return true
+	}
+	if _, err := os.Stat(a.stack.PolicyFile()); err == nil {
+		return false
+	}
+	_, err := a.stack.Chain() // of `dstack chain dev`, with no stack beside it
+	return err == nil
 }
 
 // connect reaches the chain. Codes: registry_missing, chain_unreachable.

@@ -200,7 +200,7 @@ func (d *Deployment) configure(cfg Config) error {
 	d.RPC = "http://127.0.0.1:" + strconv.Itoa(d.Port)
 	d.Keystore, d.Passphrase = file(cfg.Dir, "owner.json"), file(cfg.Dir, "owner.passphrase")
 	if _, err := os.Stat(d.Keystore); errors.Is(err, fs.ErrNotExist) {
-		if err := newOwner(d.Keystore, d.Passphrase); err != nil {
+		if _, err := NewKey(d.Keystore, d.Passphrase); err != nil {
 			return err
 		}
 	}
@@ -220,25 +220,26 @@ func (d *Deployment) save(dir string) error {
 	return durable.WriteFile(file(dir, "chain.json"), append(text, '\n'), 0o600)
 }
 
-// newOwner makes a key in the form that every wallet reads. The passphrase lies beside
+// NewKey makes a key in the form that every wallet reads. The passphrase lies beside
 // it: the form is for the tools, not for a secret that this directory does not have.
-func newOwner(keyFile, passphraseFile string) error {
+func NewKey(keyFile, passphraseFile string) (common.Address, error) {
 	key, err := crypto.GenerateKey()
 	if err != nil {
-		return err
+		return common.Address{}, err
 	}
+	at := crypto.PubkeyToAddress(key.PublicKey)
 	var secret [32]byte
 	_, _ = rand.Read(secret[:])
 	passphrase := hex.EncodeToString(secret[:])
-	text, err := keystore.EncryptKey(&keystore.Key{Id: uuid.New(), Address: crypto.PubkeyToAddress(key.PublicKey), PrivateKey: key},
+	text, err := keystore.EncryptKey(&keystore.Key{Id: uuid.New(), Address: at, PrivateKey: key},
 		passphrase, keystore.LightScryptN, keystore.LightScryptP)
 	if err != nil {
-		return err
+		return at, err
 	}
 	if err := durable.WriteFile(passphraseFile, []byte(passphrase+"\n"), 0o600); err != nil {
-		return err
+		return at, err
 	}
-	return durable.WriteFile(keyFile, text, 0o600)
+	return at, durable.WriteFile(keyFile, text, 0o600)
 }
 
 func (d *Deployment) key() (*ecdsa.PrivateKey, error) {
