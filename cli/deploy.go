@@ -34,6 +34,7 @@ type deployCmd struct {
 	Name       string        `short:"n" help:"Name of the app; by default the directory of the compose file." placeholder:"NAME"`
 	Disk       int           `help:"Data disk in GiB." default:"10"`
 	Timeout    time.Duration `help:"How long to wait for the app." default:"5m"`
+	Frozen     bool          `help:"Freeze the app: it can never run another manifest, only be revoked."`
 	DryRun     bool          `help:"Show what would be measured and stop."`
 	KeepFailed bool          `help:"Keep a VM whose boot failed, to look at."`
 }
@@ -93,12 +94,28 @@ func (c *deployCmd) Run(a *app) error {
 		a.printf("%s\n", p.text)
 		return a.result(out)
 	}
+	if c.Frozen && p.governed == nil {
+		return usage("--frozen is of an app whose keys come from the stack's KMSs")
+	}
+	if p.governed != nil && a.stack.GovernedByChain() && c.AppID == "" {
+		// Its contract's address is its id, which its keys and variables hang on.
+		if err := p.createOnChain(a, c.Frozen); err != nil {
+			return err
+		}
+		c.AppID = p.lock.AppID.String()
+		out.AppID = p.lock.AppID
+	}
 	sealed, err := p.seal(a)
 	if err != nil {
 		return err
 	}
 	if err := p.allow(a); err != nil {
 		return err
+	}
+	if c.Frozen {
+		if err := p.freeze(a); err != nil {
+			return err
+		}
 	}
 	if err := p.store(a); err != nil {
 		return err

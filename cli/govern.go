@@ -24,7 +24,14 @@ type appCmd struct {
 	Ls     appLsCmd     `cmd:"" help:"List the apps that the stack's policy allows, with their manifests."`
 	Allow  appAllowCmd  `cmd:"" help:"Allow a manifest of an app."`
 	Revoke appRevokeCmd `cmd:"" help:"Revoke an app, or one of its manifests: the next boot gets no keys, and running instances lose their lease."`
-	Freeze appFreezeCmd `cmd:"" help:"Let an app change no more: later policies may revoke it, and nothing else."`
+	Freeze appFreezeCmd `cmd:"" help:"Let an app change no more: it may be revoked, and nothing else."`
+
+	Create   appCreateCmd   `cmd:"" help:"Deploy an app's contract on the chain and register it: its address is the app id."`
+	Add      appAddCmd      `cmd:"" help:"Allow a manifest or a machine in an app's contract."`
+	Transfer appTransferCmd `cmd:"" help:"Offer an app's contract to a new owner."`
+	Accept   appAcceptCmd   `cmd:"" help:"Accept an app's contract that was offered."`
+	Status   appStatusCmd   `cmd:"" help:"Show what an app's contract allows."`
+	History  appHistoryCmd  `cmd:"" help:"Show who changed an app's contract, when, and what."`
 }
 
 // governedApp finds an app of the policy by the name of a VM, the name in the policy,
@@ -82,6 +89,7 @@ func (*appLsCmd) Run(a *app) error {
 }
 
 type appAllowCmd struct {
+	signFlags
 	App  string `arg:"" help:"App id, 40 hexadecimal digits, or the name of one that the policy has."`
 	Hash string `name:"compose-hash" required:"" help:"SHA-256 of the manifest." placeholder:"HEX"`
 	Name string `help:"Name of an app that is new to the policy." placeholder:"NAME"`
@@ -91,6 +99,9 @@ func (c *appAllowCmd) Run(a *app) error {
 	hash, err := dstack.ParseComposeHash(c.Hash)
 	if err != nil {
 		return usage("--compose-hash: %v", err)
+	}
+	if c.governedByChain(a) {
+		return c.allowOnChain(a, c.App, hash)
 	}
 	entry := policy.App{Name: c.Name, ComposeHashes: []policy.Compose{{Hash: hash}}, AnyName: true}
 	if x, err := governedApp(a, c.App); err == nil {
@@ -111,12 +122,23 @@ func (c *appAllowCmd) govern(a *app, entry policy.App) error {
 }
 
 type appRevokeCmd struct {
+	signFlags
 	App    string `arg:"" help:"Name or app id."`
 	Hash   string `name:"compose-hash" help:"Revoke this manifest only." placeholder:"HEX"`
-	Reason string `required:"" help:"Why, for those who are refused."`
+	Device string `help:"Revoke this machine only, of a contract." placeholder:"HEX"`
+	Reason string `help:"Why, for those who are refused; a policy must have it."`
 }
 
 func (c *appRevokeCmd) Run(a *app) error {
+	if c.governedByChain(a) {
+		return c.onChain(a)
+	}
+	if c.Reason == "" {
+		return usage("--reason says why, for those who are refused")
+	}
+	if c.Device != "" {
+		return usage("--device is of a contract: a policy has machines for all apps")
+	}
 	x, err := governedApp(a, c.App)
 	if err != nil {
 		return err
@@ -140,11 +162,15 @@ func (c *appRevokeCmd) Run(a *app) error {
 }
 
 type appFreezeCmd struct {
+	signFlags
 	App string `arg:"" help:"Name or app id."`
 	Yes bool   `help:"Do it: it cannot be undone."`
 }
 
 func (c *appFreezeCmd) Run(a *app) error {
+	if c.governedByChain(a) {
+		return c.onChain(a)
+	}
 	x, err := governedApp(a, c.App)
 	if err != nil {
 		return err
@@ -160,13 +186,25 @@ func (c *appFreezeCmd) Run(a *app) error {
 }
 
 type kmsCmd struct {
-	Status kmsStatusCmd `cmd:"" help:"Show the stack's KMSs, whether they answer, and by what policy they decide."`
-	Log    kmsLogCmd    `cmd:"" help:"Show a KMS's release log, and check that it is whole and continues what was seen before."`
-	Policy kmsPolicyCmd `cmd:"" help:"Print the signed policy, or give it to the KMSs again."`
+	Status       kmsStatusCmd       `cmd:"" help:"Show the stack's KMSs, whether they answer, and by what policy they decide."`
+	Log          kmsLogCmd          `cmd:"" help:"Show a KMS's release log, and check that it is whole and continues what was seen before."`
+	Policy       kmsPolicyCmd       `cmd:"" help:"Print the signed policy, or give it to the KMSs again."`
+	Register     kmsRegisterCmd     `cmd:"" help:"Register an app's contract with the chain's registry."`
+	AddImage     kmsAddImageCmd     `cmd:"" help:"Allow an OS image in the chain's registry."`
+	AddDevice    kmsAddDeviceCmd    `cmd:"" help:"Let a machine be the KMS."`
+	AddMR        kmsAddMRCmd        `cmd:"" name:"add-mr" help:"Let what has an aggregated measurement be the KMS."`
+	RemoveImage  kmsRemoveImageCmd  `cmd:"" help:"Revoke an OS image."`
+	RemoveDevice kmsRemoveDeviceCmd `cmd:"" help:"Revoke a machine of the KMS."`
+	RemoveMR     kmsRemoveMRCmd     `cmd:"" name:"remove-mr" help:"Revoke a measurement of the KMS."`
+	Notice       kmsNoticeCmd       `cmd:"" help:"Set how long the registry announces what it allows; less takes the notice that it ends."`
+	Transfer     kmsTransferCmd     `cmd:"" help:"Offer the registry to a new owner."`
+	Accept       kmsAcceptCmd       `cmd:"" help:"Accept the registry that was offered."`
+	History      kmsHistoryCmd      `cmd:"" help:"Show who changed the registry, when, and what."`
+
 	Rotate kmsRotateCmd `cmd:"" help:"Begin the next key epoch of native keys; the one before is given beside it, and the KMSs erase older ones for good."`
 }
 
-type kmsStatusCmd struct{}
+type kmsStatusCmd struct{ chainFlags }
 
 // kmsStatus is what is known of one KMS.
 type kmsStatus struct {
@@ -178,7 +216,10 @@ type kmsStatus struct {
 	Entries uint64 `json:"log_entries,omitempty"`
 }
 
-func (*kmsStatusCmd) Run(a *app) error {
+func (c *kmsStatusCmd) Run(a *app) error {
+	if c.governedByChain(a) {
+		return c.onChain(a)
+	}
 	k, err := a.stack.Keys()
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ type upCmd struct {
 	Replicas     int    `name:"kms-replicas" help:"With --confidential-services: how many KMSs." default:"2"`
 	NoKMS        bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
 	NoGateway    bool   `name:"no-gateway" help:"Start no gateway: apps then have ports of this machine only."`
+	Governance   string `help:"What the stack's KMSs decide by: ${enum}. chain is a development chain with the governance contracts." enum:"policy,chain" default:"policy"`
 	Tee          string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
 }
 
@@ -42,7 +43,10 @@ func (c *upCmd) Run(a *app) error {
 	if c.Confidential && c.NoKMS {
 		return usage("--confidential-services and --no-kms exclude each other")
 	}
-	opt := stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Step: a.step}
+	opt := stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Chain: c.Governance == "chain", Step: a.step}
+	if opt.Chain && c.Confidential {
+		return usage("--governance chain and --confidential-services exclude each other: a CVM does not reach a chain of this machine")
+	}
 	if c.Confidential {
 		if k, err := a.stack.Keys(); err == nil && slices.ContainsFunc(k.Nodes, func(n stack.KMSNode) bool { return n.VM == "" }) {
 			return fault.New("kms_local", "this stack has a KMS that is a process of this machine, whose root keys no CVM may take").
@@ -89,6 +93,9 @@ func (c *upCmd) Run(a *app) error {
 	if g, err := a.stack.Gateway(); err == nil {
 		a.printf("Gateway     https://<app>.%s:%d (%s)\n", g.Domain, g.Port, a.paint(amber, "a process of this machine: development trust"))
 		a.printf("Its CA      %s\n", g.CA)
+	}
+	if d, err := a.stack.Chain(); err == nil && a.stack.GovernedByChain() {
+		a.printf("Chain       %s, id %d (%s)\nRegistry    %s\n", d.RPC, d.ChainID, a.paint(amber, "development"), d.Registry.Hex())
 	}
 	a.printf("Next        dstack deploy -c docker-compose.yaml\n")
 	return a.result(map[string]any{"state": a.stack.Dir, "tee": c.Tee, "dev_roots": a.stack.DevRoots(), "socket": a.stack.Socket()})
@@ -139,6 +146,9 @@ func (c *downCmd) Run(a *app) error {
 	}
 	a.step("stop the KMS")
 	if err := a.stack.StopKMS(20 * time.Second); err != nil {
+		return err
+	}
+	if err := a.stack.StopChain(20 * time.Second); err != nil {
 		return err
 	}
 	a.step("stop the VMM")

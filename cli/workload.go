@@ -320,6 +320,9 @@ func (p *plan) allow(a *app) error {
 	if p.governed == nil {
 		return nil
 	}
+	if a.stack.GovernedByChain() {
+		return p.allowOnChain(a)
+	}
 	a.step("allow the app in the stack's policy")
 	undelivered, err := a.stack.AllowApp(a.ctx, policy.App{
 		AppID: p.lock.AppID, Name: p.lock.Name, ComposeHashes: []policy.Compose{{Hash: p.lock.ComposeHash}}, AnyName: true,

@@ -22,6 +22,7 @@ import (
 	gatewayapi "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/process"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 )
@@ -129,8 +130,8 @@ func (s *Stack) StartGateway(ctx context.Context, step func(string, ...any)) (*G
 	if err != nil {
 		return nil, err
 	}
-	if err := s.gatewayIdentity(ctx, g, socket, id.exited); err != nil {
-		return nil, fault.Wrap(err, "gateway_start", "the gateway's simulated TEE does not answer:\n%s", tail(s.GatewayLogFile(), id.logStart)).WithFix("see %s", s.GatewayLogFile())
+	if err := s.gatewayIdentity(ctx, g, socket, id.Exited); err != nil {
+		return nil, fault.Wrap(err, "gateway_start", "the gateway's simulated TEE does not answer:\n%s", id.Tail()).WithFix("see %s", s.GatewayLogFile())
 	}
 	text := fmt.Sprintf(`# Written by dstack up. This gateway is a process of this machine: development trust.
 address = "127.0.0.1"
@@ -167,9 +168,9 @@ kms_root = %q
 	if err != nil {
 		return nil, err
 	}
-	err = await(ctx, 30*time.Second, p.exited, func() error { return g.serving(ctx) })
+	err = await(ctx, 30*time.Second, p.Exited, func() error { return g.serving(ctx) })
 	if err != nil {
-		return nil, fault.Wrap(err, "gateway_start", "the gateway does not serve:\n%s", tail(s.GatewayLogFile(), p.logStart)).WithFix("see %s", s.GatewayLogFile())
+		return nil, fault.Wrap(err, "gateway_start", "the gateway does not serve:\n%s", p.Tail()).WithFix("see %s", s.GatewayLogFile())
 	}
 	known, err := json.MarshalIndent(g, "", "  ")
 	if err != nil {
@@ -277,5 +278,5 @@ func await(ctx context.Context, patience time.Duration, ended <-chan error, ask 
 
 // StopGateway stops the gateway and its simulated TEE.
 func (s *Stack) StopGateway(grace time.Duration) error {
-	return errors.Join(stopRecorded(s.gatewayPIDFile(), grace), stopRecorded(s.gatewayIDPIDFile(), grace))
+	return errors.Join(process.StopRecorded(s.gatewayPIDFile(), grace), process.StopRecorded(s.gatewayIDPIDFile(), grace))
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/process"
 	"github.com/dstack-go/dstack/keys/certificate"
 	"github.com/dstack-go/dstack/keys/signer"
 	"github.com/dstack-go/dstack/manifest"
@@ -340,7 +341,7 @@ const localNode = "local"
 
 // startKMS starts a KMS as a process of this machine, with its policy, and waits for it.
 func (s *Stack) startKMS(ctx context.Context, tee string, step func(string, ...any)) (*Keys, error) {
-	key, err := s.GovernanceKey()
+	authority, err := s.authority()
 	if err != nil {
 		return nil, err
 	}
@@ -394,17 +395,10 @@ socket = ""
 [core.attestation]
 dev_roots = %q
 
-[core.auth_api]
-type = "policy"
-
-[core.auth_api.policy]
-keys = %q
-threshold = 1
-file = %q
-
+%s
 [core.onboard]
 auto_bootstrap_domain = "kms.dstack.localhost"
-`, u.Port(), s.kmsDir(), GuestHost, roots, hex.EncodeToString(key.Public().(ed25519.PublicKey)), s.PolicyFile())
+`, u.Port(), s.kmsDir(), GuestHost, roots, authority)
 	if err := durable.WriteFile(s.kmsConfigFile(), []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -413,11 +407,30 @@ auto_bootstrap_domain = "kms.dstack.localhost"
 	if err != nil {
 		return nil, err
 	}
-	k, err := s.addNode(ctx, node, 60*time.Second, p.exited)
+	k, err := s.addNode(ctx, node, 60*time.Second, p.Exited)
 	if err != nil {
-		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", tail(s.KMSLogFile(), p.logStart)).WithFix("see %s", s.KMSLogFile())
+		return nil, fault.Wrap(err, "kms_start", "the KMS does not serve:\n%s", p.Tail()).WithFix("see %s", s.KMSLogFile())
 	}
 	return k, nil
+}
+
+// authority is a KMS's configuration for what the stack is governed by.
+func (s *Stack) authority() (string, error) {
+	if s.GovernedByChain() {
+		return s.chainAuthority()
+	}
+	key, err := s.GovernanceKey()
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf(`[core.auth_api]
+type = "policy"
+
+[core.auth_api.policy]
+keys = %q
+threshold = 1
+file = %q
+`, hex.EncodeToString(key.Public().(ed25519.PublicKey)), s.PolicyFile()), nil
 }
 
 // foundPolicy makes the first policy of a stack.
@@ -472,4 +485,6 @@ type partial struct {
 func (p *partial) Unwrap() error { return p.error }
 
 // StopKMS stops the KMS that is a process of this machine.
-func (s *Stack) StopKMS(grace time.Duration) error { return stopRecorded(s.kmsPIDFile(), grace) }
+func (s *Stack) StopKMS(grace time.Duration) error {
+	return process.StopRecorded(s.kmsPIDFile(), grace)
+}

@@ -21,16 +21,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -151,6 +147,9 @@ type UpOptions struct {
 	// ConfidentialKMS names the KMSs that will run in CVMs, in place of one that is a
 	// process of this machine; guests are told where they will be.
 	ConfidentialKMS []string
+	// Chain has the KMS decide by a development chain, in place of a signed policy. A
+	// stack that began with one keeps it.
+	Chain bool
 	// Step is told what Up does, one line each; may be nil.
 	Step func(format string, args ...any)
 }
@@ -185,7 +184,11 @@ func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
 		}
 	}
 	var guestKMS []string
-	if !opt.NoKMS {
+	if opt.Chain || s.GovernedByChain() {
+		if err := s.governByChain(ctx, step); err != nil {
+			return err
+		}
+	} else if !opt.NoKMS {
 		if err := s.foundPolicy(opt.TEE); err != nil {
 			return err
 		}
@@ -337,48 +340,13 @@ kms_urls = %s
 	return durable.WriteFile(s.ConfigFile(), []byte(text), 0o600)
 }
 
-// spawned is a process that outlives this command.
-type spawned struct {
-	exited   chan error
-	logStart int64 // where its part of the log begins
-}
-
-// spawn starts a program of the stack and records its process id.
-func (s *Stack) spawn(program, logFile, pidFile string, args ...string) (*spawned, error) {
-	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
-	start, err := log.Seek(0, io.SeekEnd)
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(filepath.Join(s.Bin, program), args...)
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// It outlives this command. What this one inherited from its caller, such as a
-	// lock, must not live on in it.
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("close what was inherited: %w", err)
-	}
-	if err := cmd.Start(); err != nil {
+// spawn starts a program of the stack, which outlives this command.
+func (s *Stack) spawn(program, logFile, pidFile string, args ...string) (*process.Spawned, error) {
+	p, err := process.Spawn(exec.Command(filepath.Join(s.Bin, program), args...), logFile, pidFile)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.Wrap(err, "binary_missing", "start %s", program).WithFix("run `make build` and use bin/dstack")
 	}
-	id, err := process.Identify(cmd.Process.Pid)
-	if err != nil {
-		return nil, err
-	}
-	data, err := json.Marshal(id)
-	if err != nil {
-		return nil, err
-	}
-	if err := durable.WriteFile(pidFile, data, 0o600); err != nil {
-		return nil, err
-	}
-	p := &spawned{make(chan error, 1), start}
-	go func() { p.exited <- cmd.Wait() }()
-	return p, nil
+	return p, err
 }
 
 func (s *Stack) startVMM(ctx context.Context) error {
@@ -386,17 +354,16 @@ func (s *Stack) startVMM(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	start, exited := p.logStart, p.exited
 	deadline := time.After(60 * time.Second)
 	for {
 		if s.Responding(ctx) {
 			return nil
 		}
 		select {
-		case <-exited:
-			return fault.New("vmm_start", "the VMM stopped while starting:\n%s", tail(s.LogFile(), start)).WithFix("run `dstack doctor`; the whole log is %s", s.LogFile())
+		case <-p.Exited:
+			return fault.New("vmm_start", "the VMM stopped while starting:\n%s", p.Tail()).WithFix("run `dstack doctor`; the whole log is %s", s.LogFile())
 		case <-deadline:
-			return fault.New("vmm_start", "the VMM did not answer within 60 s:\n%s", tail(s.LogFile(), start)).WithFix("see %s", s.LogFile())
+			return fault.New("vmm_start", "the VMM did not answer within 60 s:\n%s", p.Tail()).WithFix("see %s", s.LogFile())
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(100 * time.Millisecond):
@@ -404,40 +371,9 @@ func (s *Stack) startVMM(ctx context.Context) error {
 	}
 }
 
-func tail(file string, from int64) string {
-	f, err := os.Open(file)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	if _, err := f.Seek(from, io.SeekStart); err != nil {
-		return ""
-	}
-	data, _ := io.ReadAll(io.LimitReader(f, 4096))
-	return string(data)
-}
-
 // StopVMM asks the VMM to stop and waits for it; VMs go on running. A VMM that
 // does not stop within the grace time is killed.
-func (s *Stack) StopVMM(grace time.Duration) error { return stopRecorded(s.PIDFile(), grace) }
-
-func stopRecorded(pidFile string, grace time.Duration) error {
-	data, err := os.ReadFile(pidFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var id process.ID
-	if err := json.Unmarshal(data, &id); err != nil {
-		return fmt.Errorf("read %s: %w", pidFile, err)
-	}
-	if err := id.Stop(grace); err != nil {
-		return err
-	}
-	return os.Remove(pidFile)
-}
+func (s *Stack) StopVMM(grace time.Duration) error { return process.StopRecorded(s.PIDFile(), grace) }
 
 // RemoveState deletes the state directory.
 func (s *Stack) RemoveState() error {
