@@ -125,7 +125,9 @@ func (s *Service) reconcile() error {
 			at = s.endpoints[rec.Key]
 			p := wgconfig.Peer{Key: rec.Key, Address: rec.Address}
 			if at.IsValid() {
-				p.Endpoint = wgconfig.EndpointOf(at)
+				// With a keepalive the handshake is made now, by which the instance is known
+				// to be reachable: nobody would ask for it otherwise.
+				p.Endpoint, p.Keepalive = wgconfig.EndpointOf(at), wgconfig.Keepalive
 			}
 			errs = append(errs, s.cfg.Tunnel.Set(p))
 		}

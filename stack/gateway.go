@@ -117,6 +117,10 @@ func (s *Stack) StartGateway(ctx context.Context, step func(string, ...any)) (*G
 	if err != nil {
 		return nil, err
 	}
+	// One half may be left of a gateway that ended.
+	if err := s.StopGateway(5 * time.Second); err != nil {
+		return nil, err
+	}
 	if err := durable.MkdirAll(s.gatewayDir(), 0o700); err != nil {
 		return nil, err
 	}
