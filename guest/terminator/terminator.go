@@ -46,7 +46,9 @@ type Terminator struct {
 	PROXY map[uint16]bool
 	// Evidence answers the evidence path.
 	Evidence http.Handler
-	Log      *slog.Logger
+	// Dial reaches the app; nil uses the guest's network.
+	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	Log  *slog.Logger
 }
 
 // Serve takes connections from l until ctx ends.
@@ -121,7 +123,13 @@ func (t *Terminator) handle(ctx context.Context, c net.Conn) error {
 	if err != nil {
 		return err
 	}
-	app, err := (&net.Dialer{Timeout: connect}).DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(port))))
+	dial := t.Dial
+	if dial == nil {
+		dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			return (&net.Dialer{Timeout: connect}).DialContext(ctx, "tcp", addr)
+		}
+	}
+	app, err := dial(ctx, net.JoinHostPort(host, strconv.Itoa(int(port))))
 	if err != nil {
 		return fault.Wrap(err, "terminator_dial", "reach port %d of the app", port)
 	}
@@ -134,7 +142,7 @@ func (t *Terminator) handle(ctx context.Context, c net.Conn) error {
 	if _, err := app.Write(text); err != nil {
 		return nil
 	}
-	relay(session, app.(*net.TCPConn))
+	relay(session, app)
 	return nil
 }
 
@@ -152,7 +160,7 @@ func begins(r io.Reader, want string) ([]byte, error) {
 }
 
 // relay copies both ways, until both sides have ended theirs or nothing came for long.
-func relay(client *tls.Conn, app *net.TCPConn) {
+func relay(client *tls.Conn, app net.Conn) {
 	touch := func() {
 		at := time.Now().Add(idle)
 		client.SetDeadline(at)
@@ -166,7 +174,9 @@ func relay(client *tls.Conn, app *net.TCPConn) {
 			app.Close()
 			return
 		}
-		app.CloseWrite()
+		if half, ok := app.(interface{ CloseWrite() error }); ok {
+			half.CloseWrite()
+		}
 	}()
 	if pump(client, app, touch) != nil {
 		client.Close()
