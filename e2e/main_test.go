@@ -59,13 +59,15 @@ func run(m *testing.M) int {
 		fmt.Printf("build: %v\n%s", err, out)
 		return 1
 	}
-	// The stack's KMS is one for development: its TEE is simulated.
-	build = exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-tags", "dstack_sim", "-o", filepath.Join(shared.bin, "dstack-kms-dev"), "./cmd/dstack-kms")
-	build.Dir = testkit.Root()
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Printf("build: %v\n%s", err, out)
-		return 1
+	// The stack's KMS and gateway are ones for development: their TEE is simulated.
+	for _, name := range []string{"dstack-kms", "dstack-gateway"} {
+		build = exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-tags", "dstack_sim", "-o", filepath.Join(shared.bin, name+"-dev"), "./cmd/"+name)
+		build.Dir = testkit.Root()
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Printf("build: %v\n%s", err, out)
+			return 1
+		}
 	}
 	defer func() {
 		down := exec.Command(filepath.Join(shared.bin, "dstack"), "--state", shared.state, "down")
@@ -189,11 +191,12 @@ func wantRefused(t testing.TB, v verdict, exit int, code string) {
 
 // deployed is the app that tests share.
 type deployed struct {
-	ID          string `json:"id"`
-	AppID       string `json:"app_id"`
-	ComposeHash string `json:"compose_hash"`
-	Lock        string `json:"lock"`
-	AttestURL   string `json:"attest_url"`
+	ID          string   `json:"id"`
+	AppID       string   `json:"app_id"`
+	ComposeHash string   `json:"compose_hash"`
+	Lock        string   `json:"lock"`
+	AttestURL   string   `json:"attest_url"`
+	URLs        []string `json:"urls"`
 	httpURL     string
 }
 

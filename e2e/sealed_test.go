@@ -298,6 +298,7 @@ func TestSealedApp(t *testing.T) {
 	// The lock of the first deployment is for another manifest of the same app.
 	v, exit = verify(t, s.AttestURL, "--lock", oldFile, "--dev-roots", shared.devRoots(), "--policy", accept)
 	wantRefused(t, v, exit, "compose_hash_mismatch")
+	t.Run("ThePublicName", s.public)
 	t.Run("TestThreat_G05_RevokedAppLosesLeaseAndKeys", func(t *testing.T) { s.revoked(2 * leaseSeconds * time.Second) })
 }
 
@@ -331,6 +332,15 @@ func (s *sealedApp) revoked(patience time.Duration) {
 	}
 	if got := s.get("get", "name", "note"); got != "kept" {
 		t.Errorf("the container that goes on has %q", got)
+	}
+	// The route was until the lease's end, and nobody renews it.
+	for client, deadline := gatewayClient(t), time.Now().Add(patience); ; time.Sleep(time.Second) {
+		if _, err := client.Get(s.URLs[0]); err != nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("a revoked app is reached by its public name still")
+		}
 	}
 	dstack(t, "stop", "sealed").must(t)
 	r := dstack(t, "start", "sealed")
