@@ -2,7 +2,7 @@
 GO ?= go
 export CGO_ENABLED ?= 0
 
-.PHONY: all build setup demo test lint soak bench bench-verify web clean
+.PHONY: all build setup demo test lint soak bench bench-gateway bench-verify web clean
 
 all: build
 
@@ -28,6 +28,9 @@ soak: setup build
 
 bench: setup build
 	scripts/bench.sh
+
+bench-gateway: setup
+	scripts/bench-gateway.sh
 
 bench-verify: setup
 	scripts/bench-verify.sh

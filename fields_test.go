@@ -63,8 +63,8 @@ var manifestFields = []field{
 	{name: "public_sysinfo", support: supported, sample: `true`},
 	{name: "public_tcbinfo", support: supported, sample: `false`},
 	{name: "kms_enabled", support: supported, sample: `true`},
-	{name: "gateway_enabled", support: ignored, note: "the gateway is not in this version; the console says so", sample: `true`},
-	{name: "tproxy_enabled", support: ignored, note: "older name of gateway_enabled", sample: `true`},
+	{name: "gateway_enabled", support: supported, note: "with gateway_policy; without it no gateway can be known, and the console says so", sample: `true`},
+	{name: "tproxy_enabled", support: supported, note: "older name of gateway_enabled", sample: `true`},
 	{name: "local_key_provider_enabled", support: supported, sample: `true`},
 	{name: "key_provider", support: supported, note: "none, kms, local; tpm where a platform vouches for it, or in a development image", sample: `"kms"`},
 	{name: "key_provider_id", support: supported, note: "enforced in the handshake with the KMS", sample: `"30"`, with: `"key_provider":"kms"`},
@@ -74,7 +74,7 @@ var manifestFields = []field{
 	{name: "storage_fs", support: supported, note: "ext4, xfs (ours); zfs is taken as ext4, and the event storage-fs says what was used; xfs needs a key provider other than none", sample: `"xfs"`},
 	{name: "swap_size", support: supported, note: "under a key of this boot only; needs a key provider other than none (`swap_needs_keys`)", sample: `"1G"`},
 	{name: "event_log_version", support: supported, sample: `2`},
-	{name: "port_policy", support: supported, note: "held by the guest's firewall; pp is for the gateway", sample: `{"ports":[{"port":80}],"restrict_mode":true}`},
+	{name: "port_policy", support: supported, note: "held by the guest's firewall and the gateway; with tls app (ours) the guest's agent ends TLS, with pp the app gets a PROXY header", sample: `{"ports":[{"port":80}],"restrict_mode":true}`},
 	{name: "requirements", support: supported, sample: `{"os_version":">=0.5"}`},
 	{name: "requirements.os_version", support: supported, sample: `">=0.5"`},
 	{name: "requirements.os_version", support: refused, note: "that this image does not meet", sample: `">=99.0"`, code: "requirement_os_version"},
@@ -91,6 +91,8 @@ var manifestFields = []field{
 	{name: "key_scopes", support: supported, note: "ours: service to key paths", sample: `{"web":["web/"]}`},
 	{name: "time_servers", support: supported, note: "ours: three or more NTS servers instead of the image's", sample: `[{"host":"a:1"},{"host":"b:1"},{"host":"c:1"}]`},
 	{name: "env_signers", support: supported, note: "ours: Ed25519 keys that may sign the environment", sample: `["` + strings.Repeat("5a", 32) + `"]`},
+	{name: "gateway_policy", support: supported, note: "ours: which gateway gets the app's traffic, by its evidence; without it the app has no route", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, with: `"gateway_enabled":true`},
+	{name: "gateway_policy", support: refused, note: "without gateway_enabled", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, code: "manifest_field"},
 	{name: "kms_policy", support: supported, note: "ours: which KMS may give the keys, by its evidence; development roots only in a development image", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, with: `"key_provider":"kms"`},
 	{name: "kms_policy", support: refused, note: "for another key provider than kms", sample: `{"app_id":"` + strings.Repeat("5a", 20) + `","compose_hashes":["` + strings.Repeat("5a", 32) + `"],"os_image_hashes":["` + strings.Repeat("5a", 32) + `"]}`, code: "manifest_field"},
 	{name: "on_lease_loss", support: supported, note: "ours: continue (the default) or stop, once the KMS no longer authorises the instance", sample: `"stop"`},
@@ -99,7 +101,7 @@ var manifestFields = []field{
 // sysConfigFields are the fields of .sys-config.json (spec/guest-os.md §3.1).
 var sysConfigFields = []field{
 	{name: "kms_urls", support: supported, note: "tried in order"},
-	{name: "gateway_urls", support: ignored, note: "the gateway is not in this version"},
+	{name: "gateway_urls", support: supported},
 	{name: "pccs_url", support: supported, note: "older name of collateral_urls.pccs"},
 	{name: "collateral_urls", support: supported},
 	{name: "collateral_urls.pccs", support: supported, note: "for the evidence of a local key provider"},
@@ -186,9 +188,6 @@ func TestManifestFields(t *testing.T) {
 			}
 			m.Raw, b.Raw = nil, nil
 			same := cmp.Equal(m, b, cmp.AllowUnexported(manifest.Requirements{}), cmp.Exporter(func(reflect.Type) bool { return true }))
-			if f.name == "gateway_enabled" || f.name == "tproxy_enabled" {
-				same = !same // parsed, and nobody asks
-			}
 			if same != (f.support == ignored) {
 				t.Errorf("%s: it changes what the guest reads: %v; the page says %s", text, !same, f.support)
 			}

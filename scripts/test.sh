@@ -10,7 +10,7 @@ scripts/lint.sh
 step "unit tests"
 go test -count=1 $(go list ./... | grep -v '/e2e$')
 step "race tests of what shares memory"
-CGO_ENABLED=1 go test -count=1 -race ./hostlink/... ./channel/... ./guest/agent/... ./guest/clock ./guest/health ./guest/keyprovider/... ./guest/kmsclient ./kms/... ./releaselog ./governance/... ./vmm/... ./internal/fsm/... ./internal/flight ./attest ./collateral/... ./verifyd/...
+CGO_ENABLED=1 go test -count=1 -race ./hostlink/... ./channel/... ./guest/agent/... ./guest/clock ./guest/health ./guest/keyprovider/... ./guest/kmsclient ./guest/gwclient ./guest/terminator ./gateway/... ./kms/... ./releaselog ./governance/... ./vmm/... ./internal/fsm/... ./internal/flight ./attest ./collateral/... ./verifyd/...
 step "contracts"
 scripts/contracts.sh --check
 step "OS image"
