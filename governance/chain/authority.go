@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package chain
+
+import (
+	"context"
+	"fmt"
+	"math/big"
+
+	"github.com/ethereum/go-ethereum/common"
+	"github.com/ethereum/go-ethereum/core/types"
+	"github.com/ethereum/go-ethereum/crypto"
+
+	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/governance"
+	"github.com/dstack-go/dstack/governance/contracts"
+	"github.com/dstack-go/dstack/governance/registry"
+)
+
+// Authority decides by the contracts. It implements governance.Authority.
+type Authority struct{ r *Reader }
+
+// NewAuthority returns the authority of what a reader reads.
+func NewAuthority(r *Reader) *Authority { return &Authority{r} }
+
+// refusal is a contract's reason, under a code of ours.
+type refusal struct{ code, reason string }
+
+var upToDate = "UpToDate"
+
+// Decide answers by the finalised block and the head, and denies if either does. Errors
+// are those of the reader: then there is no answer. Codes of denials: image_unbound,
+// app_not_registered, os_image_not_allowed, os_image_epoch, app_not_deployed,
+// advisory_blocked, tee_not_allowed, tcb_not_allowed, compose_hash_not_allowed,
+// device_not_allowed, mr_not_allowed.
+func (a *Authority) Decide(ctx context.Context, q governance.Request) (governance.Decision, error) {
+	final, head, err := a.r.view(ctx)
+	if err != nil {
+		return governance.Decision{}, err
+	}
+	by := a.by(final)
+	if q.Role == governance.App && !q.ImageBound {
+		return governance.Deny(by, "image_unbound", "the OS image is the guest's own word: its launch registers were not derived from it"), nil
+	}
+	var out governance.Decision
+	// The head first: a revocation need not be final to count.
+	for _, block := range []*types.Header{head, final} {
+		d, no, err := a.ask(ctx, block, q)
+		if err != nil {
+			return governance.Decision{}, err
+		}
+		if no != nil {
+			return governance.Deny(a.by(block), no.code, no.reason), nil
+		}
+		out = *d
+	}
+	out.Allowed, out.By = true, by
+	return out, nil
+}
+
+// by names what decided: the anchor of a verdict, and what the release log says.
+func (a *Authority) by(b *types.Header) string {
+	return fmt.Sprintf("chain %d contract %s block %s %s", a.r.cfg.ChainID, a.r.cfg.Registry.Hex(), b.Number, b.Hash().Hex())
+}
+
+// ask is what the contracts answer at a block.
+func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.Request) (*governance.Decision, *refusal, error) {
+	b, kms := q.Boot, registry.KMSAt(a.r.cfg.Registry)
+	var image dstack.ImageHash
+	copy(image[:], b.OSImageHash)
+	appAt := common.Address(b.AppID)
+	registered, allowed, epoch, least := kms.RegisteredAppSlot(appAt), kms.OSImageSlot(image), kms.OSImageEpochSlot(image), kms.MinOSEpochSlot()
+	mr, device := kms.MRSlot(b.MRAggregated), kms.DeviceSlot(b.DeviceID)
+	fields := append([]registry.Field{registered, allowed, epoch, least, mr, device}, platformFields(kms, b)...)
+	reg, err := a.load(ctx, block, contracts.KMS, a.r.cfg.Registry, fields, kms.GatewaySlot())
+	if err != nil {
+		return nil, nil, err
+	}
+	image_ := func() *refusal {
+		switch {
+		case len(b.OSImageHash) != dstack.ImageHashSize || !reg.true(allowed):
+			return &refusal{"os_image_not_allowed", "OS image is not allowed"}
+		case reg.number(epoch) < reg.number(least):
+			return &refusal{"os_image_epoch", "OS image is older than the security epoch"}
+		}
+		return nil
+	}
+	if q.Role == governance.KMS {
+		switch no := image_(); {
+		case b.TCBStatus != upToDate:
+			return nil, &refusal{"tcb_not_allowed", "TCB status is not up to date"}, nil
+		case no != nil:
+			return nil, no, nil
+		case !reg.true(mr):
+			return nil, &refusal{"mr_not_allowed", "Aggregated MR not allowed"}, nil
+		case !reg.true(device):
+			return nil, &refusal{"device_not_allowed", "KMS is not allowed to boot on this device"}, nil
+		}
+		return new(governance.Decision), reg.platform(kms, b), nil
+	}
+	if !reg.true(registered) {
+		return nil, &refusal{"app_not_registered", "App not registered"}, nil
+	}
+	if no := image_(); no != nil {
+		return nil, no, nil
+	}
+	app := registry.AppAt(appAt)
+	tcb, compose, any, on := app.RequireTCBSlot(), app.ComposeHashSlot(b.ComposeHash), app.AllowAnyDeviceSlot(), app.DeviceSlot(b.DeviceID)
+	now, oldest := app.KeyEpochSlot(), app.OldestKeyEpochSlot()
+	own, err := a.load(ctx, block, contracts.App, appAt, append([]registry.Field{tcb, compose, any, on, now, oldest}, platformFields(app, b)...))
+	if err != nil {
+		return nil, nil, err
+	}
+	if own == nil {
+		return nil, &refusal{"app_not_deployed", "App not deployed or invalid address"}, nil
+	}
+	if no := reg.platform(kms, b); no != nil {
+		return nil, no, nil
+	}
+	switch {
+	case own.true(tcb) && b.TCBStatus != upToDate:
+		return nil, &refusal{"tcb_not_allowed", "TCB status is not up to date"}, nil
+	case !own.true(compose):
+		return nil, &refusal{"compose_hash_not_allowed", "Compose hash not allowed"}, nil
+	case !own.true(any) && !own.true(on):
+		return nil, &refusal{"device_not_allowed", "Device not allowed"}, nil
+	}
+	if no := own.platform(app, b); no != nil {
+		return nil, no, nil
+	}
+	gateway, err := a.gateway(ctx, block, reg)
+	return &governance.Decision{GatewayAppID: gateway, Epoch: own.number(now), OldestEpoch: own.number(oldest)}, nil, err
+}
+
+// state is proven storage.
+type state struct{ *account }
+
+func (s state) true(f registry.Field) bool { return f.True(s.words[f.Slot]) }
+
+func (s state) number(f registry.Field) uint64 {
+	return new(big.Int).SetBytes(f.Of(s.words[f.Slot]).Bytes()).Uint64()
+}
+
+// load proves a contract of ours and some of its fields; nil where there is no code. Codes
+// chain_proof, chain_foreign.
+func (a *Authority) load(ctx context.Context, block *types.Header, name string, at common.Address, fields []registry.Field, words ...common.Hash) (*state, error) {
+	slots := append([]common.Hash{registry.ImplementationSlot}, words...)
+	for _, f := range fields {
+		slots = append(slots, f.Slot)
+	}
+	acc, err := a.r.read(ctx, block, at, slots)
+	if err != nil {
+		return nil, err
+	}
+	if acc.codeHash == types.EmptyCodeHash && name == contracts.App {
+		return nil, nil
+	}
+	return &state{acc}, a.r.known(ctx, block, name, at, acc)
+}
+
+// governed is what both contracts have.
+type governed interface {
+	AdvisoryBlockedSlot(word string) registry.Field
+	PlatformRequiredSlot() registry.Field
+	TEEVariantSlot(word string) registry.Field
+	TCBStatusSlot(word string) registry.Field
+}
+
+func platformFields(g governed, b governance.BootInfo) []registry.Field {
+	out := []registry.Field{g.PlatformRequiredSlot(), g.TEEVariantSlot(b.TEEVariant), g.TCBStatusSlot(b.TCBStatus)}
+	for _, id := range b.AdvisoryIDs {
+		out = append(out, g.AdvisoryBlockedSlot(id))
+	}
+	return out
+}
+
+// platform is Governed._refusePlatform.
+func (s state) platform(g governed, b governance.BootInfo) *refusal {
+	for _, id := range b.AdvisoryIDs {
+		if s.true(g.AdvisoryBlockedSlot(id)) {
+			return &refusal{"advisory_blocked", "Advisory is not allowed"}
+		}
+	}
+	switch {
+	case !s.true(g.PlatformRequiredSlot()):
+		return nil
+	case b.TEEVariant == "":
+		return &refusal{"tee_not_allowed", "TEE variant is unknown"}
+	case !s.true(g.TEEVariantSlot(b.TEEVariant)):
+		return &refusal{"tee_not_allowed", "TEE variant is not allowed"}
+	case !s.true(g.TCBStatusSlot(b.TCBStatus)):
+		return &refusal{"tcb_not_allowed", "TCB status is not allowed"}
+	}
+	return nil
+}
+
+// gateway reads the registry's gatewayAppId, a Solidity string of at most 31 bytes in its
+// slot, or longer from keccak256(slot) on.
+func (a *Authority) gateway(ctx context.Context, block *types.Header, reg *state) (string, error) {
+	slot := registry.KMSAt(a.r.cfg.Registry).GatewaySlot()
+	word := reg.words[slot]
+	if word[31]&1 == 0 {
+		return string(word[:min(int(word[31]/2), 31)]), nil
+	}
+	size := new(big.Int).SetBytes(word[:])
+	size.Rsh(size, 1)
+	if !size.IsUint64() || size.Uint64() > 256 {
+		return "", nil // no list of app ids is so long
+	}
+	var slots []common.Hash
+	first := new(big.Int).SetBytes(crypto.Keccak256(slot[:]))
+	for i := uint64(0); i*32 < size.Uint64(); i++ {
+		slots = append(slots, common.BigToHash(new(big.Int).Add(first, new(big.Int).SetUint64(i))))
+	}
+	more, err := a.r.read(ctx, block, a.r.cfg.Registry, slots)
+	if err != nil {
+		return "", err
+	}
+	var out []byte
+	for _, s := range slots {
+		w := more.words[s]
+		out = append(out, w[:]...)
+	}
+	return string(out[:size.Uint64()]), nil
+}
+
+// About tells the contract, and proves that it is ours.
+func (a *Authority) About(ctx context.Context) (governance.About, error) {
+	final, _, err := a.r.view(ctx)
+	if err != nil {
+		return governance.About{}, err
+	}
+	kms := registry.KMSAt(a.r.cfg.Registry)
+	implementation := kms.AppImplementationSlot()
+	reg, err := a.load(ctx, final, contracts.KMS, a.r.cfg.Registry, []registry.Field{implementation}, kms.GatewaySlot())
+	if err != nil {
+		return governance.About{}, err
+	}
+	gateway, err := a.gateway(ctx, final, reg)
+	return governance.About{
+		GatewayAppID: gateway, Contract: a.r.cfg.Registry.Hex(), ChainID: a.r.cfg.ChainID, By: a.by(final),
+		Implementation: common.BytesToAddress(implementation.Of(reg.words[implementation.Slot]).Bytes()).Hex(),
+	}, err
+}
