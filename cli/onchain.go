@@ -93,6 +93,16 @@ func (f *chainFlags) connect(a *app) (*onchain, error) {
 	return o, nil
 }
 
+// appAddress takes an app's id, or the name of one of this stack's.
+func appAddress(a *app, text string) (common.Address, error) {
+	if !common.IsHexAddress(text) && a.stack.Responding(a.ctx) {
+		if vm, err := findVM(a, text); err == nil {
+			text = vm.AppId
+		}
+	}
+	return parseAddress("the app, by its id or by the name of one that the stack runs,", text)
+}
+
 func parseAddress(what, text string) (common.Address, error) {
 	if !common.IsHexAddress(text) {
 		return common.Address{}, usage("%s wants an address, 40 hexadecimal digits, not %q", what, text)

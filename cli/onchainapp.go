@@ -16,7 +16,7 @@ import (
 
 // onApp makes a call of an app's contract.
 func (f *signFlags) onApp(a *app, id, what string, c func(registry.App) (registry.Call, error)) error {
-	at, err := parseAddress("the app id", id)
+	at, err := appAddress(a, id)
 	if err != nil {
 		return err
 	}
@@ -162,7 +162,7 @@ func (c *appRevokeCmd) onChain(a *app) error {
 		return usage("--compose-hash and --device exclude each other")
 	}
 	if c.Hash == "" && c.Device == "" {
-		at, err := parseAddress("the app id", c.App)
+		at, err := appAddress(a, c.App)
 		if err != nil {
 			return err
 		}
@@ -208,7 +208,7 @@ type appAcceptCmd struct {
 }
 
 func (c *appAcceptCmd) Run(a *app) error {
-	at, err := parseAddress("the app id", c.App)
+	at, err := appAddress(a, c.App)
 	if err != nil {
 		return err
 	}
@@ -221,7 +221,7 @@ type appStatusCmd struct {
 }
 
 func (c *appStatusCmd) Run(a *app) error {
-	at, err := parseAddress("the app id", c.App)
+	at, err := appAddress(a, c.App)
 	if err != nil {
 		return err
 	}
@@ -255,7 +255,7 @@ type appHistoryCmd struct {
 }
 
 func (c *appHistoryCmd) Run(a *app) error {
-	at, err := parseAddress("the app id", c.App)
+	at, err := appAddress(a, c.App)
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ type kmsRegisterCmd struct {
 }
 
 func (c *kmsRegisterCmd) Run(a *app) error {
-	at, err := parseAddress("the app id", c.App)
+	at, err := appAddress(a, c.App)
 	if err != nil {
 		return err
 	}

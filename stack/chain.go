@@ -63,11 +63,10 @@ func (s *Stack) chainAuthority() (string, error) {
 type = "chain"
 
 [core.auth_api.chain]
-rpc = [%q]
+rpc = %q
 threshold = 1
 registry = %q
 chain_id = %d
 max_staleness = "30m"
-finality = "finalized"
 `, d.RPC, d.Registry.Hex(), d.ChainID), nil
 }

@@ -425,6 +425,9 @@ func TestThreat_G03_EndpointsAreCheckedNotBelieved(t *testing.T) {
 	if _, err := NewAuthority(r).Decide(t.Context(), good); fault.Code(err) != "chain_foreign" {
 		t.Errorf("an app for a registry: %v", err)
 	}
+	// An app of other code than ours is not computed from its storage.
+	w.do(registry.AppAt(app).Upgrade(w.chain.KMSImplementation, nil))
+	w.want(w.authority(1, bad.URL), good, "chain_foreign")
 }
 
 // A finalised block never falls, over restarts, too.

@@ -13,8 +13,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"github.com/ethereum/go-ethereum/common"
 
 	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/governance/chain"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -79,8 +83,9 @@ type AttestationConfig struct {
 
 // AuthConfig is who decides.
 type AuthConfig struct {
-	Type    string        `toml:"type"` // policy or webhook
+	Type    string        `toml:"type"` // policy, webhook or chain
 	Policy  PolicyConfig  `toml:"policy"`
+	Chain   ChainConfig   `toml:"chain"`
 	Webhook WebhookConfig `toml:"webhook"`
 }
 
@@ -92,6 +97,35 @@ type PolicyConfig struct {
 	Threshold int    `toml:"threshold"`
 	// File is a signed document to begin with; a newer one that was submitted stands.
 	File string `toml:"file"`
+}
+
+// ChainConfig is the governance contracts on a chain (package governance/chain).
+type ChainConfig struct {
+	// RPC are JSON-RPC endpoints of different operators, separated by commas, of which
+	// Threshold must agree.
+	RPC       string `toml:"rpc"`
+	Threshold int    `toml:"threshold"`
+	ChainID   uint64 `toml:"chain_id"`
+	Registry  string `toml:"registry"` // address of the KMS's registry contract
+	// MaxStaleness is how old the finalised block may be; 30 min. Confirmations is how many
+	// blocks behind the head count as final; 0: the chain's own finality.
+	MaxStaleness  config.Duration `toml:"max_staleness"`
+	Confirmations uint64          `toml:"confirmations"`
+}
+
+// reader opens what the configuration says; dir is the data directory.
+func (c ChainConfig) reader(dir string, now func() time.Time) (*chain.Reader, error) {
+	cfg := chain.Config{Threshold: c.Threshold, ChainID: c.ChainID, Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(dir, chainFile), Now: now}
+	for url := range strings.SplitSeq(c.RPC, ",") {
+		if url = strings.TrimSpace(url); url != "" {
+			cfg.RPC = append(cfg.RPC, url)
+		}
+	}
+	if !common.IsHexAddress(c.Registry) {
+		return nil, bad("core.auth_api.chain.registry %q is no contract's address", c.Registry)
+	}
+	cfg.Registry = common.HexToAddress(c.Registry)
+	return chain.Open(cfg)
 }
 
 // WebhookConfig is a signed webhook.
@@ -206,10 +240,14 @@ func (c *Config) check() error {
 		if _, err := publicKey(a.Webhook.Key); err != nil || a.Webhook.URL == "" {
 			return bad("core.auth_api.webhook needs url and key: an unsigned answer decides nothing")
 		}
+	case "chain":
+		if !common.IsHexAddress(a.Chain.Registry) || a.Chain.RPC == "" || a.Chain.Threshold < 1 || a.Chain.ChainID == 0 {
+			return bad("core.auth_api.chain needs rpc, threshold, chain_id and registry").WithFix("name endpoints of different operators, and how many of them must agree")
+		}
 	case "dev":
 		return bad("core.auth_api.type dev would allow everything, and does not exist").WithFix("sign a policy, or use dstack up, which signs its own")
 	default:
-		return bad("core.auth_api.type is %q, not policy or webhook", a.Type)
+		return bad("core.auth_api.type is %q, not policy, webhook or chain", a.Type)
 	}
 	o := c.Core.Onboard
 	if o.AutoBootstrapDomain != "" && o.SourceURL != "" {

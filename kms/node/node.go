@@ -37,6 +37,7 @@ import (
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/governance/chain"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/durable"
@@ -55,6 +56,7 @@ const (
 	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
 	bootstrapFile = "bootstrap-info.json"
+	chainFile     = "chain-finalised" // the highest block seen
 )
 
 // Node is one KMS.
@@ -128,6 +130,14 @@ func (n *Node) makeJudge() (*applicant.Judge, error) {
 
 func (n *Node) makeAuthority() error {
 	a := n.cfg.Core.AuthAPI
+	if a.Type == "chain" {
+		r, err := a.Chain.reader(n.cfg.Core.DataDir, n.now)
+		if err != nil {
+			return err
+		}
+		n.authority = chain.NewAuthority(r)
+		return nil
+	}
 	if a.Type == "webhook" {
 		key, err := publicKey(a.Webhook.Key)
 		if err != nil {
