@@ -15,7 +15,7 @@ cat examples/hello/docker-compose.yaml
 $dstack rm --force hello >/dev/null
 $dstack --json deploy -c examples/hello/docker-compose.yaml -n hello \
 	--app-image hello:1=bin/hello --lock bin/hello.lock.json >bin/hello.deploy.json
-url=$(sed -n 's/.*"attest_url": "\(.*\)".*/\1/p' bin/hello.deploy.json)
+public=$(sed -n 's/.*"\(https:\/\/.*\.dstack\.localhost:[0-9]*\)".*/\1/p' bin/hello.deploy.json | head -n 1)
 
 echo
 echo "== 3. It answers, from inside the VM"
@@ -23,14 +23,22 @@ echo "== 3. It answers, from inside the VM"
 curl --silent --show-error --fail --max-time 20 --retry 30 --retry-delay 1 --retry-all-errors http://127.0.0.1:8080/ 2>/dev/null
 
 echo
-echo "== 4. Check it yourself: fresh nonce, quote, log, and the lock that deploy wrote"
+echo "== 4. It has a public name, through the gateway; its TLS ends inside the VM"
 state=${DSTACK_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/dstack}
-verify="$dstack verify $url --lock bin/hello.lock.json --dev-roots $state/dev-pki/dev-roots.json"
+echo "$public"
+# Names under localhost are this machine (RFC 6761); the stack's private CA certifies them.
+curl --silent --show-error --fail --max-time 20 --retry 60 --retry-delay 1 --retry-all-errors \
+	--cacert "$state/gateway/private-ca.pem" --connect-to ::127.0.0.1: "$public/" 2>/dev/null
+
+echo
+echo "== 5. Check it yourself: fresh nonce, quote, log, the lock that deploy wrote, and the key"
+echo "   of the very connection by that name"
+verify="$dstack verify $public --lock bin/hello.lock.json --dev-roots $state/dev-pki/dev-roots.json"
 echo "\$ $verify"
 $verify
 
 echo
-echo "== 5. Where its keys are from, and what else was given and refused"
+echo "== 6. Where its keys are from, and what else was given and refused"
 $dstack kms log --last 5
 
 cat <<END
