@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package acme
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/dstack-go/dstack/gateway/hostname"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// Bounds of a certificate for a key that is elsewhere.
+const (
+	MaxCSR       = 16 << 10 // bytes
+	MaxSignNames = 8
+)
+
+// Limits bound what one app can order. The zero value is the default.
+type Limits struct {
+	// PerApp orders may be made within Every, by each node; 0 is 6. Certificates that are
+	// still good are given again and do not count.
+	PerApp int
+	// Every is 0 for a day.
+	Every time.Duration
+	// Apps is how many apps are counted at a time; 0 is 50,000. More are refused.
+	Apps int
+}
+
+// signedRecord is a certificate for a key that is elsewhere.
+type signedRecord struct {
+	Version int      `json:"version"` // 1
+	CA      string   `json:"ca"`
+	Names   []string `json:"names"`
+	Chain   string   `json:"chain"`    // PEM
+	RenewAt int64    `json:"renew_at"` // Unix seconds
+}
+
+type signed struct {
+	chain   []byte
+	renewAt time.Time
+}
+
+// Sign returns a certificate for the key of a CSR and exactly the given names, which lie
+// directly in a base domain. Whether the caller may have these names, and whether the key is
+// its own, is for our caller to know. Asking again gives the same chain until it is due.
+// When renewing fails, a chain that is still good is returned, to be asked for again in an
+// hour. Codes csr_size, csr_malformed, csr_signature, csr_key, csr_names, csr_extension,
+// acme_name, acme_rate, and those of the CAs' orders.
+func (m *Manager) Sign(ctx context.Context, csrDER []byte, names []hostname.Name) (chainPEM []byte, renewAt time.Time, err error) {
+	csr, err := ParseCSR(csrDER, names)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	owners := map[string]bool{}
+	for _, name := range names {
+		label, parent := name.Split()
+		m.mu.RLock()
+		known := m.domains[parent] != nil
+		m.mu.RUnlock()
+		if !known {
+			return nil, time.Time{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
+		}
+		l, err := hostname.ParseLabel(label)
+		if err != nil {
+			return nil, time.Time{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
+		}
+		owners[string(l.ID)] = true
+	}
+	key := signedKey(csr)
+	old, err := m.signedRecord(ctx, key, csr)
+	if err == nil && time.Now().Before(old.renewAt) {
+		return old.chain, old.renewAt, nil
+	}
+	if err != nil && !errors.Is(err, errAbsent) {
+		return nil, time.Time{}, err
+	}
+	s, _, err := m.signing.Do(ctx, m.ctx, key, func(ctx context.Context) (s signed, err error) {
+		err = locked(ctx, m.cfg.Storage, key, func() error {
+			s, err = m.sign(ctx, key, csr, owners)
+			return err
+		})
+		return s, err
+	})
+	if err != nil && old.chain != nil && ctx.Err() == nil {
+		if chain, bad := parseChain(old.chain); bad == nil && time.Now().Before(chain[0].NotAfter) {
+			m.log.Warn("an app's certificate is not renewed; the old one is given", "names", csr.DNSNames, "error", err)
+			return old.chain, time.Now().Add(time.Hour), nil
+		}
+	}
+	return s.chain, s.renewAt, err
+}
+
+// ParseCSR reads a CSR that must be signed by its own key, of P-256 or P-384, and ask for
+// exactly the given names and no other extension. Codes csr_size, csr_malformed,
+// csr_signature, csr_key, csr_names, csr_extension.
+func ParseCSR(der []byte, names []hostname.Name) (*x509.CertificateRequest, error) {
+	if len(der) > MaxCSR {
+		return nil, fault.New("csr_size", "the CSR has %d bytes, more than %d", len(der), MaxCSR)
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, fault.Wrap(err, "csr_malformed", "the CSR does not parse")
+	}
+	if !isECDSA(csr.PublicKey) {
+		return nil, fault.New("csr_key", "the CSR's key is none of P-256 or P-384")
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fault.Wrap(err, "csr_signature", "the CSR is not signed by its key")
+	}
+	if len(csr.IPAddresses)+len(csr.EmailAddresses)+len(csr.URIs) > 0 {
+		return nil, fault.New("csr_names", "the CSR asks for something else than DNS names")
+	}
+	for _, e := range csr.Extensions {
+		if !e.Id.Equal([]int{2, 5, 29, 17}) {
+			return nil, fault.New("csr_extension", "the CSR asks for the extension %s", e.Id)
+		}
+	}
+	if len(names) == 0 || len(names) > MaxSignNames || len(csr.DNSNames) > MaxSignNames {
+		return nil, fault.New("csr_names", "a certificate has 1 to %d names", MaxSignNames)
+	}
+	want := make([]string, len(names))
+	for i, n := range names {
+		// A wildcard or an address is no name of a host.
+		if parsed, err := hostname.ParseName(string(n)); err != nil || parsed != n {
+			return nil, fault.New("csr_names", "%q is no name of a host in normal form", clip(string(n)))
+		}
+		want[i] = string(n)
+	}
+	if !sameNames(want, csr.DNSNames) {
+		return nil, fault.New("csr_names", "the CSR's names are not those that were granted")
+	}
+	if cn := csr.Subject.CommonName; cn != "" && !slices.Contains(want, strings.ToLower(cn)) {
+		return nil, fault.New("csr_names", "the CSR's common name is none of its names")
+	}
+	return csr, nil
+}
+
+func signedKey(csr *x509.CertificateRequest) string {
+	h := sha256.New()
+	h.Write(csr.RawSubjectPublicKeyInfo)
+	names := make([]string, len(csr.DNSNames))
+	for i, n := range csr.DNSNames {
+		names[i] = strings.ToLower(n)
+	}
+	slices.Sort(names)
+	for _, n := range slices.Compact(names) {
+		h.Write([]byte{0})
+		h.Write([]byte(n))
+	}
+	return keyOf("signed", hex.EncodeToString(h.Sum(nil)))
+}
+
+// signedRecord reads a stored chain, of a CA that is still in use, that answers the request.
+func (m *Manager) signedRecord(ctx context.Context, key string, csr *x509.CertificateRequest) (signed, error) {
+	var r signedRecord
+	if err := load(ctx, m.cfg.Storage, key, &r); err != nil {
+		return signed{}, err
+	}
+	if r.Version != 1 {
+		return signed{}, fault.New("acme_record", "the version of %s is not 1", key)
+	}
+	_, err := checkIssued([]byte(r.Chain), csr)
+	if err != nil || !slices.ContainsFunc(m.issuers, func(i issuer) bool { return i.IssuerKey() == r.CA }) {
+		return signed{}, errAbsent
+	}
+	return signed{[]byte(r.Chain), time.Unix(r.RenewAt, 0)}, nil
+}
+
+// sign orders; the caller holds the lock of key.
+func (m *Manager) sign(ctx context.Context, key string, csr *x509.CertificateRequest, owners map[string]bool) (signed, error) {
+	old, err := m.signedRecord(ctx, key, csr)
+	if err == nil && time.Now().Before(old.renewAt) {
+		return old, nil // another node, or the run before, was first
+	}
+	if err != nil && !errors.Is(err, errAbsent) {
+		return signed{}, err
+	}
+	if err := m.rates.take(owners); err != nil {
+		return signed{}, err
+	}
+	if chain, err := parseChain(old.chain); err == nil {
+		var r signedRecord
+		if load(ctx, m.cfg.Storage, key, &r) == nil {
+			ctx = context.WithValue(ctx, replacesKey{}, map[string]*x509.Certificate{r.CA: chain[0]})
+		}
+	}
+	var failed error
+	for _, i := range m.issuers {
+		issued, err := i.Issue(ctx, csr)
+		if err != nil {
+			failed = errors.Join(failed, err)
+			if ctx.Err() != nil {
+				break
+			}
+			m.log.Warn("a CA gives no certificate", "ca", i.IssuerKey(), "names", csr.DNSNames, "error", err)
+			continue
+		}
+		chain, err := parseChain(issued.Certificate)
+		if err != nil {
+			return signed{}, err
+		}
+		renewAt := metadataRenewal(issued.Metadata)
+		if renewAt.IsZero() || renewAt.After(chain[0].NotAfter) {
+			renewAt = i.renewAt(ctx, chain[0])
+		}
+		r := signedRecord{1, i.IssuerKey(), csr.DNSNames, string(issued.Certificate), renewAt.Unix()}
+		return signed{issued.Certificate, time.Unix(r.RenewAt, 0)}, store(ctx, m.cfg.Storage, key, r)
+	}
+	return signed{}, fault.Wrap(failed, "acme_order", "no CA gives a certificate for %s", clip(strings.Join(csr.DNSNames, ", ")))
+}
+
+// rates counts orders by app.
+type rates struct {
+	limits Limits
+	mu     sync.Mutex
+	apps   map[string]*rate.Limiter
+}
+
+func newRates(l Limits) *rates {
+	if l.PerApp == 0 {
+		l.PerApp = 6
+	}
+	if l.Every == 0 {
+		l.Every = 24 * time.Hour
+	}
+	if l.Apps == 0 {
+		l.Apps = 50_000
+	}
+	return &rates{limits: l, apps: map[string]*rate.Limiter{}}
+}
+
+// take counts an order to each of its owners. Code acme_rate.
+func (r *rates) take(owners map[string]bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id := range owners {
+		l := r.apps[id]
+		if l == nil {
+			if len(r.apps) >= r.limits.Apps {
+				for id, l := range r.apps {
+					if l.Tokens() >= float64(r.limits.PerApp) {
+						delete(r.apps, id)
+					}
+				}
+			}
+			if len(r.apps) >= r.limits.Apps {
+				return fault.New("acme_rate", "too many apps order certificates at this time")
+			}
+			l = rate.NewLimiter(rate.Every(r.limits.Every/time.Duration(r.limits.PerApp)), r.limits.PerApp)
+			r.apps[id] = l
+		}
+		if !l.Allow() {
+			return fault.New("acme_rate", "%s has ordered its %d certificates within %s", id, r.limits.PerApp, r.limits.Every).
+				WithFix("keep the key and the names of a certificate, and it is given again without an order")
+		}
+	}
+	return nil
+}
