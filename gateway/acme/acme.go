@@ -135,7 +135,6 @@ type domain struct {
 	Domain
 	provider provider
 	cancel   context.CancelFunc
-	done     chan struct{}
 	status   map[string]*NameStatus // by certificate name; guarded by Manager.mu
 }
 

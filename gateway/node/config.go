@@ -46,7 +46,6 @@ type CoreConfig struct {
 	Guest       GuestConfig       `toml:"guest"`
 	Attestation AttestationConfig `toml:"attestation"`
 	Auth        AuthConfig        `toml:"auth"`
-	Admin       AdminConfig       `toml:"admin"`
 }
 
 // WGConfig is the network to the instances.
@@ -111,13 +110,6 @@ type AuthConfig struct {
 	KMSRoot string `toml:"kms_root"`
 	// Lease is the longest life of a route without fresh evidence; 1 h.
 	Lease config.Duration `toml:"lease"`
-}
-
-// AdminConfig is the administrators' listener.
-type AdminConfig struct {
-	// Address is unix:PATH, which is 0600, or host:port with a token.
-	Address   string        `toml:"address"`
-	AuthToken config.Secret `toml:"auth_token"` // at least 16 characters
 }
 
 // DefaultConfig returns the defaults.
@@ -203,16 +195,6 @@ func (c *Config) check() (err error) {
 	default:
 		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
 			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
-	}
-	switch a := core.Admin.Address; {
-	case a == "", strings.HasPrefix(a, "unix:/"):
-	default:
-		if _, err := netip.ParseAddrPort(a); err != nil {
-			return bad("core.admin.address %q is neither unix:/PATH nor address:port", a)
-		}
-		if len(core.Admin.AuthToken.Reveal()) < 16 {
-			return bad("core.admin.auth_token has fewer than 16 characters").WithFix("make one with `openssl rand -hex 16`, or listen at a unix socket")
-		}
 	}
 	return nil
 }

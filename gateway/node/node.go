@@ -156,7 +156,7 @@ func openUUID(path string) (id [16]byte, err error) {
 }
 
 // Listening says where a gateway answers.
-type Listening struct{ RPC, Proxy, HTTP, Admin net.Addr }
+type Listening struct{ RPC, Proxy, HTTP net.Addr }
 
 // Run serves until ctx ends, and then lets connections finish for a while. ready, if not
 // nil, is told once everything listens.

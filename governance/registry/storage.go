@@ -57,8 +57,6 @@ func (f Field) Of(word common.Hash) common.Hash {
 // True reports whether a field is not zero, as Solidity reads a bool.
 func (f Field) True(word common.Hash) bool { return f.Of(word) != common.Hash{} }
 
-func whole(slot common.Hash) Field { return Field{slot, 0, 32} }
-
 func flag(slot common.Hash, offset int) Field { return Field{slot, offset, 1} }
 
 func listed(base uint64, key [32]byte) Field { return flag(MappingSlot(uintHash(base), key), 0) }

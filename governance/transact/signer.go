@@ -37,6 +37,7 @@ func (k *keySigner) Sign(_ context.Context, tx *types.Transaction, chainID *big.
 }
 
 func (k *keySigner) Close() {
+	//lint:ignore SA1019 secp256k1 is none of the curves that have another way to wipe a key
 	words := k.key.D.Bits()
 	clear(words[:cap(words)])
 }
