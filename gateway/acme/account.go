@@ -173,7 +173,7 @@ func (i *caIssuer) public(r *accountRecord, key *ecdsa.PrivateKey) (Account, err
 // needed at yet is left out. It reads storage alone. Code acme_account.
 func (m *Manager) Accounts(ctx context.Context) ([]Account, error) {
 	var list []Account
-	for _, i := range m.acmes {
+	for _, i := range m.issuers {
 		r, key, err := i.stored(ctx)
 		if errors.Is(err, errAbsent) {
 			continue
@@ -194,7 +194,7 @@ func (m *Manager) Accounts(ctx context.Context) ([]Account, error) {
 // so that CAA can name them before the first order. Codes acme_ca_down, acme_order,
 // acme_account, acme_attest.
 func (m *Manager) Register(ctx context.Context) ([]Account, error) {
-	for _, i := range m.acmes {
+	for _, i := range m.issuers {
 		if err := i.rest(); err != nil {
 			return nil, err
 		}
@@ -207,7 +207,7 @@ func (m *Manager) Register(ctx context.Context) ([]Account, error) {
 	if err != nil {
 		return nil, err
 	}
-	for n, i := range m.acmes {
+	for n, i := range m.issuers {
 		if list[n].Identity != "" {
 			continue
 		}
@@ -228,11 +228,11 @@ func (m *Manager) Register(ctx context.Context) ([]Account, error) {
 // the old account stays. The caller removes the old account from CAA afterwards. Codes
 // acme_ca, acme_ca_down, acme_order, acme_account, acme_attest, acme_pin.
 func (m *Manager) Rotate(ctx context.Context, ca string, pin func(ctx context.Context, next Account) error) (Account, error) {
-	n := slices.IndexFunc(m.acmes, func(i *caIssuer) bool { return i.ca.Name == ca })
+	n := slices.IndexFunc(m.issuers, func(i *caIssuer) bool { return i.ca.Name == ca })
 	if n < 0 {
 		return Account{}, fault.New("acme_ca", "this gateway has no CA %q", clip(ca))
 	}
-	i := m.acmes[n]
+	i := m.issuers[n]
 	if err := i.rest(); err != nil {
 		return Account{}, err
 	}

@@ -26,7 +26,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"log/slog"
 	"math/big"
@@ -59,10 +58,9 @@ type Config struct {
 	// Storage holds certificates with their keys, accounts and locks; shared by the nodes
 	// of a cluster. It must be private to them.
 	Storage certmagic.Storage
-	// CAs are tried in this order. Either CAs or Local, not both.
+	// CAs are tried in this order; there must be one, and two are better. A private CA is
+	// package privateca's.
 	CAs []CA
-	// Local is a private CA instead.
-	Local *Local
 	// Methods are the challenges in use; nil is all three. Names of a base domain are
 	// proven by DNS-01 alone.
 	Methods []Method
@@ -88,20 +86,13 @@ type Domain struct {
 	Name hostname.Name
 	// Credential writes the TXT records: in the zone of the domain, or in the zone that
 	// the CNAME at _acme-challenge.<name> leads to, and then no right to the domain's own
-	// zone is needed. Not needed with a private CA.
+	// zone is needed.
 	Credential *Credential
 	// TTL of the TXT records; 0 is 60 s.
 	TTL time.Duration
 	// Propagation is how long to wait for a record to be seen; 0 is two minutes, negative
 	// does not look.
 	Propagation time.Duration
-}
-
-// issuer is a CA, ours or another's.
-type issuer interface {
-	certmagic.Issuer
-	// renewAt is when a certificate of this issuer should be replaced.
-	renewAt(ctx context.Context, leaf *x509.Certificate) time.Time
 }
 
 // Manager obtains certificates and serves them. Its methods may be called at any time from
@@ -113,8 +104,7 @@ type Manager struct {
 	cache    *certmagic.Cache
 	managed  *certmagic.Config
 	onDemand *certmagic.Config // nil when nothing is allowed
-	issuers  []issuer
-	acmes    []*caIssuer
+	issuers  []*caIssuer
 	secrets  *secrets
 	tokens   *tokens
 	signing  flight.Group[string, signed]
@@ -163,12 +153,9 @@ func New(cfg Config) (*Manager, error) {
 			return nil, fault.New("acme_config", "%q is no challenge", method).WithFix("use %s, %s or %s", DNS01, TLSALPN01, HTTP01)
 		}
 	}
-	switch {
-	case len(cfg.CAs) == 0 && cfg.Local == nil:
+	if len(cfg.CAs) == 0 {
 		return nil, fault.New("acme_config", "no CA is configured, and none is assumed").
-			WithFix("name the directory of an ACME CA, better of two, or a private CA")
-	case len(cfg.CAs) > 0 && cfg.Local != nil:
-		return nil, fault.New("acme_config", "both ACME CAs and a private CA are configured").WithFix("keep one of them")
+			WithFix("name the directory of an ACME CA, better of two")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{
@@ -190,10 +177,7 @@ func New(cfg Config) (*Manager, error) {
 			return nil, fault.New("acme_config", "two CAs have the name %q", ca.Name)
 		}
 		keys[i.IssuerKey()] = true
-		m.acmes, m.issuers = append(m.acmes, i), append(m.issuers, i)
-	}
-	if cfg.Local != nil {
-		m.issuers = append(m.issuers, &localIssuer{m, cfg.Local})
+		m.issuers = append(m.issuers, i)
 	}
 	m.cache = certmagic.NewCache(certmagic.CacheOptions{
 		GetConfigForCert:   m.configFor,
@@ -247,7 +231,7 @@ func (m *Manager) Close() error {
 	m.cache.Stop()
 	m.work.Wait()
 	m.signing.Wait()
-	for _, i := range m.acmes {
+	for _, i := range m.issuers {
 		i.http.CloseIdleConnections()
 	}
 	return nil
@@ -271,15 +255,13 @@ func (m *Manager) SetDomains(_ context.Context, list []Domain) error {
 			d.TTL = time.Minute
 		}
 		next[name] = &domain{Domain: d, status: map[string]*NameStatus{}}
-		switch {
-		case d.Credential != nil:
-			m.secrets.add(d.Credential)
-			if next[name].provider, err = d.Credential.open(m.secrets); err != nil {
-				return err
-			}
-		case m.cfg.Local == nil:
+		if d.Credential == nil {
 			return fault.New("dns_credential", "the base domain %s has no DNS credential, and a wildcard is proven by DNS alone", name).
 				WithFix("add a credential of its DNS provider, or of the zone that _acme-challenge.%s leads to", name)
+		}
+		m.secrets.add(d.Credential)
+		if next[name].provider, err = d.Credential.open(m.secrets); err != nil {
+			return err
 		}
 	}
 	m.mu.Lock()

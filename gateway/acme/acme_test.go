@@ -13,8 +13,12 @@ import (
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"io/fs"
 	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,13 +115,17 @@ func wantCode(t *testing.T, err error, code string) {
 	}
 }
 
-func csr(t *testing.T, key *ecdsa.PrivateKey, names ...string) []byte {
+func csr(t *testing.T, key *ecdsa.PrivateKey, names ...string) *x509.CertificateRequest {
 	t.Helper()
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{}, DNSNames: names}, key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return der
+	r, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
 }
 
 func newKey(t *testing.T) *ecdsa.PrivateKey {
@@ -178,7 +186,7 @@ func TestSignForAKeyElsewhere(t *testing.T) {
 	before := ca.Orders()
 	var chain []byte
 	for range 3 {
-		got, renewAt, err := m.Sign(t.Context(), csr(t, key, string(name)), []hostname.Name{name})
+		got, notAfter, renewAt, err := m.Sign(t.Context(), csr(t, key, string(name)), []hostname.Name{name})
 		if err != nil {
 			t.Fatalf("%v\n%s", err, log)
 		}
@@ -186,7 +194,7 @@ func TestSignForAKeyElsewhere(t *testing.T) {
 			t.Error("the same key and name gave another chain")
 		}
 		chain = got
-		if time.Until(renewAt) <= 0 {
+		if time.Until(renewAt) <= 0 || !renewAt.Before(notAfter) {
 			t.Errorf("to be renewed at %s", renewAt)
 		}
 	}
@@ -199,15 +207,15 @@ func TestSignForAKeyElsewhere(t *testing.T) {
 	}
 
 	other := hostname.Name(app + "-444." + base)
-	_, _, err = m.Sign(t.Context(), csr(t, key, string(name), string(other)), []hostname.Name{name})
+	_, _, _, err = m.Sign(t.Context(), csr(t, key, string(name), string(other)), []hostname.Name{name})
 	wantCode(t, err, "csr_names")
-	_, _, err = m.Sign(t.Context(), csr(t, key, app+".elsewhere.test"), []hostname.Name{app + ".elsewhere.test"})
+	_, _, _, err = m.Sign(t.Context(), csr(t, key, app+".elsewhere.test"), []hostname.Name{app + ".elsewhere.test"})
 	wantCode(t, err, "acme_name")
 	broken := csr(t, key, string(name))
-	broken[len(broken)-1] ^= 1
-	_, _, err = m.Sign(t.Context(), broken, []hostname.Name{name})
+	broken.Signature[len(broken.Signature)-1] ^= 1
+	_, _, _, err = m.Sign(t.Context(), broken, []hostname.Name{name})
 	wantCode(t, err, "csr_signature")
-	_, _, err = m.Sign(t.Context(), make([]byte, MaxCSR+1), []hostname.Name{name})
+	_, _, _, err = m.Sign(t.Context(), &x509.CertificateRequest{Raw: make([]byte, MaxCSR+1)}, []hostname.Name{name})
 	wantCode(t, err, "csr_size")
 }
 
@@ -222,7 +230,7 @@ func TestThreat_K11_TheNextCAIsUsed(t *testing.T) {
 			t.Errorf("status %d: %d orders at a, %d at b", status, a.Orders(), b.Orders())
 		}
 		// The CA that is down is left alone, and says so.
-		wantCode(t, m.acmes[0].rest(), "acme_ca_down")
+		wantCode(t, m.issuers[0].rest(), "acme_ca_down")
 	}
 }
 
@@ -282,12 +290,12 @@ func TestThreat_K02_ABrokenAccountIsNoNewAccount(t *testing.T) {
 	ca := acmetest.NewCA(t, d, 1, 1)
 	m, log := open(t, t.TempDir(), d, caOf("pebble", ca))
 	ready(t, m, log)
-	key := m.acmes[0].accountKey()
+	key := m.issuers[0].accountKey()
 	if err := m.cfg.Storage.Store(t.Context(), key, []byte(`{"version":1`)); err != nil {
 		t.Fatal(err)
 	}
 	name := hostname.Name(app + "-443." + base)
-	_, _, err := m.Sign(t.Context(), csr(t, newKey(t), string(name)), []hostname.Name{name})
+	_, _, _, err := m.Sign(t.Context(), csr(t, newKey(t), string(name)), []hostname.Name{name})
 	if err == nil || !strings.Contains(err.Error(), "does not parse") {
 		t.Fatalf("got %v", err)
 	}
@@ -308,4 +316,105 @@ func TestReportData(t *testing.T) {
 	if got := CertReportData(spki); hex.EncodeToString(got[:]) != "dfdef5ccb90d8b46fecaa6ce1dcdeedd5cf9308fdf71b4d3da29277366f5f196b6ba0f6dcfc8baa9b1050e86b5974b5c78b2d9e9283799619e1656dde3cd8fb5" {
 		t.Errorf("key: %x", got)
 	}
+}
+
+func TestChallengeDelegatedByCNAME(t *testing.T) {
+	d := acmetest.NewDNS(t, base, "challenges.test")
+	d.Add(t, "_acme-challenge."+base+". 60 IN CNAME gw.challenges.test.")
+	ca := acmetest.NewCA(t, d, 1, 1)
+	m, log := open(t, t.TempDir(), d, caOf("pebble", ca))
+	ready(t, m, log)
+	removed := d.Removed()
+	for _, rr := range removed {
+		if rr.Header().Name != "gw.challenges.test." {
+			t.Errorf("a record was made at %s", rr.Header().Name)
+		}
+	}
+	if left := d.Records("gw.challenges.test", dns.TypeTXT); len(removed) != 2 || len(left) != 0 {
+		t.Errorf("%d records removed, left %v", len(removed), left)
+	}
+}
+
+// A custom domain that is allowed gets its certificate at the first handshake, by either
+// challenge that needs no DNS credential; one that is not allowed gets none.
+func TestCustomDomainOnDemand(t *testing.T) {
+	for _, method := range []Method{TLSALPN01, HTTP01} {
+		t.Run(string(method), func(t *testing.T) {
+			var m *Manager
+			d := acmetest.NewDNS(t, "custom.test", "refused.test")
+			for _, name := range []string{"custom.test", "refused.test"} {
+				d.Add(t, name+". 60 IN A 127.0.0.1")
+			}
+			front, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
+				NextProtos:     []string{"http/1.1", "acme-tls/1"},
+				GetCertificate: func(h *tls.ClientHelloInfo) (*tls.Certificate, error) { return m.GetCertificate(h) },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				m.HTTPChallenge(http.NotFoundHandler()).ServeHTTP(w, r)
+			}))
+			t.Cleanup(plain.Close)
+			t.Cleanup(func() { front.Close() })
+			ca := acmetest.NewCA(t, d, plain.Listener.Addr().(*net.TCPAddr).Port, front.Addr().(*net.TCPAddr).Port)
+			m, err = New(Config{
+				Storage: &certmagic.FileStorage{Path: t.TempDir()}, CAs: []CA{caOf("pebble", ca)}, Methods: []Method{method},
+				Allowed: func(_ context.Context, name hostname.Name) error {
+					if name != "custom.test" {
+						return errors.New("not this one")
+					}
+					return nil
+				},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { m.Close() })
+			go func() {
+				for {
+					c, err := front.Accept()
+					if err != nil {
+						return
+					}
+					go func() { c.(*tls.Conn).Handshake(); c.Close() }()
+				}
+			}()
+			dial := func(name string) error {
+				c, err := tls.DialWithDialer(&net.Dialer{Timeout: 20 * time.Second}, "tcp", front.Addr().String(), &tls.Config{ServerName: name, RootCAs: ca.Roots})
+				if err == nil {
+					c.Close()
+				}
+				return err
+			}
+			if err := dial("custom.test"); err != nil {
+				t.Error(err)
+			}
+			orders := ca.Orders()
+			if err := dial("refused.test"); err == nil || ca.Orders() != orders {
+				t.Errorf("a domain that is not allowed: %v, %d orders", err, ca.Orders()-orders)
+			}
+		})
+	}
+}
+
+func FuzzStoredRecords(f *testing.F) {
+	f.Add([]byte(`{"version":1,"ca":"a","directory":"https://ca.test/","uri":"https://ca.test/1","key_pkcs8":"AA==","at":1,"old":[],"quote":"","attestation":""}`))
+	f.Add([]byte(`{"version":1,"spki":"AA==","names":["a"],"at":1,"until":2,"quote":"","attestation":""}`))
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var a accountRecord
+		if parseRecord(data, &a) == nil {
+			if key, err := a.check(); err == nil && key == nil {
+				t.Error("an account without a key")
+			}
+		}
+		var k keyRecord
+		if parseRecord(data, &k) == nil && k.check("") == nil {
+			t.Error("a key's record under no name")
+		}
+		if chain, err := parseChain(data); err == nil && len(chain) == 0 {
+			t.Error("an empty chain")
+		}
+	})
 }

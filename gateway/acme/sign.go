@@ -50,16 +50,27 @@ type signed struct {
 	renewAt time.Time
 }
 
-// Sign returns a certificate for the key of a CSR and exactly the given names, which lie
-// directly in a base domain. Whether the caller may have these names, and whether the key is
+// Sign returns a chain in PEM for the key of a CSR and exactly the given names, which lie
+// directly in a base domain, and when it ends and is due. Whether the caller may have these names, and whether the key is
 // its own, is for our caller to know. Asking again gives the same chain until it is due.
 // When renewing fails, a chain that is still good is returned, to be asked for again in an
-// hour. Codes csr_size, csr_malformed, csr_signature, csr_key, csr_names, csr_extension,
+// hour. Codes csr_size, csr_signature, csr_key, csr_names, csr_extension,
 // acme_name, acme_rate, and those of the CAs' orders.
-func (m *Manager) Sign(ctx context.Context, csrDER []byte, names []hostname.Name) (chainPEM []byte, renewAt time.Time, err error) {
-	csr, err := ParseCSR(csrDER, names)
+func (m *Manager) Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error) {
+	s, err := m.signOnce(ctx, csr, names)
 	if err != nil {
-		return nil, time.Time{}, err
+		return nil, time.Time{}, time.Time{}, err
+	}
+	certs, err := parseChain(s.chain)
+	if err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	return s.chain, certs[0].NotAfter, s.renewAt, nil
+}
+
+func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (signed, error) {
+	if err := checkCSR(csr, names); err != nil {
+		return signed{}, err
 	}
 	owners := map[string]bool{}
 	for _, name := range names {
@@ -68,21 +79,21 @@ func (m *Manager) Sign(ctx context.Context, csrDER []byte, names []hostname.Name
 		known := m.domains[parent] != nil
 		m.mu.RUnlock()
 		if !known {
-			return nil, time.Time{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
+			return signed{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
 		}
 		l, err := hostname.ParseLabel(label)
 		if err != nil {
-			return nil, time.Time{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
+			return signed{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
 		}
 		owners[string(l.ID)] = true
 	}
 	key := signedKey(csr)
 	old, err := m.signedRecord(ctx, key, csr)
 	if err == nil && time.Now().Before(old.renewAt) {
-		return old.chain, old.renewAt, nil
+		return old, nil
 	}
 	if err != nil && !errors.Is(err, errAbsent) {
-		return nil, time.Time{}, err
+		return signed{}, err
 	}
 	s, _, err := m.signing.Do(ctx, m.ctx, key, func(ctx context.Context) (s signed, err error) {
 		err = locked(ctx, m.cfg.Storage, key, func() error {
@@ -94,55 +105,51 @@ func (m *Manager) Sign(ctx context.Context, csrDER []byte, names []hostname.Name
 	if err != nil && old.chain != nil && ctx.Err() == nil {
 		if chain, bad := parseChain(old.chain); bad == nil && time.Now().Before(chain[0].NotAfter) {
 			m.log.Warn("an app's certificate is not renewed; the old one is given", "names", csr.DNSNames, "error", err)
-			return old.chain, time.Now().Add(time.Hour), nil
+			return signed{old.chain, time.Now().Add(time.Hour)}, nil
 		}
 	}
-	return s.chain, s.renewAt, err
+	return s, err
 }
 
-// ParseCSR reads a CSR that must be signed by its own key, of P-256 or P-384, and ask for
-// exactly the given names and no other extension. Codes csr_size, csr_malformed,
-// csr_signature, csr_key, csr_names, csr_extension.
-func ParseCSR(der []byte, names []hostname.Name) (*x509.CertificateRequest, error) {
-	if len(der) > MaxCSR {
-		return nil, fault.New("csr_size", "the CSR has %d bytes, more than %d", len(der), MaxCSR)
-	}
-	csr, err := x509.ParseCertificateRequest(der)
-	if err != nil {
-		return nil, fault.Wrap(err, "csr_malformed", "the CSR does not parse")
+// checkCSR reports whether a CSR is signed by its own key, of P-256 or P-384, and asks for
+// exactly the given names and no other extension. Codes csr_size, csr_signature, csr_key,
+// csr_names, csr_extension.
+func checkCSR(csr *x509.CertificateRequest, names []hostname.Name) error {
+	if csr == nil || len(csr.Raw) == 0 || len(csr.Raw) > MaxCSR {
+		return fault.New("csr_size", "the CSR is empty or has more than %d bytes", MaxCSR)
 	}
 	if !isECDSA(csr.PublicKey) {
-		return nil, fault.New("csr_key", "the CSR's key is none of P-256 or P-384")
+		return fault.New("csr_key", "the CSR's key is none of P-256 or P-384")
 	}
 	if err := csr.CheckSignature(); err != nil {
-		return nil, fault.Wrap(err, "csr_signature", "the CSR is not signed by its key")
+		return fault.Wrap(err, "csr_signature", "the CSR is not signed by its key")
 	}
 	if len(csr.IPAddresses)+len(csr.EmailAddresses)+len(csr.URIs) > 0 {
-		return nil, fault.New("csr_names", "the CSR asks for something else than DNS names")
+		return fault.New("csr_names", "the CSR asks for something else than DNS names")
 	}
 	for _, e := range csr.Extensions {
 		if !e.Id.Equal([]int{2, 5, 29, 17}) {
-			return nil, fault.New("csr_extension", "the CSR asks for the extension %s", e.Id)
+			return fault.New("csr_extension", "the CSR asks for the extension %s", e.Id)
 		}
 	}
 	if len(names) == 0 || len(names) > MaxSignNames || len(csr.DNSNames) > MaxSignNames {
-		return nil, fault.New("csr_names", "a certificate has 1 to %d names", MaxSignNames)
+		return fault.New("csr_names", "a certificate has 1 to %d names", MaxSignNames)
 	}
 	want := make([]string, len(names))
 	for i, n := range names {
 		// A wildcard or an address is no name of a host.
 		if parsed, err := hostname.ParseName(string(n)); err != nil || parsed != n {
-			return nil, fault.New("csr_names", "%q is no name of a host in normal form", clip(string(n)))
+			return fault.New("csr_names", "%q is no name of a host in normal form", clip(string(n)))
 		}
 		want[i] = string(n)
 	}
 	if !sameNames(want, csr.DNSNames) {
-		return nil, fault.New("csr_names", "the CSR's names are not those that were granted")
+		return fault.New("csr_names", "the CSR's names are not those that were granted")
 	}
 	if cn := csr.Subject.CommonName; cn != "" && !slices.Contains(want, strings.ToLower(cn)) {
-		return nil, fault.New("csr_names", "the CSR's common name is none of its names")
+		return fault.New("csr_names", "the CSR's common name is none of its names")
 	}
-	return csr, nil
+	return nil
 }
 
 func signedKey(csr *x509.CertificateRequest) string {
@@ -170,7 +177,7 @@ func (m *Manager) signedRecord(ctx context.Context, key string, csr *x509.Certif
 		return signed{}, fault.New("acme_record", "the version of %s is not 1", key)
 	}
 	_, err := checkIssued([]byte(r.Chain), csr)
-	if err != nil || !slices.ContainsFunc(m.issuers, func(i issuer) bool { return i.IssuerKey() == r.CA }) {
+	if err != nil || !slices.ContainsFunc(m.issuers, func(i *caIssuer) bool { return i.IssuerKey() == r.CA }) {
 		return signed{}, errAbsent
 	}
 	return signed{[]byte(r.Chain), time.Unix(r.RenewAt, 0)}, nil

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -100,11 +101,11 @@ func (d *DNS) Records(name string, kind uint16) []dns.RR {
 	return d.find(name, kind)
 }
 
-// Removed returns how many records updates have removed.
-func (d *DNS) Removed() int {
+// Removed returns the records that updates have removed.
+func (d *DNS) Removed() []dns.RR {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.removed)
+	return slices.Clone(d.removed)
 }
 
 func (d *DNS) find(name string, kind uint16) (found []dns.RR) {
