@@ -98,6 +98,8 @@ type Config struct {
 	Tunnel    Tunnel
 	// Certificates makes those of apps; nil: there are none.
 	Certificates Certificates
+	// AcmeInfo tells the accounts and keys at public authorities; nil: there are none.
+	AcmeInfo func(context.Context) (*api.AcmeInfoResponse, error)
 	// Domains are the base domains, the preferred first.
 	Domains func() []Domain
 	Node    Node

@@ -46,6 +46,7 @@ type CoreConfig struct {
 	Guest       GuestConfig       `toml:"guest"`
 	Attestation AttestationConfig `toml:"attestation"`
 	Auth        AuthConfig        `toml:"auth"`
+	ACME        ACMEConfig        `toml:"acme"`
 }
 
 // WGConfig is the network to the instances.
@@ -196,7 +197,7 @@ func (c *Config) check() (err error) {
 		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
 			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
 	}
-	return nil
+	return core.ACME.check()
 }
 
 // domains are the base domains, the preferred first.

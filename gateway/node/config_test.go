@@ -112,3 +112,29 @@ func TestThreat_G08_ReleasedGatewaysTakeNoDevelopmentRoots(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
+	const acme = "[core.acme]\ndirectories = \"https://ca.example/dir, https://other.example/dir\"\ndns_provider = \"hetzner\"\ndns_settings = \"token=secret\"\n"
+	if _, err := load(t, good+acme); err != nil {
+		t.Fatal(err)
+	}
+	for name, r := range map[string]struct{ old, new, code string }{
+		"no TLS":            {"https://ca.example/dir", "http://ca.example/dir", "gateway_config"},
+		"no provider":       {"hetzner", "", "dns_credential"},
+		"no such provider":  {"hetzner", "pigeon", "dns_credential"},
+		"no parameters":     {"token=secret", "", "dns_credential"},
+		"no directory":      {"https://ca.example/dir, https://other.example/dir", "", "gateway_config"},
+		"another parameter": {"token=secret", "password=secret", "dns_credential"},
+	} {
+		_, err := load(t, good+strings.Replace(acme, r.old, r.new, 1))
+		if fault.Code(err) != r.code || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v, want %s", name, err, r.code)
+		}
+	}
+}
+
+func TestAuthoritiesHaveNames(t *testing.T) {
+	if a, b := caName("https://acme-v02.api.example.org/directory"), caName("https://acme-v02.api.example.org:14000/dir"); a != "acme-v02-api-example-org" || a == b {
+		t.Errorf("%s, %s", a, b)
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -32,6 +33,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	gatewayapi "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/gateway"
 	"github.com/dstack-go/dstack/gateway/edge"
@@ -172,7 +174,18 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 		return err
 	}
 	defer tn.Close()
-	service, err := n.service(table, tn)
+	// What certifies: public authorities, or the private CA.
+	certificate, sign, acmeInfo, challenge := n.ca.GetCertificate, gateway.Certificates(n.ca), (func(context.Context) (*gatewayapi.AcmeInfoResponse, error))(nil), http.Handler(nil)
+	manager, err := n.authorities()
+	if err != nil {
+		return err
+	}
+	if manager != nil {
+		defer manager.Close()
+		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
+		challenge = manager.HTTPChallenge(http.NotFoundHandler())
+	}
+	service, err := n.service(table, tn, sign, acmeInfo)
 	if err != nil {
 		return err
 	}
@@ -180,7 +193,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	if err := service.Restore(routes); err != nil {
 		return err
 	}
-	public, err := n.edge(table, tn)
+	public, err := n.edge(table, tn, certificate)
 	if err != nil {
 		return err
 	}
@@ -218,7 +231,12 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 		if err != nil {
 			return err
 		}
-		group.Go(func() error { return serve(ctx, plain, public.Redirect(nil)) })
+		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
+	}
+	if manager != nil {
+		if err := n.manage(ctx, manager); err != nil {
+			return err
+		}
 	}
 	n.log.Info("the gateway serves", "rpc", at.RPC.String(), "proxy", at.Proxy.String(), "tunnel", tn.Mode(), "wireguard", n.key.Public().String(), "app", n.self.ID.String())
 	if ready != nil {
@@ -231,7 +249,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	return err
 }
 
-func (n *Node) service(table *route.Table, tn *tunnel.Tunnel) (*gateway.Service, error) {
+func (n *Node) service(table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
 	c := &n.cfg.Core
 	var admission gateway.Admission
 	switch c.Auth.Type {
@@ -246,14 +264,14 @@ func (n *Node) service(table *route.Table, tn *tunnel.Tunnel) (*gateway.Service,
 		admission = gateway.AnyAttested{}
 	}
 	return gateway.New(gateway.Config{
-		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: n.ca, Certificate: n.ca.GetCertificate,
+		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
 		Domains:   func() []gateway.Domain { return n.domains },
 		Node:      gateway.Node{ID: c.NodeID, UUID: n.uuid, URL: c.MyURL, Key: n.key.Public(), Address: c.WG.ip, Endpoint: c.WG.Endpoint},
 		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
 	})
 }
 
-func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel) (*edge.Edge, error) {
+func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*edge.Edge, error) {
 	p := &n.cfg.Core.Proxy
 	rules := hostname.Rules{}
 	for _, d := range n.domains {
@@ -263,7 +281,7 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel) (*edge.Edge, error) {
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
 	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
 	cfg := edge.Config{
-		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: n.ca.GetCertificate, Pages: pages,
+		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: certificate, Pages: pages,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
 		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},

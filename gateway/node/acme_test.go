@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package node
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/acme"
+	"github.com/dstack-go/dstack/gateway/acme/acmetest"
+	"github.com/dstack-go/dstack/gateway/hostname"
+	"github.com/dstack-go/dstack/internal/config"
+	"github.com/dstack-go/dstack/internal/fault"
+)
+
+// What the configuration says is what obtains: the wildcard of the base domain, and a
+// certificate for a key that is in a guest.
+func TestTheConfiguredAuthorityCertifies(t *testing.T) {
+	d := acmetest.NewDNS(t, "gw.test")
+	ca := acmetest.NewCA(t, d, 1, 1)
+	n := &Node{domains: []gateway.Domain{{Name: "gw.test", Port: 443}}}
+	n.cfg.Core.DataDir = t.TempDir()
+	n.cfg.Core.ACME = ACMEConfig{
+		Directories: ca.Directory, DNSProvider: "rfc2136", Resolvers: d.Addr, Propagation: config.Duration{Duration: -1},
+		DNSSettings: config.NewSecret(fmt.Sprintf("server=%s,key_name=%s,key_alg=%s,key=%s", d.Addr, acmetest.KeyName, acmetest.KeyAlg, acmetest.Key)),
+	}
+	m, err := n.authorities(func(c *acme.Config) { c.CAs[0].Roots = ca.APIRoots })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := n.manage(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{GetCertificate: m.GetCertificate})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.(*tls.Conn).Handshake()
+			c.Close()
+		}
+	}()
+	for end := time.Now().Add(40 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		c, err := tls.Dial("tcp", l.Addr().String(), &tls.Config{ServerName: "x.gw.test", InsecureSkipVerify: true})
+		if err == nil {
+			if err := c.ConnectionState().PeerCertificates[0].VerifyHostname("x.gw.test"); err != nil {
+				t.Error(err)
+			}
+			c.Close()
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := hostname.Name(strings.Repeat("ab", 20) + "-8080.gw.test")
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{string(name)}}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &orders{m: m}
+	chain, _, _, err := o.Sign(t.Context(), csr, []hostname.Name{name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(chain)
+	leaf, err := x509.ParseCertificate(block.Bytes)
+	if err != nil || !key.PublicKey.Equal(leaf.PublicKey) || leaf.VerifyHostname(string(name)) != nil {
+		t.Errorf("%v", err)
+	}
+}
+
+// slow is an authority that takes its time.
+type slow struct {
+	go_   chan struct{}
+	mu    sync.Mutex
+	asked int
+}
+
+func (s *slow) Sign(ctx context.Context, _ *x509.CertificateRequest, _ []hostname.Name) ([]byte, time.Time, time.Time, error) {
+	s.mu.Lock()
+	s.asked++
+	s.mu.Unlock()
+	select {
+	case <-s.go_:
+		return []byte("chain"), time.Time{}, time.Time{}, nil
+	case <-ctx.Done():
+		return nil, time.Time{}, time.Time{}, ctx.Err()
+	}
+}
+
+func TestAnOrderOutlivesWhoAsked(t *testing.T) {
+	s := &slow{go_: make(chan struct{})}
+	o := &orders{m: s}
+	csr := &x509.CertificateRequest{RawSubjectPublicKeyInfo: []byte("key")}
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	for range 3 {
+		if _, _, _, err := o.Sign(short, csr, nil); fault.Code(err) != "certificate_pending" {
+			t.Errorf("%v", err)
+		}
+	}
+	close(s.go_)
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		chain, _, _, err := o.Sign(t.Context(), csr, nil)
+		if err == nil && string(chain) == "chain" {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	if s.asked != 2 {
+		t.Errorf("ordered %d times, once while it was under way and once after", s.asked)
+	}
+}
