@@ -288,16 +288,21 @@ func forwardRules(s state, p *Policy, ports *nftables.Set) [][]expr.Any {
 			Mask: native32(ctStatusDNAT), Xor: native32(0)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: native32(0)},
 	}
-	if p.AnyPort {
-		return append(rules, rule(meta(metaOIFKind, kindBridge), dnat, accept()))
-	}
-	return append(rules, rule(
-		meta(metaOIFKind, kindBridge), dnat,
-		[]expr.Any{
+	published := rule(meta(metaOIFKind, kindBridge), dnat)
+	if !p.AnyPort {
+		published = append(published,
 			&expr.Ct{Key: expr.CtKeyPROTODST, Register: 1, Direction: dirOriginal},
-			&expr.Lookup{SourceRegister: 1, SetName: ports.Name, SetID: ports.ID},
-		},
-		accept()))
+			&expr.Lookup{SourceRegister: 1, SetName: ports.Name, SetID: ports.ID})
+	}
+	if t := p.Tunnel; t != nil {
+		// Over the tunnel the same, of gateways and by TCP alone.
+		over := meta(expr.MetaKeyIIFNAME, ifname(t.Interface))
+		for _, g := range t.Gateways {
+			rules = append(rules, rule(over, sourceIs(g, 12), meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), published, accept()))
+		}
+		rules = append(rules, rule(over, drop()))
+	}
+	return append(rules, rule(published, accept()))
 }
 
 // rule joins matches and a verdict.

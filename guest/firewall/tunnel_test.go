@@ -52,6 +52,8 @@ func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 	})
 	in(t, gateway, func() error { return address("wg", tunnelGateway+"/24", tunnelStranger+"/24") })
 	in(t, l.outside, func() error { return address("far", elsewhereV4+"/24") })
+	l.engineRules(t)
+	serve(t, l.container, insidePort)
 	for _, port := range []int{80, 81, AgentPort, tlsPort} {
 		serve(t, l.guest, port)
 	}
@@ -78,7 +80,7 @@ func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 	}
 	tunnel := &Tunnel{Interface: "dstack-wg0", Port: wgPort, TLSPort: tlsPort,
 		Gateways: []netip.Addr{netip.MustParseAddr(tunnelGateway)}, Endpoints: []netip.AddrPort{netip.MustParseAddrPort(outsideV4 + ":51820")}}
-	for name, p := range map[string]Policy{"listed ports": {Ports: []uint16{80}, Tunnel: tunnel}, "any port": {AnyPort: true, Tunnel: tunnel}} {
+	for name, p := range map[string]Policy{"listed ports": {Ports: []uint16{80, publishedPort}, Tunnel: tunnel}, "any port": {AnyPort: true, Tunnel: tunnel}} {
 		if err := Open(p, guestConn(l)); err != nil {
 			t.Fatal(err)
 		}
@@ -96,6 +98,10 @@ func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 			{"another in the tunnel to a listed port", gateway, tunnelStranger, tunnelGuest, 80, false},
 			{"another in the tunnel to the agent", gateway, tunnelStranger, tunnelGuest, AgentPort, false},
 			{"another in the tunnel to where TLS ends", gateway, tunnelStranger, tunnelGuest, tlsPort, false},
+			{"a gateway to a published port", gateway, tunnelGateway, tunnelGuest, publishedPort, true},
+			{"a gateway to a published port that is not listed", gateway, tunnelGateway, tunnelGuest, strayPort, p.AnyPort},
+			{"another in the tunnel to a published port", gateway, tunnelStranger, tunnelGuest, publishedPort, false},
+			{"outside to a published port", l.outside, outsideV4, guestV4, publishedPort, true},
 			{"outside to a listed port", l.outside, outsideV4, guestV4, 80, true},
 			{"outside to where TLS ends", l.outside, outsideV4, guestV4, tlsPort, false},
 		} {

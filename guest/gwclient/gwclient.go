@@ -37,6 +37,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -88,10 +89,11 @@ type Config struct {
 type Client struct {
 	cfg Config
 
+	applying sync.Mutex // held while the tunnel changes
+	applied  string     // what it was made of
+
 	mu       sync.Mutex
 	gateways map[string]*gateway
-	applied  string // what the tunnel was made of
-	certs    map[string]*served
 }
 
 // gateway is one gateway.
@@ -99,6 +101,7 @@ type gateway struct {
 	url     string
 	addr    string // host:port
 	now     *registered
+	cert    *served // for the names under its domain; of no other gateway's word
 	failure string
 	poke    chan struct{}
 }
@@ -115,9 +118,10 @@ type registered struct {
 
 // served is a certificate, and where its names lead.
 type served struct {
-	cert  *tls.Certificate
-	ports map[string]uint16
-	until time.Time
+	cert   *tls.Certificate
+	domain string
+	ports  map[string]uint16
+	until  time.Time
 }
 
 // New returns a client. Code gateway_url.
@@ -128,7 +132,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Lease == nil {
 		cfg.Lease = func() ([]byte, []byte) { return nil, nil }
 	}
-	c := &Client{cfg: cfg, gateways: map[string]*gateway{}, certs: map[string]*served{}}
+	c := &Client{cfg: cfg, gateways: map[string]*gateway{}}
 	for _, u := range cfg.URLs {
 		if err := c.add(u); err != nil {
 			return nil, err
@@ -318,6 +322,9 @@ func over(conn *channel.Conn) (*prpc.Client, func()) {
 	return &prpc.Client{BaseURL: "http://gateway/prpc", HTTP: &http.Client{Transport: t}}, t.CloseIdleConnections
 }
 
+// domainForm is what a base domain looks like.
+var domainForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$`)
+
 // parse makes typed values of a registration's answer: what the gateway says of itself,
 // which is its first server. Code gateway_reply.
 func parse(ctx context.Context, r *api.RegisterCvmResponse) (*registered, error) {
@@ -342,6 +349,9 @@ func parse(ctx context.Context, r *api.RegisterCvmResponse) (*registered, error)
 	}
 	if out.peer.Endpoint, err = endpoint(ctx, own.Endpoint); err != nil {
 		return bad("its endpoint: %v", err)
+	}
+	if out.domain != "" && (len(out.domain) > 200 || !domainForm.MatchString(out.domain)) {
+		return bad("its domain is none")
 	}
 	switch now := time.Now(); {
 	case r.LeaseUntil == 0: // upstream's gateways give none
@@ -376,6 +386,22 @@ func endpoint(ctx context.Context, text string) (netip.AddrPort, error) {
 
 // apply makes the tunnel that of all gateways that answered.
 func (c *Client) apply(ctx context.Context) error {
+	c.applying.Lock()
+	defer c.applying.Unlock()
+	change := c.wanted()
+	text := fmt.Sprint(change)
+	if text == c.applied {
+		return nil
+	}
+	if _, err := c.cfg.Tunnel(ctx, change); err != nil {
+		return err
+	}
+	c.applied = text
+	return nil
+}
+
+// wanted is the tunnel to all gateways that answered.
+func (c *Client) wanted() initrpc.TunnelChange {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	change := initrpc.TunnelChange{Set: true}
@@ -391,15 +417,7 @@ func (c *Client) apply(ctx context.Context) error {
 			change.Addresses = append(change.Addresses, now.address)
 		}
 	}
-	text := fmt.Sprint(change)
-	if text == c.applied {
-		return nil
-	}
-	if _, err := c.cfg.Tunnel(ctx, change); err != nil {
-		return err
-	}
-	c.applied = text
-	return nil
+	return change
 }
 
 // names are the hosts under a domain that lead to ports of which TLS ends here.
@@ -425,7 +443,10 @@ func (c *Client) names(domain string) map[string]uint16 {
 // Codes gateway_certificate, those of the gateway.
 func (c *Client) certify(ctx context.Context, client *prpc.Client, g *gateway, now *registered) error {
 	c.mu.Lock()
-	have := c.certs[now.domain]
+	have := g.cert
+	if have != nil && have.domain != now.domain {
+		have, g.cert = nil, nil
+	}
 	due := now.renewAt.IsZero() || time.Now().After(now.renewAt)
 	c.mu.Unlock()
 	names := c.names(now.domain)
@@ -460,7 +481,7 @@ func (c *Client) certify(ctx context.Context, client *prpc.Client, g *gateway, n
 	if !now.renewAt.Before(s.until) || now.renewAt.Before(time.Now()) {
 		now.renewAt = time.Now().Add(time.Until(s.until) / 2)
 	}
-	c.certs[now.domain] = s
+	s.domain, g.cert = now.domain, s
 	c.cfg.Log.Info("certificate", "gateway", g.url, "names", len(names), "until", s.until)
 	return nil
 }
@@ -503,18 +524,18 @@ func (c *Client) take(r *api.GetCertificateResponse, names map[string]uint16) (*
 	return &served{cert: cert, ports: names, until: leaf.NotAfter}, nil
 }
 
-// Certificate returns the certificate for a host, and the port that it leads to. Code
-// gateway_name.
-func (c *Client) Certificate(host string) (*tls.Certificate, uint16, error) {
+// Certificate returns the certificate for a host that a gateway, by its address in the
+// tunnel, leads here, and the port that it leads to. Code gateway_name.
+func (c *Client) Certificate(host string, from netip.Addr) (*tls.Certificate, uint16, error) {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
-	_, domain, _ := strings.Cut(host, ".")
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.certs[domain]
-	if s == nil || s.ports[host] == 0 || time.Now().After(s.until) {
-		return nil, 0, fault.New("gateway_name", "%.100q is no name of this instance with a certificate", host)
+	for _, g := range c.gateways {
+		if g.now != nil && g.now.peer.Address == from && g.cert != nil && g.cert.ports[host] != 0 && time.Now().Before(g.cert.until) {
+			return g.cert.cert, g.cert.ports[host], nil
+		}
 	}
-	return s.cert, s.ports[host], nil
+	return nil, 0, fault.New("gateway_name", "%.100q is no name of this instance with a certificate at the gateway %s", host, from)
 }
 
 // Ready returns nil once some gateway has a route to this instance.

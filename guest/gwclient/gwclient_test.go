@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/big"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -63,6 +64,9 @@ func TestAnswersOfGateways(t *testing.T) {
 		"no address":            {func(r *api.RegisterCvmResponse) { r.Wg.Servers[0].Ip = "any" }, "gateway_reply"},
 		"no endpoint":           {func(r *api.RegisterCvmResponse) { r.Wg.Servers[0].Endpoint = "192.0.2.1" }, "gateway_reply"},
 		"nobody's endpoint":     {func(r *api.RegisterCvmResponse) { r.Wg.Servers[0].Endpoint = "0.0.0.0:1" }, "tunnel_malformed"},
+		"a domain of spaces":    {func(r *api.RegisterCvmResponse) { r.Agent.Domain = "a b" }, "gateway_reply"},
+		"a domain with a line":  {func(r *api.RegisterCvmResponse) { r.Agent.Domain = "a.example\nb" }, "gateway_reply"},
+		"a long domain":         {func(r *api.RegisterCvmResponse) { r.Agent.Domain = strings.Repeat("a", 201) }, "gateway_reply"},
 		"a lease that ended":    {func(r *api.RegisterCvmResponse) { r.LeaseUntil = 1 }, "gateway_reply"},
 		"a lease for ever":      {func(r *api.RegisterCvmResponse) { r.LeaseUntil = 1 << 62 }, "gateway_reply"},
 	} {
@@ -137,14 +141,18 @@ func TestCertificatesOfGateways(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.certs["apps.example"] = s
-	if _, port, err := c.Certificate(dstack.AppID{1}.String() + "-8080.APPS.example."); err != nil || port != 8080 {
+	here, there := netip.MustParseAddr("100.96.0.1"), netip.MustParseAddr("100.96.0.2")
+	c.gateways["g"] = &gateway{now: &registered{peer: initrpc.TunnelPeer{Address: here}}, cert: s}
+	if _, port, err := c.Certificate(dstack.AppID{1}.String()+"-8080.APPS.example.", here); err != nil || port != 8080 {
 		t.Errorf("%d, %v", port, err)
 	}
 	for _, host := range []string{"", "apps.example", dstack.AppID{3}.String() + ".apps.example", dstack.AppID{1}.String() + ".other.example"} {
-		if _, _, err := c.Certificate(host); fault.Code(err) != "gateway_name" {
+		if _, _, err := c.Certificate(host, here); fault.Code(err) != "gateway_name" {
 			t.Errorf("%q: %v", host, err)
 		}
+	}
+	if _, _, err := c.Certificate(dstack.AppID{1}.String()+".apps.example", there); fault.Code(err) != "gateway_name" {
+		t.Errorf("another gateway's: %v", err)
 	}
 	for name, chain := range map[string]string{
 		"none": "", "garbage": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",

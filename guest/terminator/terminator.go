@@ -18,6 +18,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,6 +35,7 @@ const (
 	handshake = 10 * time.Second
 	connect   = 5 * time.Second
 	idle      = 10 * time.Minute
+	silence   = time.Second
 )
 
 // evidencePath is frozen: verifiers know it (design.md §4).
@@ -40,8 +43,9 @@ const evidencePath = "/.well-known/dstack/attest"
 
 // Terminator ends TLS.
 type Terminator struct {
-	// Certificate has the certificate of a host and the port that it leads to.
-	Certificate func(host string) (*tls.Certificate, uint16, error)
+	// Certificate has the certificate of a host that a gateway, by its address in the
+	// tunnel, leads here, and the port that it leads to.
+	Certificate func(host string, gateway netip.Addr) (*tls.Certificate, uint16, error)
 	// PROXY says which ports get the client's PROXY header.
 	PROXY map[uint16]bool
 	// Evidence answers the evidence path.
@@ -89,11 +93,15 @@ func (t *Terminator) handle(ctx context.Context, c net.Conn) error {
 	if err != nil || head.Version != 2 {
 		return fault.New("proxy_malformed", "the gateway's PROXY header is missing or of another version (%v)", err)
 	}
+	var from netip.Addr
+	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		from = a.AddrPort().Addr().Unmap()
+	}
 	var port uint16
 	session := tls.Server(&peeked{Conn: c, in: in}, &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		GetCertificate: func(h *tls.ClientHelloInfo) (cert *tls.Certificate, err error) {
-			cert, port, err = t.Certificate(h.ServerName)
+			cert, port, err = t.Certificate(h.ServerName, from)
 			return cert, err
 		},
 		// Every handshake shows the certificate that evidence names.
@@ -105,11 +113,14 @@ func (t *Terminator) handle(ctx context.Context, c net.Conn) error {
 		}
 		return fault.Wrap(err, "terminator_handshake", "end TLS")
 	}
-	session.SetDeadline(time.Now().Add(idle))
+	// Whoever wants evidence says so at once. A client that waits for the app to speak
+	// first, or sends nothing at all, is the app's.
+	session.SetDeadline(time.Now().Add(silence))
 	text, err := begins(session, "POST "+evidencePath+" ")
-	if err != nil && len(text) == 0 {
-		return nil // it said nothing
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.EOF) {
+		return nil
 	}
+	session.SetDeadline(time.Now().Add(idle))
 	if string(text) == "POST "+evidencePath+" " && t.Evidence != nil {
 		state := session.ConnectionState()
 		return serveOne(ctx, &peeked{Conn: session, in: bufio.NewReader(io.MultiReader(strings.NewReader(string(text)), session))}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -14,8 +14,10 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,6 +35,8 @@ type lab struct {
 	t     *testing.T
 	addr  string
 	roots *x509.CertPool
+
+	greets atomic.Bool // the app speaks first
 
 	mu    sync.Mutex
 	dials []string
@@ -66,7 +70,10 @@ func newLab(t *testing.T) *lab {
 	}
 	l.addr = ln.Addr().String()
 	term := &Terminator{
-		Certificate: func(host string) (*tls.Certificate, uint16, error) {
+		Certificate: func(host string, from netip.Addr) (*tls.Certificate, uint16, error) {
+			if from != netip.MustParseAddr("127.0.0.1") {
+				t.Errorf("the gateway is %s", from)
+			}
 			port, ok := map[string]uint16{"a.example": 8080, "b.example": 8081}[host]
 			if !ok {
 				return nil, 0, fault.New("gateway_name", "%s", host)
@@ -93,7 +100,14 @@ func newLab(t *testing.T) *lab {
 			if err != nil {
 				return
 			}
-			work.Go(func() { defer c.Close(); io.Copy(c, c); c.(*net.TCPConn).CloseWrite() })
+			work.Go(func() {
+				defer c.Close()
+				if l.greets.Load() {
+					io.WriteString(c, "220 ready")
+				}
+				io.Copy(c, c)
+				c.(*net.TCPConn).CloseWrite()
+			})
 		}
 	})
 	work.Go(func() { term.Serve(ctx, ln) })
@@ -205,5 +219,33 @@ func TestWhoIsRefusedReachesNothing(t *testing.T) {
 	}
 	if len(l.dials) != 0 {
 		t.Errorf("the app was dialled: %v", l.dials)
+	}
+}
+
+// Clients of apps that speak first wait for them, and some say nothing ever.
+func TestAppsMaySpeakFirst(t *testing.T) {
+	l := newLab(t)
+	l.greets.Store(true)
+	for name, says := range map[string]string{"nothing": "", "a part of what verifiers say": "POST /.well-"} {
+		c, err := l.dial("a.example")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, says)
+		want := "220 ready" + says
+		b := make([]byte, len(want))
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != want {
+			t.Errorf("%s: %q, %v", name, b, err)
+		}
+		if got := say(t, c, "x"); got != "x" {
+			t.Errorf("%s: then %q", name, got)
+		}
+	}
+	c, err := l.dial("a.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := say(t, c, ""); got != "220 ready" {
+		t.Errorf("a client that ends at once got %q", got)
 	}
 }
