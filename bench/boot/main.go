@@ -49,7 +49,7 @@ type sample struct {
 
 var (
 	runs     = flag.Int("runs", 5, "boots of each side, alternating")
-	peerDir  = flag.String("peer", "", "directory that peer.sh made")
+	peerDir  = flag.String("peer", "", "directory that peer.sh made; without it only ours is booted")
 	dstack   = flag.String("dstack", "bin/dstack", "our tool; its stack must be up")
 	state    = flag.String("state", "", "state directory of the stack")
 	hello    = flag.String("hello", "bin/hello", "the app, a static binary")
@@ -68,12 +68,19 @@ func main() {
 			log.Fatalf("ours, run %d: %v", i+1, err)
 		}
 		ours = append(ours, s)
+		if *peerDir == "" {
+			fmt.Printf("run %d: ours %.1f s, CPU %.1f s, memory %d and %d KiB\n", i+1, s.HTTP, s.CPU, s.Before, s.App)
+			continue
+		}
 		p, err := peerBoot()
 		if err != nil {
 			log.Fatalf("peer, run %d: %v", i+1, err)
 		}
 		peers = append(peers, p)
 		fmt.Printf("run %d: ours %.1f s, CPU %.1f s; peer %.1f s, CPU %.1f s\n", i+1, s.HTTP, s.CPU, p.HTTP, p.CPU)
+	}
+	if len(peers) == 0 {
+		return
 	}
 	row := func(what, unit string, scale float64, get func(sample) float64) {
 		o, p := spread(ours, get), spread(peers, get)
