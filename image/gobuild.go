@@ -24,7 +24,7 @@ var engineModules = map[string]string{
 	"github.com/docker/cli":               "github.com/docker/cli/cli/version.Version",
 }
 
-// engine builds containerd, dockerd, docker-compose and docker (one binary) and
+// engine builds dockerd, docker-compose and docker (one binary, containerd in it) and
 // the shim from the module image/engine and the modules that it pins, edited as
 // engineEdits says.
 func (b *build) engine(ctx context.Context, p *artifacts) (bool, error) {

@@ -63,10 +63,9 @@ func (b *build) rootTree(p *artifacts) (tree, error) {
 		t.add(name, node{kind: file, mode: 0o644, data: []byte(text)})
 	}
 
-	// One file under three names; see engine/main.go.
-	t.add("usr/bin/containerd", node{kind: file, mode: 0o755, from: p.engine})
-	t.add("usr/bin/dockerd", node{kind: hardlink, mode: 0o755, target: "usr/bin/containerd"})
-	t.add("usr/bin/docker-compose", node{kind: hardlink, mode: 0o755, target: "usr/bin/containerd"})
+	// One file under two names; see engine/main.go.
+	t.add("usr/bin/docker-compose", node{kind: file, mode: 0o755, from: p.engine})
+	t.add("usr/bin/dockerd", node{kind: hardlink, mode: 0o755, target: "usr/bin/docker-compose"})
 	t.add("usr/bin/containerd-shim-runc-v2", node{kind: file, mode: 0o755, from: p.shim})
 
 	if err := p.pool.addFiles(t, debianFiles); err != nil {

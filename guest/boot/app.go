@@ -57,7 +57,7 @@ func (m *Machine) room() (*script.Room, error) {
 	return &script.Room{
 		Layer: scriptsLayer, WorkDir: workDir, Socket: dstackSocket, Resolver: resolvConf,
 		// The client without its engine: docker login works, docker run cannot.
-		Programs: map[string]string{"/usr/bin/docker": "/usr/bin/containerd", "/usr/bin/docker-compose": "/usr/bin/containerd"},
+		Programs: map[string]string{"/usr/bin/docker": "/usr/bin/docker-compose", "/usr/bin/docker-compose": "/usr/bin/docker-compose"},
 		Exe:      "/proc/self/exe", Runner: m.sup, Secrets: m.variables,
 		Log: func(name, line string) { m.console.Log(name + ": " + oneLine(line)) },
 	}, nil
@@ -95,8 +95,8 @@ func (m *Machine) startEngine(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	e, err := engine.Start(m.sup, cfg, func(daemon string, err error, wait time.Duration) {
-		m.console.Log(fmt.Sprintf("%s: %v; starting it again in %s", daemon, err, wait))
+	e, err := engine.Start(m.sup, cfg, func(err error, wait time.Duration) {
+		m.console.Log(fmt.Sprintf("dockerd: %v; starting it again in %s", err, wait))
 	})
 	if err != nil {
 		return fault.Wrap(err, "engine_start", "start the container engine")

@@ -59,7 +59,7 @@ func (m *Machine) fail(f *Failure) {
 	m.host.Notify(eventError, f.String())
 	if e := m.runningEngine(); e != nil {
 		// The reason may be in the daemons' last words; each already on one line.
-		m.console.Log("dockerd: " + e.Dockerd.Log.LastLines(5))
+		m.console.Log("dockerd: " + e.Log.LastLines(5))
 	}
 	m.host.Flush(hostBound)
 	_ = syscall.Kill(-1, syscall.SIGKILL) // agent, engine, and what a half-started app left

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package engine runs the container engine of the guest: containerd and dockerd,
-// the loopback registry they pull from, and docker compose.
+// Package engine runs the container engine of the guest: dockerd with containerd in
+// its process, the loopback registry it pulls from, and docker compose.
 //
 // The engine is reached through its unix socket only. Images come from the host
 // over hostlink, through a read-only registry on the guest's own loopback; the host

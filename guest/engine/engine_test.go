@@ -327,7 +327,7 @@ func TestComposeUpGivesUp(t *testing.T) {
 	}
 }
 
-// The daemons' configuration: what must not change by accident.
+// The daemon's configuration: what must not change by accident.
 func TestDaemonConfiguration(t *testing.T) {
 	text, err := Default().dockerdConfig()
 	if err != nil {
@@ -339,19 +339,20 @@ func TestDaemonConfiguration(t *testing.T) {
 	}
 	for key, want := range map[string]string{
 		"hosts": "[unix:///run/docker.sock]", "firewall-backend": "nftables", "userland-proxy": "false", "live-restore": "false",
-		"default-runtime": "crun", "log-driver": "local", "features": "map[containerd-snapshotter:true]", "data-root": "/var/lib/docker",
+		"default-runtime": "crun", "log-driver": "local", "features": "map[containerd-snapshotter:true embedded-containerd:true]", "data-root": "/var/lib/docker",
 	} {
 		if fmt.Sprint(got[key]) != want {
 			t.Errorf("%s is %v, want %s", key, got[key], want)
 		}
 	}
-	if s := Default().containerdConfig(); strings.Contains(s, "tcp") {
-		t.Errorf("containerd listens on TCP:\n%s", s)
+	c := Default()
+	c.GCPercent, c.Nosync = 400, true
+	want := []string{"PATH=/usr/bin:/usr/sbin:/sbin:/bin", "HOME=/run/engine", "TMPDIR=/tmp", "GOGC=400", "DOCKER_CONTAINERD_ROOT=/var/lib/containerd", "ENGINE_NOSYNC=1"}
+	if env := c.daemonEnv(); !slices.Equal(env, want) {
+		t.Errorf("the daemon gets %q, want %q", env, want)
 	}
-	for _, e := range Default().processEnv() {
-		if !slices.ContainsFunc([]string{"PATH=", "HOME=", "TMPDIR=", "GOGC="}, func(p string) bool { return strings.HasPrefix(e, p) }) {
-			t.Errorf("daemons get %s", e)
-		}
+	if env := Default().daemonEnv(); slices.Contains(env, "ENGINE_NOSYNC=1") {
+		t.Errorf("without being told, the daemon syncs nothing: %q", env)
 	}
 }
 

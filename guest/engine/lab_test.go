@@ -172,7 +172,7 @@ func (l *lab) boot(scene string) error {
 		return err
 	}
 	l.sup = sup
-	l.engine, err = Start(sup, l.cfg, func(d string, err error, _ time.Duration) { fmt.Println(d, err) })
+	l.engine, err = Start(sup, l.cfg, func(err error, _ time.Duration) { fmt.Println(err) })
 	if err != nil {
 		return err
 	}
@@ -180,7 +180,7 @@ func (l *lab) boot(scene string) error {
 		return err
 	}
 	if err := run(ctx, l); err != nil {
-		return fmt.Errorf("%w\n%s\n%s", err, l.engine.Dockerd.Log, l.engine.Containerd.Log)
+		return fmt.Errorf("%w\n%s", err, l.engine.Log)
 	}
 	return nil
 }

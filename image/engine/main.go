@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command engine is the container engine of dstack-os: containerd, dockerd,
-// docker-compose and docker in one static binary, told apart by the name it is
+// Command engine is the container engine of dstack-os: dockerd with containerd in
+// it, docker-compose and docker in one static binary, told apart by the name it is
 // called by.
 //
 // They are one file because they share most of their code: one file is smaller
 // in the image, and inside the VM a page of shared code is read, checked
-// against the verity tree and (under emulation) translated once, not four
-// times. The image holds it under the names of the first three as hard links, so
+// against the verity tree and (under emulation) translated once, not three
+// times. The image holds it under the names of the first two as hard links, so
 // that a program that starts itself again by path keeps its name. Nothing in the
 // image is called docker: the guest mounts the engine under that name for the
 // scripts of a manifest alone.
@@ -32,7 +32,6 @@ import (
 )
 
 var programs = map[string]func(ctx context.Context) error{
-	"containerd":     containerd,
 	"dockerd":        dockerd,
 	"docker-compose": compose,
 	"docker":         docker,
@@ -46,7 +45,7 @@ func main() {
 	name := filepath.Base(os.Args[0])
 	run, ok := programs[name]
 	if !ok {
-		fmt.Fprintf(os.Stderr, "engine: called as %q; it answers to containerd, dockerd, docker-compose and docker\n", name)
+		fmt.Fprintf(os.Stderr, "engine: called as %q; it answers to dockerd, docker-compose and docker\n", name)
 		os.Exit(2)
 	}
 	signal.Ignore(syscall.SIGPIPE) // a reader of our logs may go away; that is not our end
