@@ -168,8 +168,11 @@ func (s *Service) Handler() http.Handler {
 		prpc.Unary("RegisterCvm", s.register),
 		prpc.Unary("GetCertificate", s.certificate),
 		prpc.Unary("Info", s.info),
-		prpc.Unary("AcmeInfo", func(context.Context, *emptypb.Empty) (*api.AcmeInfoResponse, error) {
-			return &api.AcmeInfoResponse{}, nil
+		prpc.Unary("AcmeInfo", func(ctx context.Context, _ *emptypb.Empty) (*api.AcmeInfoResponse, error) {
+			if s.cfg.AcmeInfo == nil {
+				return &api.AcmeInfoResponse{}, nil
+			}
+			return s.cfg.AcmeInfo(ctx)
 		}),
 		prpc.Unary("GetPeers", s.peers),
 	}
@@ -284,12 +287,14 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	if err != nil {
 		return nil, err
 	}
-	if most := now.Add(s.cfg.Lease); until.After(most) {
+	// The evidence is the connection's, and as old as it: a guest that keeps one open gets
+	// nothing newer by asking again (threats.md K03).
+	if most := peer.At.Add(s.cfg.Lease); until.After(most) {
 		until = most
 	}
 	rec := route.Record{
 		App: peer.Identity.AppID, Instance: *peer.Identity.InstanceID, Compose: peer.Identity.ComposeHash,
-		Key: key, Policy: policy, Attested: now, Until: until,
+		Key: key, Policy: policy, Attested: peer.At, Until: until,
 	}
 	lock := &s.registering[int(rec.Instance[0])%len(s.registering)]
 	lock.Lock()

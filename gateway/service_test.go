@@ -13,6 +13,7 @@ import (
 	"encoding/base64"
 	"encoding/pem"
 	"errors"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/lease"
 	"github.com/dstack-go/dstack/manifest"
+	"github.com/dstack-go/dstack/prpc"
 )
 
 func TestRegistration(t *testing.T) {
@@ -183,6 +185,40 @@ func TestThreat_K03_RegistrationNeedsFreshEvidence(t *testing.T) {
 				t.Errorf("%s has a route", name)
 			}
 		}
+	}
+}
+
+// A connection that is kept open has the evidence that it began with: asking again over it
+// renews nothing, and after a removal brings nothing back.
+func TestThreat_K03_AnOldConnectionIsOldEvidence(t *testing.T) {
+	w := newWorld(t, nil)
+	a := w.instance(1, 1)
+	tr := a.config().Transport()
+	defer tr.CloseIdleConnections()
+	c := &prpc.Client{BaseURL: "https://" + w.addr + "/prpc", HTTP: &http.Client{Transport: tr}}
+	ask := func() (*api.RegisterCvmResponse, error) {
+		out := new(api.RegisterCvmResponse)
+		return out, c.Call(t.Context(), "RegisterCvm", a.request(), out)
+	}
+	first, err := ask()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.pass(2 * time.Minute)
+	if again, err := ask(); err != nil || again.LeaseUntil != first.LeaseUntil {
+		t.Errorf("%d after %d, %v", again.LeaseUntil, first.LeaseUntil, err)
+	}
+	w.pass(4 * time.Minute)
+	if _, err := ask(); fault.Code(err) != "route_evidence_stale" {
+		t.Errorf("evidence of six minutes: %v", err)
+	}
+	w.table.Remove(a.guest.InstanceID)
+	if _, err := ask(); err == nil {
+		t.Error("removed, it is back by what it showed before")
+	}
+	w.pass(time.Second)
+	if r, err := a.register(nil); err != nil || r.LeaseUntil <= first.LeaseUntil {
+		t.Errorf("with new evidence: %v, %v", r, err)
 	}
 }
 

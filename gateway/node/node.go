@@ -222,21 +222,23 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	if err != nil {
 		return err
 	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return public.Serve(ctx, proxy) })
-	group.Go(func() error { return service.Serve(ctx, rpc) })
-	group.Go(func() error { return service.Keep(ctx, routes) })
+	var plain net.Listener
 	if c.Proxy.HTTPPort != 0 {
-		plain, err := listen("tcp", port(c.Proxy.ListenAddr, c.Proxy.HTTPPort), &at.HTTP)
-		if err != nil {
+		if plain, err = listen("tcp", port(c.Proxy.ListenAddr, c.Proxy.HTTPPort), &at.HTTP); err != nil {
 			return err
 		}
-		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
 	if manager != nil {
 		if err := n.manage(ctx, manager); err != nil {
 			return err
 		}
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return public.Serve(ctx, proxy) })
+	group.Go(func() error { return service.Serve(ctx, rpc) })
+	group.Go(func() error { return service.Keep(ctx, routes) })
+	if plain != nil {
+		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
 	n.log.Info("the gateway serves", "rpc", at.RPC.String(), "proxy", at.Proxy.String(), "tunnel", tn.Mode(), "wireguard", n.key.Public().String(), "app", n.self.ID.String())
 	if ready != nil {
