@@ -88,6 +88,7 @@ func (s *Service) Keep(ctx context.Context, file string) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		case <-s.applied:
 		}
 		if err := s.reconcile(); err != nil {
 			s.log.Warn("tunnel", "code", fault.Code(err), "error", err)
@@ -98,6 +99,14 @@ func (s *Service) Keep(ctx context.Context, file string) error {
 		}
 		write(file, text)
 		write(file+endpointsSuffix, s.endpointLines())
+	}
+}
+
+// Applied makes Keep look at once: the table has routes that another gateway appraised.
+func (s *Service) Applied() {
+	select {
+	case s.applied <- struct{}{}:
+	default:
 	}
 }
 

@@ -121,6 +121,8 @@ type Service struct {
 	now   func() time.Time
 	log   *slog.Logger
 	slots chan struct{}
+	// applied tells Keep that the table changed without a registration here.
+	applied chan struct{}
 
 	// registering keeps what one instance does in order; most others go on.
 	registering [64]sync.Mutex
@@ -149,7 +151,7 @@ func New(c Config) (*Service, error) {
 	if c.TXTPrefix == "" {
 		c.TXTPrefix = hostname.TXTPrefix
 	}
-	s := &Service{cfg: c, now: c.Now, log: c.Log, slots: make(chan struct{}, 2*runtime.GOMAXPROCS(0))}
+	s := &Service{cfg: c, now: c.Now, log: c.Log, slots: make(chan struct{}, 2*runtime.GOMAXPROCS(0)), applied: make(chan struct{}, 1)}
 	if s.now == nil {
 		s.now = time.Now
 	}
@@ -336,7 +338,7 @@ func (s *Service) place(rec, was route.Record) (*route.Route, error) {
 	}
 	for i := range probes {
 		a, ok := addressOf(s.cfg.Node.Address.Masked(), rec.Instance, i)
-		if !ok || a == s.cfg.Node.Address.Addr() {
+		if !ok || s.gatewaysOwn(a) {
 			continue
 		}
 		rec.Address = a
@@ -346,6 +348,18 @@ func (s *Service) place(rec, was route.Record) (*route.Route, error) {
 		}
 	}
 	return nil, fault.New("register_addresses", "no free address was found in %s", s.cfg.Node.Address.Masked()).WithFix("give the gateway a larger network")
+}
+
+// gatewaysOwn reports whether an address is a gateway's, or is kept for one: the first 256
+// of a network, or a sixteenth of a small one.
+func (s *Service) gatewaysOwn(a netip.Addr) bool {
+	network := s.cfg.Node.Address
+	first, at := network.Masked().Addr().As4(), a.As4()
+	offset := binary.BigEndian.Uint32(at[:]) - binary.BigEndian.Uint32(first[:])
+	if uint64(offset) < min(256, uint64(1)<<(32-network.Bits())/16) || a == network.Addr() {
+		return true
+	}
+	return slices.ContainsFunc(s.others(), func(n Node) bool { return n.Address.Addr() == a })
 }
 
 // addressOf is the n-th address to try for an instance: a host of the network by the

@@ -20,6 +20,8 @@ import (
 // App is this program as an app.
 type App struct {
 	ID       dstack.AppID
+	Instance *dstack.InstanceID // nil: instances of this app are not told apart
+	Compose  dstack.ComposeHash
 	VMConfig string // belongs to its evidence
 	agent    *prpc.Client
 }
@@ -42,6 +44,13 @@ func Open(ctx context.Context, socket string) (*App, error) {
 		return nil, fault.New("app_self", "the guest agent names an app id of %d bytes", len(info.AppId))
 	}
 	a.ID, a.VMConfig = dstack.AppID(info.AppId), info.VmConfig
+	if len(info.InstanceId) == dstack.InstanceIDSize {
+		id := dstack.InstanceID(info.InstanceId)
+		a.Instance = &id
+	}
+	if len(info.ComposeHash) == dstack.ComposeHashSize {
+		a.Compose = dstack.ComposeHash(info.ComposeHash)
+	}
 	return a, nil
 }
 

@@ -41,6 +41,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/flight"
+	"github.com/dstack-go/dstack/internal/zaplog"
 )
 
 // Method is a way to prove control of a name (RFC 8555 §8, RFC 8737); the text is that of
@@ -163,7 +164,7 @@ func New(cfg Config) (*Manager, error) {
 		ctx: ctx, cancel: cancel, domains: map[hostname.Name]*domain{},
 	}
 	m.log = slog.New(redacting{cfg.Log.Handler(), m.secrets})
-	m.zap = zap.New(zapCore{m.log.Handler()})
+	m.zap = zaplog.New(m.log.Handler())
 	m.tokens = newTokens(cfg.Storage)
 	keys := map[string]bool{}
 	for _, ca := range cfg.CAs {

@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"sync"
 
-	"go.uber.org/zap/zapcore"
-
 	"github.com/dstack-go/dstack/internal/redact"
 )
 
@@ -96,56 +94,4 @@ func (h redacting) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 func (h redacting) WithGroup(name string) slog.Handler {
 	return redacting{h.Handler.WithGroup(name), h.secrets}
-}
-
-// zapCore passes what CertMagic logs on to slog.
-type zapCore struct{ slog.Handler }
-
-var zapLevels = map[zapcore.Level]slog.Level{
-	zapcore.DebugLevel: slog.LevelDebug,
-	// What CertMagic does step by step is detail to the gateway's operator.
-	zapcore.InfoLevel: slog.LevelDebug,
-	zapcore.WarnLevel: slog.LevelWarn,
-}
-
-func levelOf(l zapcore.Level) slog.Level {
-	if level, ok := zapLevels[l]; ok {
-		return level
-	}
-	return slog.LevelError
-}
-
-func (c zapCore) Enabled(l zapcore.Level) bool {
-	return c.Handler.Enabled(context.Background(), levelOf(l))
-}
-
-func (c zapCore) With(fields []zapcore.Field) zapcore.Core {
-	return zapCore{c.WithAttrs(attrsOf(fields))}
-}
-
-func (c zapCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if c.Enabled(e.Level) {
-		return ce.AddCore(e, c)
-	}
-	return ce
-}
-
-func (c zapCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	r := slog.NewRecord(e.Time, levelOf(e.Level), e.Message, 0)
-	r.AddAttrs(attrsOf(fields)...)
-	return c.Handle(context.Background(), r)
-}
-
-func (zapCore) Sync() error { return nil }
-
-func attrsOf(fields []zapcore.Field) []slog.Attr {
-	enc := zapcore.NewMapObjectEncoder()
-	var attrs []slog.Attr
-	for _, f := range fields {
-		f.AddTo(enc)
-	}
-	for key, value := range enc.Fields {
-		attrs = append(attrs, slog.Any(key, value))
-	}
-	return attrs
 }

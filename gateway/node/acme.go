@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"net/url"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -92,7 +91,7 @@ func caName(directory string) string {
 
 // authorities opens the manager of certificates; nil: the private CA certifies. It asks
 // nobody yet.
-func (n *Node) authorities(edit ...func(*acme.Config)) (*acme.Manager, error) {
+func (n *Node) authorities(storage certmagic.Storage, edit ...func(*acme.Config)) (*acme.Manager, error) {
 	c := &n.cfg.Core.ACME
 	if c.Directories == "" {
 		return nil, nil
@@ -107,7 +106,7 @@ func (n *Node) authorities(edit ...func(*acme.Config)) (*acme.Manager, error) {
 			return nil, bad("core.acme.roots: %s has no certificate", c.Roots)
 		}
 	}
-	cfg := acme.Config{Storage: &certmagic.FileStorage{Path: filepath.Join(n.cfg.Core.DataDir, "acme")}, Resolvers: list(c.Resolvers), Log: n.log}
+	cfg := acme.Config{Storage: storage, Resolvers: list(c.Resolvers), Log: n.log}
 	for _, d := range list(c.Directories) {
 		cfg.CAs = append(cfg.CAs, acme.CA{Name: caName(d), Directory: d, Contact: c.Contact, Roots: roots})
 	}

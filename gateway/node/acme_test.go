@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/certmagic"
+
 	"github.com/dstack-go/dstack/gateway"
 	"github.com/dstack-go/dstack/gateway/acme"
 	"github.com/dstack-go/dstack/gateway/acme/acmetest"
@@ -35,7 +37,7 @@ func TestTheConfiguredAuthorityCertifies(t *testing.T) {
 		Directories: ca.Directory, DNSProvider: "rfc2136", Resolvers: d.Addr, Propagation: config.Duration{Duration: -1},
 		DNSSettings: config.NewSecret(fmt.Sprintf("server=%s,key_name=%s,key_alg=%s,key=%s", d.Addr, acmetest.KeyName, acmetest.KeyAlg, acmetest.Key)),
 	}
-	m, err := n.authorities(func(c *acme.Config) { c.CAs[0].Roots = ca.APIRoots })
+	m, err := n.authorities(&certmagic.FileStorage{Path: t.TempDir()}, func(c *acme.Config) { c.CAs[0].Roots = ca.APIRoots })
 	if err != nil {
 		t.Fatal(err)
 	}

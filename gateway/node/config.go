@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/gateway"
 	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/gateway/proxyproto"
@@ -47,6 +48,42 @@ type CoreConfig struct {
 	Attestation AttestationConfig `toml:"attestation"`
 	Auth        AuthConfig        `toml:"auth"`
 	ACME        ACMEConfig        `toml:"acme"`
+	Cluster     ClusterConfig     `toml:"cluster"`
+}
+
+// ClusterConfig is how gateways of one app reach each other. Without it a gateway is a
+// cluster of one.
+type ClusterConfig struct {
+	// Listen is where other gateways call, address:port; Address is host:port as they
+	// reach it.
+	Listen  string `toml:"listen"`
+	Address string `toml:"address"`
+	// ComposeHashes are other manifests of this app that members may have, as in an
+	// upgrade; hexadecimal, separated by commas.
+	ComposeHashes string `toml:"compose_hashes"`
+	also          []dstack.ComposeHash
+}
+
+func (c *ClusterConfig) check() error {
+	if (c.Listen == "") != (c.Address == "") {
+		return bad("core.cluster.listen and core.cluster.address belong together")
+	}
+	if c.Listen != "" {
+		if a, err := netip.ParseAddrPort(c.Listen); err != nil || a.Port() == 0 {
+			return bad("core.cluster.listen %q is no address:port", c.Listen)
+		}
+		if _, err := wgconfig.ParseEndpoint(c.Address); err != nil {
+			return fault.Wrap(err, "gateway_config", "core.cluster.address")
+		}
+	}
+	for _, text := range list(c.ComposeHashes) {
+		h, err := dstack.ParseComposeHash(text)
+		if err != nil {
+			return fault.Wrap(err, "gateway_config", "core.cluster.compose_hashes")
+		}
+		c.also = append(c.also, h)
+	}
+	return nil
 }
 
 // WGConfig is the network to the instances.
@@ -196,6 +233,9 @@ func (c *Config) check() (err error) {
 	default:
 		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
 			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
+	}
+	if err := core.Cluster.check(); err != nil {
+		return err
 	}
 	return core.ACME.check()
 }

@@ -36,6 +36,7 @@ import (
 	gatewayapi "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/cluster"
 	"github.com/dstack-go/dstack/gateway/edge"
 	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/gateway/privateca"
@@ -69,6 +70,7 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
+	opened  func(*cluster.Cluster) // of tests
 }
 
 // Open reads what is in the data directory, making it at the first start, and asks the
@@ -158,17 +160,37 @@ func openUUID(path string) (id [16]byte, err error) {
 }
 
 // Listening says where a gateway answers.
-type Listening struct{ RPC, Proxy, HTTP net.Addr }
+type Listening struct{ RPC, Proxy, HTTP, Cluster net.Addr }
 
 // Run serves until ctx ends, and then lets connections finish for a while. ready, if not
-// nil, is told once everything listens.
+// nil, is told once everything listens; again after the gateway has joined a cluster, where
+// it has another address in the tunnel.
 func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
+	for {
+		err := n.run(ctx, ready)
+		if !errors.Is(err, errJoined) {
+			return err
+		}
+		n.log.Info("the gateway has joined a cluster, and begins anew")
+	}
+}
+
+func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	c := &n.cfg.Core
+	agreed, err := n.openCluster()
+	if err != nil {
+		return err
+	}
+	defer agreed.Close()
+	if n.opened != nil {
+		n.opened(agreed)
+	}
+	own := agreed.Node()
 	table := route.New(route.Config{
-		Key: n.key.Public(), Address: c.WG.ip.Addr(), Network: c.WG.ip.Masked(), Lease: c.Auth.Lease.Duration, PerApp: c.Proxy.MaxConnectionsPerApp,
+		Key: n.key.Public(), Address: own.Address.Addr(), Network: own.Address.Masked(), Lease: c.Auth.Lease.Duration, PerApp: c.Proxy.MaxConnectionsPerApp,
 	})
 	tn, err := tunnel.Open(ctx, tunnel.Config{
-		Key: n.key, Listen: c.WG.listen, Address: c.WG.ip.Addr(), Network: c.WG.ip.Masked(), Mode: tunnel.Mode(c.WG.Mode), Name: c.WG.Interface, Log: n.log,
+		Key: n.key, Listen: c.WG.listen, Address: own.Address.Addr(), Network: own.Address.Masked(), Mode: tunnel.Mode(c.WG.Mode), Name: c.WG.Interface, Log: n.log,
 	})
 	if err != nil {
 		return err
@@ -176,7 +198,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	defer tn.Close()
 	// What certifies: public authorities, or the private CA.
 	certificate, sign, acmeInfo, challenge := n.ca.GetCertificate, gateway.Certificates(n.ca), (func(context.Context) (*gatewayapi.AcmeInfoResponse, error))(nil), http.Handler(nil)
-	manager, err := n.authorities()
+	manager, err := n.authorities(agreed.Files())
 	if err != nil {
 		return err
 	}
@@ -185,7 +207,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
-	service, err := n.service(table, tn, sign, acmeInfo)
+	service, err := n.service(agreed, table, tn, sign, acmeInfo)
 	if err != nil {
 		return err
 	}
@@ -228,6 +250,12 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 			return err
 		}
 	}
+	var members net.Listener
+	if c.Cluster.Listen != "" {
+		if members, err = listen("tcp", c.Cluster.Listen, &at.Cluster); err != nil {
+			return err
+		}
+	}
 	if manager != nil {
 		if err := n.manage(ctx, manager); err != nil {
 			return err
@@ -237,6 +265,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	group.Go(func() error { return public.Serve(ctx, proxy) })
 	group.Go(func() error { return service.Serve(ctx, rpc) })
 	group.Go(func() error { return service.Keep(ctx, routes) })
+	group.Go(func() error { return n.together(ctx, agreed, members, table, service.Applied) })
 	if plain != nil {
 		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
@@ -251,7 +280,7 @@ func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	return err
 }
 
-func (n *Node) service(table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
+func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
 	c := &n.cfg.Core
 	var admission gateway.Admission
 	switch c.Auth.Type {
@@ -268,7 +297,8 @@ func (n *Node) service(table *route.Table, tn *tunnel.Tunnel, sign gateway.Certi
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
 		Domains:   func() []gateway.Domain { return n.domains },
-		Node:      gateway.Node{ID: c.NodeID, UUID: n.uuid, URL: c.MyURL, Key: n.key.Public(), Address: c.WG.ip, Endpoint: c.WG.Endpoint},
+		Node:      gatewayNode(agreed.Node()),
+		Peers:     func() []gateway.Node { return n.others(agreed) },
 		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
 	})
 }

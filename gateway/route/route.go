@@ -169,7 +169,18 @@ type Table struct {
 	spent map[dstack.InstanceID]time.Time
 
 	quarantine quarantine
+	version    atomic.Uint64
 }
+
+// Len is how many routes there are.
+func (t *Table) Len() int {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return len(t.instances)
+}
+
+// Version grows with each change of a record.
+func (t *Table) Version() uint64 { return t.version.Load() }
 
 // New returns an empty table.
 func New(cfg Config) *Table {
@@ -295,6 +306,7 @@ func (t *Table) put(rec *Record, now time.Time) (*Route, error) {
 	}
 	r.record.Store(rec)
 	t.keys[rec.Key], t.addresses[rec.Address] = r, r
+	t.version.Add(1)
 	return r, nil
 }
 
@@ -327,6 +339,7 @@ func (t *Table) drop(r *Route) Record {
 		delete(t.apps, rec.App)
 	}
 	close(r.gone)
+	t.version.Add(1)
 	return *rec
 }
 
