@@ -125,6 +125,7 @@ type Cluster struct {
 	mu      sync.Mutex
 	locks   map[string]*held
 	removed bool
+	leaving bool          // Join stops etcd
 	joined  chan struct{} // closed when Join has made the directory another cluster's
 }
 
@@ -367,7 +368,7 @@ func (c *Cluster) follow() {
 func (c *Cluster) noteRemoved(why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.removed {
+	if !c.removed && !c.leaving {
 		c.removed = true
 		c.log.Warn("this gateway is no member of its cluster any more", "why", why)
 	}

@@ -22,6 +22,7 @@ import (
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/membership"
+	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
 
 	"github.com/dstack-go/dstack/attest/strictjson"
 	"github.com/dstack-go/dstack/channel"
@@ -87,7 +88,7 @@ func (c *Cluster) Members(ctx context.Context) ([]Member, bool, error) {
 	etcd := c.etcdMembers()
 	var out []Member
 	for _, n := range nodes {
-		m := Member{Node: n, Self: n.UUID == c.cfg.Node.UUID}
+		m := Member{Node: n, Self: n.UUID == c.cfg.Node.UUID, Learner: true}
 		if e := etcd[n.UUID]; e != nil {
 			m.Leader, m.Learner = c.server.etcd.Leader() == e.ID, e.IsLearner
 		}
@@ -262,6 +263,15 @@ func (c *Cluster) admit(ctx context.Context, peer *channel.Peer, body []byte) ([
 			return nil, err
 		}
 	}
+	u, err := types.NewURLs([]string{peerURL(n.UUID)})
+	if err != nil {
+		return nil, err
+	}
+	if c.etcdMembers()[n.UUID] == nil {
+		if err := c.learn(ctx, u); err != nil {
+			return nil, err
+		}
+	}
 	text, err := json.Marshal(&n)
 	if err != nil {
 		return nil, err
@@ -272,20 +282,31 @@ func (c *Cluster) admit(ctx context.Context, peer *channel.Peer, body []byte) ([
 	if err := c.peers.know(&n); err != nil {
 		return nil, err
 	}
-	u, err := types.NewURLs([]string{peerURL(n.UUID)})
-	if err != nil {
-		return nil, err
-	}
-	if c.etcdMembers()[n.UUID] == nil {
-		wait, cancel := context.WithTimeout(ctx, patience)
-		defer cancel()
-		if _, err := c.server.etcd.AddMember(wait, *membership.NewMemberAsLearner("", u, c.state.Token, nil)); err != nil && !errors.Is(err, membership.ErrPeerURLexists) {
-			return nil, quorum(err)
-		}
-	}
 	others := slices.DeleteFunc(nodes, func(m Node) bool { return m.UUID == n.UUID })
 	c.log.Info("cluster: joins", "uuid", n.UUID, "id", n.ID, "instance", n.Instance.String())
 	return json.Marshal(admission{Token: c.state.Token, Key: c.state.Key, Node: n, Members: others})
+}
+
+// learn makes a gateway a member that does not vote. etcd takes nobody while another
+// learns, or before the last who came has been there for five seconds: that is waited for.
+// Codes cluster_busy, state_quorum.
+func (c *Cluster) learn(ctx context.Context, u types.URLs) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*patience)
+	defer cancel()
+	for {
+		_, err := c.server.etcd.AddMember(ctx, *membership.NewMemberAsLearner("", u, c.state.Token, nil))
+		switch {
+		case err == nil || errors.Is(err, membership.ErrPeerURLexists):
+			return nil
+		case !errors.Is(err, membership.ErrTooManyLearners) && !errors.Is(err, etcderrors.ErrUnhealthy):
+			return quorum(err)
+		}
+		select {
+		case <-ctx.Done():
+			return fault.Wrap(err, "cluster_busy", "another gateway is joining, or not all are well").WithFix("`dstack gateway members` shows them; join again with the same invitation")
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 }
 
 // number gives a new member an id and an address, each of which it has alone.
@@ -379,6 +400,7 @@ func (c *Cluster) leaveFor(s *state) error {
 		return fault.New("cluster_member", "this gateway is joining already")
 	default:
 	}
+	c.leaving = true
 	c.server.stop()
 	aside := filepath.Join(c.cfg.Dir, time.Now().UTC().Format("before-20060102-150405"))
 	if err := os.Rename(filepath.Join(c.cfg.Dir, etcdDir), aside); err != nil {
@@ -422,19 +444,26 @@ func (c *Cluster) Remove(ctx context.Context, uuid string) error {
 	return nil
 }
 
-// settle is a joined member's way to vote: it asks until it has caught up.
+// settle is a joined member's way to vote: it asks until it has caught up. Its own etcd
+// does not know at first that it is a learner.
 func (c *Cluster) settle() {
-	for wait := 200 * time.Millisecond; c.ctx.Err() == nil && c.server.etcd.IsLearner(); wait = min(2*wait, 5*time.Second) {
+	said := false
+	for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		for _, n := range c.state.Members {
 			ctx, cancel := context.WithTimeout(c.ctx, 2*patience)
 			_, err := c.Call(ctx, n.UUID, "promote", nil)
 			cancel()
 			if err == nil {
-				break
+				return
+			}
+			if !said {
+				c.log.Info("cluster: not a voting member yet", "asked", n.UUID, "code", fault.Code(err), "error", err)
+				said = true
 			}
 		}
 		select {
 		case <-c.ctx.Done():
+			return
 		case <-time.After(wait):
 		}
 	}

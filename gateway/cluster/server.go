@@ -3,10 +3,12 @@
 package cluster
 
 import (
+	"context"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
@@ -34,6 +36,20 @@ type server struct {
 	etcd    *etcdserver.EtcdServer
 	client  *clientv3.Client
 	handler http.Handler
+
+	// Reading of what is closed would end the process: readers hold the lock.
+	reading sync.RWMutex
+	stopped bool
+}
+
+// get reads. Code cluster_closed.
+func (s *server) get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	s.reading.RLock()
+	defer s.reading.RUnlock()
+	if s.stopped {
+		return nil, fault.New("cluster_closed", "this gateway is starting anew")
+	}
+	return s.client.Get(ctx, key, opts...)
 }
 
 // socketName is the name of the socket that leads to a member, and, for etcd, its address.
@@ -90,8 +106,13 @@ func start(c *Cluster) (*server, error) {
 }
 
 func (s *server) stop() {
-	s.client.Close()
-	s.etcd.Stop()
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	if !s.stopped {
+		s.stopped = true
+		s.client.Close()
+		s.etcd.Stop()
+	}
 }
 
 // leads reports whether there is a leader, by which a majority is there.

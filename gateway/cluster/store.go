@@ -68,7 +68,7 @@ func quorum(err error) error {
 
 // Get implements settings.Store.
 func (c *Cluster) Get(ctx context.Context, key string) (settings.Entry, error) {
-	r, err := c.server.client.Get(ctx, ownPrefix+key, clientv3.WithSerializable())
+	r, err := c.server.get(ctx, ownPrefix+key, clientv3.WithSerializable())
 	if err != nil {
 		return settings.Entry{}, err
 	}
@@ -82,7 +82,7 @@ func (c *Cluster) Get(ctx context.Context, key string) (settings.Entry, error) {
 // List implements settings.Store. A record that was not sealed by this cluster is left out
 // and told to the log: the others beside it count (threats.md K02).
 func (c *Cluster) List(ctx context.Context, prefix string) ([]settings.Entry, error) {
-	r, err := c.server.client.Get(ctx, ownPrefix+prefix, clientv3.WithPrefix(), clientv3.WithSerializable(), clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend))
+	r, err := c.server.get(ctx, ownPrefix+prefix, clientv3.WithPrefix(), clientv3.WithSerializable(), clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend))
 	if err != nil {
 		return nil, err
 	}
@@ -185,13 +185,13 @@ type files struct{ *Cluster }
 func (c *Cluster) latest(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
 	if c.server.leads() {
 		short, cancel := context.WithTimeout(ctx, 2*time.Second)
-		r, err := c.server.client.Get(short, key, opts...)
+		r, err := c.server.get(short, key, opts...)
 		cancel()
 		if err == nil || ctx.Err() != nil {
 			return r, err
 		}
 	}
-	return c.server.client.Get(ctx, key, append(opts, clientv3.WithSerializable())...)
+	return c.server.get(ctx, key, append(opts, clientv3.WithSerializable())...)
 }
 
 // Load implements certmagic.Storage.

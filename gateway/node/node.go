@@ -70,7 +70,7 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
-	opened  func(*cluster.Cluster) // of tests
+	opened  func(*cluster.Cluster, *route.Table) // of tests
 }
 
 // Open reads what is in the data directory, making it at the first start, and asks the
@@ -182,13 +182,13 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		return err
 	}
 	defer agreed.Close()
-	if n.opened != nil {
-		n.opened(agreed)
-	}
 	own := agreed.Node()
 	table := route.New(route.Config{
 		Key: n.key.Public(), Address: own.Address.Addr(), Network: own.Address.Masked(), Lease: c.Auth.Lease.Duration, PerApp: c.Proxy.MaxConnectionsPerApp,
 	})
+	if n.opened != nil {
+		n.opened(agreed, table)
+	}
 	tn, err := tunnel.Open(ctx, tunnel.Config{
 		Key: n.key, Listen: c.WG.listen, Address: own.Address.Addr(), Network: own.Address.Masked(), Mode: tunnel.Mode(c.WG.Mode), Name: c.WG.Interface, Log: n.log,
 	})

@@ -94,6 +94,7 @@ type Client struct {
 
 	mu       sync.Mutex
 	gateways map[string]*gateway
+	more     chan struct{} // there is a new one
 }
 
 // gateway is one gateway.
@@ -132,7 +133,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Lease == nil {
 		cfg.Lease = func() ([]byte, []byte) { return nil, nil }
 	}
-	c := &Client{cfg: cfg, gateways: map[string]*gateway{}}
+	c := &Client{cfg: cfg, gateways: map[string]*gateway{}, more: make(chan struct{}, 1)}
 	for _, u := range cfg.URLs {
 		if err := c.add(u); err != nil {
 			return nil, err
@@ -156,6 +157,10 @@ func (c *Client) add(text string) error {
 	defer c.mu.Unlock()
 	if c.gateways[addr] == nil && len(c.gateways) < initrpc.MaxPeers {
 		c.gateways[addr] = &gateway{url: text, addr: addr, poke: make(chan struct{}, 1)}
+		select {
+		case c.more <- struct{}{}:
+		default:
+		}
 	}
 	return nil
 }
@@ -179,6 +184,7 @@ func (c *Client) Run(ctx context.Context) {
 		case <-ctx.Done():
 			loops.Wait()
 			return
+		case <-c.more:
 		case <-tick.C:
 			c.listen(ctx)
 		}
