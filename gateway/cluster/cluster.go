@@ -207,7 +207,7 @@ func Open(cfg Config) (*Cluster, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if err := durable.MkdirAll(cfg.Dir, 0o700); err != nil {
+	if err := durable.MkdirAll(filepath.Join(cfg.Dir, socketsDir), 0o700); err != nil {
 		return nil, fault.Wrap(err, "cluster_config", "make %s", cfg.Dir)
 	}
 	s, err := readState(cfg.Dir)
@@ -334,6 +334,7 @@ func (c *Cluster) follow() {
 		select {
 		case <-c.ctx.Done():
 		case <-c.server.etcd.StopNotify():
+			c.server.ended()
 			if c.ctx.Err() == nil {
 				c.noteRemoved("etcd stopped")
 			}

@@ -297,7 +297,8 @@ func reply(w http.ResponseWriter, body []byte, err error) {
 }
 
 // Call asks a member, over the connection that there is or a new one. Codes
-// cluster_unreachable, and those that the member answers with.
+// cluster_unreachable, those of channel.Dial, and
+// those that the member answers with.
 func (c *Cluster) Call(ctx context.Context, uuid, name string, body []byte) ([]byte, error) {
 	x := c.peers.get(uuid)
 	if x == nil {
@@ -316,6 +317,9 @@ func call(ctx context.Context, t http.RoundTripper, name string, body []byte) ([
 		return nil, err
 	}
 	r, err := t.RoundTrip(req)
+	if fault.Code(err) != "" {
+		return nil, err // says why the connection was not made
+	}
 	if err != nil {
 		return nil, fault.Wrap(err, "cluster_unreachable", "ask a member")
 	}

@@ -18,6 +18,7 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/etcdhttp"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/etcd/server/v3/features"
+	"go.uber.org/zap"
 
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -43,13 +44,32 @@ type server struct {
 }
 
 // get reads. Code cluster_closed.
-func (s *server) get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+func (s *server) get(ctx context.Context, key string, opts ...clientv3.OpOption) (r *clientv3.GetResponse, err error) {
+	closed := fault.New("cluster_closed", "this gateway is no part of a cluster now: it is starting anew, or was removed").
+		WithFix("invite and join it again if it was removed")
 	s.reading.RLock()
 	defer s.reading.RUnlock()
 	if s.stopped {
-		return nil, fault.New("cluster_closed", "this gateway is starting anew")
+		return nil, closed
 	}
+	defer func() {
+		// etcd stops by itself when it learns that it was removed.
+		select {
+		case <-s.etcd.StopNotify():
+			if recover() != nil || err != nil {
+				r, err = nil, closed
+			}
+		default:
+		}
+	}()
 	return s.client.Get(ctx, key, opts...)
+}
+
+// ended marks that etcd has stopped by itself.
+func (s *server) ended() {
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	s.stopped = true
 }
 
 // socketName is the name of the socket that leads to a member, and, for etcd, its address.
@@ -64,11 +84,7 @@ func start(c *Cluster) (*server, error) {
 		return nil, fault.Wrap(err, "cluster_start", "%s", what).WithFix("see the log; a member whose files are lost is removed from the cluster and joins anew")
 	}
 	// etcd's client dials "unix://name:1" as the relative path name:1, and takes no path.
-	sockets := filepath.Join(c.cfg.Dir, socketsDir)
-	if err := durable.MkdirAll(sockets, 0o700); err != nil {
-		return bad(err, "make the directory of the sockets")
-	}
-	if err := os.Chdir(sockets); err != nil {
+	if err := os.Chdir(filepath.Join(c.cfg.Dir, socketsDir)); err != nil {
 		return bad(err, "change to the directory of the sockets")
 	}
 	own := peerURL(c.cfg.Node.UUID)
@@ -80,7 +96,8 @@ func start(c *Cluster) (*server, error) {
 		}
 		initial[n.UUID] = u
 	}
-	log := zaplog.New(c.log.Handler())
+	// Its warnings are that members are away, every few seconds; Members says so once.
+	log := zaplog.New(c.log.Handler()).WithOptions(zap.IncreaseLevel(zap.ErrorLevel))
 	cfg := config.ServerConfig{
 		Name: c.cfg.Node.UUID, PeerURLs: types.MustNewURLs([]string{own}), ClientURLs: types.URLs{url.URL{Scheme: "http", Host: "none.invalid:1"}},
 		DataDir: filepath.Join(c.cfg.Dir, etcdDir), NewCluster: !c.state.Joined,

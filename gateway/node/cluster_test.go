@@ -5,8 +5,10 @@ package node
 import (
 	"encoding/json"
 	"fmt"
+	"hash/crc32"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -146,6 +148,7 @@ func TestClusterContract_E_DeletionsStay(t *testing.T) {
 	time.Sleep(2500 * time.Millisecond) // its routes are on its disk by then
 	g[2].kill()
 	old := g[2].dir + ".old"
+	l.must(os.RemoveAll(filepath.Join(g[2].dir, clusterDir, "peers"))) // sockets, which are made at each start
 	l.must(os.CopyFS(old, os.DirFS(g[2].dir)))
 	g[2].start()
 	l.eventually("it is back", func() bool { return g[2].status().Quorum })
@@ -183,7 +186,7 @@ func TestThreat_K02_ABrokenMembersRecordsArePutAside(t *testing.T) {
 	var dump string
 	l.must(g[0].ask("dump", nil, nil, &dump))
 	var line map[string]any
-	l.must(json.Unmarshal([]byte(dump), &line))
+	l.must(json.Unmarshal([]byte(strings.SplitN(dump, " ", 2)[1]), &line))
 	own := g[0].status().Own
 	now := time.Now()
 	edited := func(edit func(map[string]any)) string {
@@ -191,26 +194,28 @@ func TestThreat_K02_ABrokenMembersRecordsArePutAside(t *testing.T) {
 		for k, v := range line {
 			x[k] = v
 		}
-		x["instance"] = strings.Repeat("77", 20)
+		x["instance_id"] = strings.Repeat("77", 20)
 		x["key"] = wgconfig.GeneratePrivateKey().Public().String()
 		x["address"] = "100.97.7.7"
 		x["attested"], x["until"] = now.UnixMilli(), now.Add(time.Minute).UnixMilli()
 		edit(x)
 		text, err := json.Marshal(x)
 		l.must(err)
-		return string(text)
+		return fmt.Sprintf("%08x %s", crc32.Checksum(text, crc32.MakeTable(crc32.Castagnoli)), text)
 	}
 	bad := []struct{ code, line string }{
 		{"route_record", "{"},
 		{"route_record", strings.Repeat("x", 1<<16)},
-		{"route_future", edited(func(x map[string]any) { x["attested"], x["until"] = now.Add(time.Hour).UnixMilli(), now.Add(2*time.Hour).UnixMilli() })},
+		{"route_future", edited(func(x map[string]any) {
+			x["attested"], x["until"] = now.Add(time.Hour).UnixMilli(), now.Add(2*time.Hour).UnixMilli()
+		})},
 		{"route_record", edited(func(x map[string]any) { x["attested"] = uint64(1<<64 - 1) })},
 		{"route_lease", edited(func(x map[string]any) { x["until"] = now.Add(48 * time.Hour).UnixMilli() })},
 		{"route_key_own", edited(func(x map[string]any) { x["key"] = own.Key })},
 		{"route_key_taken", edited(func(x map[string]any) { x["key"] = line["key"] })},
 		{"route_address", edited(func(x map[string]any) { x["address"] = own.Address.Addr().String() })},
 		{"route_address_taken", edited(func(x map[string]any) { x["address"] = line["address"] })},
-		{"route_instance_taken", edited(func(x map[string]any) { x["instance"], x["app"] = line["instance"], strings.Repeat("66", 20) })},
+		{"route_instance_taken", edited(func(x map[string]any) { x["instance_id"], x["app_id"] = line["instance_id"], strings.Repeat("66", 20) })},
 		{"route_record", edited(func(x map[string]any) { x["key"] = fmt.Sprint(x["key"]) + "\nEndpoint=192.0.2.1:1" })},
 	}
 	var body strings.Builder
@@ -287,13 +292,14 @@ func TestClusterContract_G_GrowsAndIsUpgraded(t *testing.T) {
 	l := newLab(t)
 	g := []*host{l.gateway(nil), l.gateway(nil), l.gateway(nil)}
 	g[0].alone()
-	shop := l.instance(1, 1, "shop", g[0])
-	l.reached(g[0], shop, "shop")
 	next := dstack.ComposeHash{0x9a, 2}
 	for i, h := range g[1:] {
 		h.alone()
 		h.joinTo(g[0])
 		l.must(h.ask("put", url.Values{"key": {fmt.Sprintf("step/%d", i)}, "at": {"0"}}, []byte("x"), nil))
+	}
+	shop := l.instance(1, 1, "shop", g[0])
+	for _, h := range g {
 		l.reached(h, shop, "shop")
 	}
 	// First all admit the next manifest beside the present one, then each becomes it.
