@@ -244,6 +244,13 @@ func Open(cfg Config) (*Cluster, error) {
 			return nil, err
 		}
 	}
+	if _, err := os.Stat(filepath.Join(cfg.Dir, brokenFile)); err == nil && s.Joined {
+		if err := c.rejoin(); err != nil {
+			c.Close()
+			return nil, fault.Wrap(err, "cluster_stale", "this gateway's store is broken, or older than what it told its cluster, and it could not become a member anew").
+				WithFix("it needs a majority of the others; or remove it from the cluster, move %s away, and join again", cfg.Dir)
+		}
+	}
 	if c.server, err = start(c); err != nil {
 		c.Close()
 		return nil, err

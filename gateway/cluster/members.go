@@ -282,9 +282,37 @@ func (c *Cluster) admit(ctx context.Context, peer *channel.Peer, body []byte) ([
 	if err := c.peers.know(&n); err != nil {
 		return nil, err
 	}
-	others := slices.DeleteFunc(nodes, func(m Node) bool { return m.UUID == n.UUID })
 	c.log.Info("cluster: joins", "uuid", n.UUID, "id", n.ID, "instance", n.Instance.String())
+	return c.admission(ctx, n)
+}
+
+// admission is what a new member begins with.
+func (c *Cluster) admission(ctx context.Context, n Node) ([]byte, error) {
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	others := slices.DeleteFunc(nodes, func(m Node) bool { return m.UUID == n.UUID })
 	return json.Marshal(admission{Token: c.state.Token, Key: c.state.Key, Node: n, Members: others})
+}
+
+// admitted reads it. Code cluster_reply.
+func (c *Cluster) admitted(text []byte) (*state, error) {
+	defer clear(text)
+	var a admission
+	if err := strictjson.Decode(text, &a, strictjson.Limits{Size: maxState, Depth: 4}); err != nil {
+		return nil, fault.Wrap(err, "cluster_reply", "a member's answer")
+	}
+	s := &state{Token: a.Token, Key: a.Key, ID: a.Node.ID, Address: a.Node.Address.String(), Members: a.Members, Joined: true}
+	if err := a.Node.check(); err != nil || a.Node.UUID != c.cfg.Node.UUID || len(s.Key) != 32 || len(s.Token) != 32 || len(s.Members) == 0 || len(s.Members) > MaxMembers {
+		return nil, fault.New("cluster_reply", "a member's answer lacks parts")
+	}
+	for i := range s.Members {
+		if err := s.Members[i].check(); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
 }
 
 // learn makes a gateway a member that does not vote. etcd takes nobody while another
@@ -293,8 +321,9 @@ func (c *Cluster) admit(ctx context.Context, peer *channel.Peer, body []byte) ([
 func (c *Cluster) learn(ctx context.Context, u types.URLs) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*patience)
 	defer cancel()
+	now := time.Now() // so that it has another id in etcd than it may have had before
 	for {
-		_, err := c.server.etcd.AddMember(ctx, *membership.NewMemberAsLearner("", u, c.state.Token, nil))
+		_, err := c.server.etcd.AddMember(ctx, *membership.NewMemberAsLearner("", u, c.state.Token, &now))
 		switch {
 		case err == nil || errors.Is(err, membership.ErrPeerURLexists):
 			return nil
@@ -379,16 +408,11 @@ func (c *Cluster) Join(ctx context.Context, addr, token string) error {
 	if err != nil {
 		return err
 	}
-	defer clear(text)
-	var a admission
-	if err := strictjson.Decode(text, &a, strictjson.Limits{Size: maxState, Depth: 4}); err != nil {
-		return fault.Wrap(err, "cluster_reply", "the answer of the member at %s", addr)
+	s, err := c.admitted(text)
+	if err != nil {
+		return err
 	}
-	s := state{Token: a.Token, Key: a.Key, ID: a.Node.ID, Address: a.Node.Address.String(), Members: a.Members, Joined: true}
-	if err := a.Node.check(); err != nil || a.Node.UUID != c.cfg.Node.UUID || len(s.Key) != 32 || len(s.Token) != 32 || len(s.Members) == 0 || len(s.Members) > MaxMembers {
-		return fault.New("cluster_reply", "the answer of the member at %s lacks parts", addr)
-	}
-	return c.leaveFor(&s)
+	return c.leaveFor(s)
 }
 
 // leaveFor puts aside what there is and writes what the next Open begins with.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -262,7 +263,11 @@ func (c *Cluster) handler(handlers Handlers) http.Handler {
 		}
 		reply(w, nil, err)
 	})
-	for name, serve := range handlers {
+	all := Handlers{
+		"rejoin": func(ctx context.Context, from Node, _ []byte) ([]byte, error) { return c.readmit(ctx, from) },
+	}
+	maps.Copy(all, handlers)
+	for name, serve := range all {
 		mux.HandleFunc("POST "+peersPath+name, func(w http.ResponseWriter, r *http.Request) {
 			n, err := c.member(r.Context())
 			var body, out []byte

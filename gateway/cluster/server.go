@@ -97,7 +97,7 @@ func start(c *Cluster) (*server, error) {
 		initial[n.UUID] = u
 	}
 	// Its warnings are that members are away, every few seconds; Members says so once.
-	log := zaplog.New(c.log.Handler()).WithOptions(zap.IncreaseLevel(zap.ErrorLevel))
+	log := zaplog.New(c.log.Handler()).WithOptions(zap.IncreaseLevel(zap.ErrorLevel), zap.WithPanicHook(broken{c.cfg.Dir}), zap.WithFatalHook(broken{c.cfg.Dir}))
 	cfg := config.ServerConfig{
 		Name: c.cfg.Node.UUID, PeerURLs: types.MustNewURLs([]string{own}), ClientURLs: types.URLs{url.URL{Scheme: "http", Host: "none.invalid:1"}},
 		DataDir: filepath.Join(c.cfg.Dir, etcdDir), NewCluster: !c.state.Joined,

@@ -3,6 +3,7 @@
 package node
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
@@ -164,6 +165,7 @@ func TestClusterContract_E_DeletionsStay(t *testing.T) {
 	l.must(os.Rename(old, g[2].dir))
 	g[2].start()
 	l.eventually("it has the present", func() bool {
+		g[2].supervise()
 		return g[2].status().Quorum && g[2].ask("get", url.Values{"key": {"domain/old"}}, nil, nil) != nil
 	})
 	l.reached(g[2], shop, "shop")
@@ -172,6 +174,32 @@ func TestClusterContract_E_DeletionsStay(t *testing.T) {
 		if _, ok := h.routes()[id]; ok {
 			t.Errorf("%s has the removed route again", h.ip)
 		}
+	}
+}
+
+// Threat K02: a member whose store is truncated anywhere is back with all that was agreed,
+// from its own disk where that is enough and else from the others.
+func TestThreat_K02_ATruncatedStoreRecovers(t *testing.T) {
+	l := newLab(t)
+	g := l.cluster(3)
+	for i := range 20 {
+		l.must(g[0].ask("put", url.Values{"key": {fmt.Sprintf("k/%d", i)}, "at": {"0"}}, []byte(strings.Repeat("x", 100)), nil))
+	}
+	for _, part := range []float64{0.999, 0.5, 0.02, 0} {
+		g[2].kill()
+		logs, err := filepath.Glob(filepath.Join(g[2].dir, clusterDir, "etcd/member/wal/*.wal"))
+		if err != nil || len(logs) == 0 {
+			t.Fatalf("no log: %v", err)
+		}
+		text, err := os.ReadFile(logs[0])
+		l.must(err)
+		used := len(bytes.TrimRight(text, "\x00"))
+		l.must(os.Truncate(logs[0], int64(part*float64(used))))
+		g[2].start()
+		l.eventually(fmt.Sprintf("it is back with %g of its log", part), func() bool {
+			g[2].supervise()
+			return g[2].status().Quorum && g[2].ask("get", url.Values{"key": {"k/19"}}, nil, nil) == nil
+		})
 	}
 }
 

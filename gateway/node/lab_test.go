@@ -328,6 +328,15 @@ func (h *host) start() {
 	go func(ended chan struct{}) { defer close(ended); cmd.Wait() }(h.ended)
 }
 
+// supervise starts a process again that has ended by itself.
+func (h *host) supervise() {
+	select {
+	case <-h.ended:
+		h.start()
+	default:
+	}
+}
+
 // kill ends the process with no chance to tidy.
 func (h *host) kill() {
 	if h.cmd == nil {
