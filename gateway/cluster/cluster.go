@@ -244,14 +244,19 @@ func Open(cfg Config) (*Cluster, error) {
 			return nil, err
 		}
 	}
-	if _, err := os.Stat(filepath.Join(cfg.Dir, brokenFile)); err == nil && s.Joined {
-		if err := c.rejoin(); err != nil {
+	_, marked := os.Stat(filepath.Join(cfg.Dir, brokenFile))
+	if marked != nil || !s.Joined {
+		c.server, err = start(c)
+	}
+	if c.server == nil && s.Joined {
+		if again := c.rejoin(); again != nil {
 			c.Close()
-			return nil, fault.Wrap(err, "cluster_stale", "this gateway's store is broken, or older than what it told its cluster, and it could not become a member anew").
+			return nil, fault.Wrap(errors.Join(again, err), "cluster_stale", "this gateway's store is broken, or older than what it told its cluster, and it could not become a member anew").
 				WithFix("it needs a majority of the others; or remove it from the cluster, move %s away, and join again", cfg.Dir)
 		}
+		c.server, err = start(c)
 	}
-	if c.server, err = start(c); err != nil {
+	if err != nil {
 		c.Close()
 		return nil, err
 	}

@@ -60,7 +60,10 @@ func (c *Cluster) rejoin() error {
 		if err := s.write(c.cfg.Dir); err != nil {
 			return err
 		}
-		return os.Remove(filepath.Join(c.cfg.Dir, brokenFile))
+		if err := os.Remove(filepath.Join(c.cfg.Dir, brokenFile)); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		return nil
 	}
 	return last
 }

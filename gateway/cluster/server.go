@@ -4,6 +4,7 @@ package cluster
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/url"
 	"os"
@@ -114,12 +115,22 @@ func start(c *Cluster) (*server, error) {
 	if err := durable.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return bad(err, "make the directory of the store")
 	}
-	etcd, err := etcdserver.NewServer(cfg)
+	etcd, err := newServer(cfg)
 	if err != nil {
 		return bad(err, "start the store")
 	}
 	etcd.Start()
 	return &server{etcd: etcd, client: v3client.New(etcd), handler: etcdhttp.NewPeerHandler(log, etcd)}, nil
+}
+
+// newServer survives what etcd does with an empty log.
+func newServer(cfg config.ServerConfig) (s *etcdserver.EtcdServer, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the store is broken: %v", p)
+		}
+	}()
+	return etcdserver.NewServer(cfg)
 }
 
 func (s *server) stop() {
