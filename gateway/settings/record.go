@@ -485,6 +485,44 @@ func Load(ctx context.Context, s Store) (*Snapshot, error) {
 	return out, nil
 }
 
+// Keep takes from an earlier snapshot what records said that do not parse now: a record that
+// rots on one gateway ends nothing there. Policies are not kept, since those that do not
+// parse admit nothing already.
+func (s *Snapshot) Keep(earlier *Snapshot) {
+	if earlier == nil {
+		return
+	}
+	for _, b := range s.Bad {
+		kind, name := kindOf(b.Key)
+		id, _ := strconv.ParseUint(name, 10, 32)
+		instance, _ := dstack.ParseInstanceID(name)
+		switch kind {
+		case "dns":
+			keep(s.DNS, earlier.DNS, name)
+		case "dns-default":
+			s.DefaultDNS = earlier.DefaultDNS
+		case "domain":
+			keep(s.Domains, earlier.Domains, hostname.Name(name))
+		case "certbot":
+			s.Certbot = earlier.Certbot
+		case "node/status":
+			keep(s.Down, earlier.Down, uint32(id))
+		case "node/url":
+			keep(s.URLs, earlier.URLs, uint32(id))
+		case "removed":
+			keep(s.Removed, earlier.Removed, instance)
+		case "drained":
+			keep(s.Drained, earlier.Drained, instance)
+		}
+	}
+}
+
+func keep[K comparable, V any](into, from map[K]V, k K) {
+	if v, ok := from[k]; ok {
+		into[k] = v
+	}
+}
+
 // kindOf splits a key into the kind of its record and the name within it.
 func kindOf(key string) (kind, name string) {
 	kind, name, _ = strings.Cut(strings.TrimPrefix(key, prefix), "/")

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -193,6 +194,35 @@ func TestThreat_K02_BadSettingsAreAnErrorAndNoDefault(t *testing.T) {
 	must(t, s.Put(ctx, string(settings.CertbotKey), []byte("{"), 0))
 	if c, _, err := settings.Get(ctx, s, settings.CertbotKey); fault.Code(err) != "settings_record" || c != (settings.Certbot{}) {
 		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+// A record that rots on one gateway ends nothing there.
+func TestWhatRotsIsKeptAsItWas(t *testing.T) {
+	s := new(settingstest.Memory)
+	fill(t, s)
+	before, err := settings.Load(t.Context(), s)
+	must(t, err)
+	all, err := s.List(t.Context(), "")
+	must(t, err)
+	for _, e := range all {
+		must(t, s.Put(t.Context(), e.Key, []byte("{"), settings.Any))
+	}
+	after, err := settings.Load(t.Context(), s)
+	must(t, err)
+	if len(after.Domains) != 0 || len(after.Bad) != len(all) {
+		t.Errorf("%+v", after)
+	}
+	after.Keep(nil)
+	after.Keep(before)
+	closed := after.Policies[instance]
+	after.Policies, before.Policies, after.Bad = nil, nil, nil
+	if !reflect.DeepEqual(after, before) {
+		t.Errorf("%+v, want %+v", after, before)
+	}
+	open := portpolicy.Open()
+	if _, err := portpolicy.Decide(&open, closed, portpolicy.Request{Port: 8080}); fault.Code(err) != "port_denied_operator" {
+		t.Errorf("%v", err)
 	}
 }
 
