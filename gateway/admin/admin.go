@@ -85,11 +85,6 @@ type Cluster interface {
 	ReleaseLock(ctx context.Context, base hostname.Name) error
 }
 
-// Watch is the watch of certificate transparency logs.
-type Watch interface {
-	CtStatus(context.Context) (*api.CtStatusResponse, error)
-}
-
 // Public is the listener of the apps.
 type Public interface {
 	// Drain stops or resumes new connections.
@@ -106,8 +101,10 @@ type Config struct {
 	Node   func() gateway.Node
 	// Peers are the other gateways.
 	Peers func() []gateway.Node
-	// Fixed are the base domains of the configuration file, which no call changes.
-	Fixed []gateway.Domain
+	// Fixed are the base domains of the configuration file, which no call changes; Domains
+	// are all as guests are told of them, the preferred first. Nil: Fixed.
+	Fixed   []gateway.Domain
+	Domains func() []gateway.Domain
 	// CheckDomain says why nothing would certify a base domain; nil admits all.
 	CheckDomain func(hostname.Name) error
 	// CheckDNS says why the parameters are no credential of a DNS provider.
@@ -118,8 +115,9 @@ type Config struct {
 	Certificates Certificates
 	Accounts     Accounts
 	Cluster      Cluster
-	Watch        Watch
-	Public       Public
+	// CtStatus tells what the watch of certificate logs found.
+	CtStatus func() *api.CtStatusResponse
+	Public   Public
 	// Applied is called after routes were ended here, so that the tunnel follows.
 	Applied func()
 	// Exit ends the gateway, at once when forced.
@@ -146,6 +144,9 @@ type Service struct {
 func New(c Config) (*Service, error) {
 	if c.Store == nil || c.Routes == nil || c.Guard == nil || c.Node == nil || c.CheckDNS == nil {
 		return nil, fault.New("gateway_config", "the administrators' calls need settings, routes, a node, DNS providers and a guard")
+	}
+	if c.Domains == nil {
+		c.Domains = func() []gateway.Domain { return c.Fixed }
 	}
 	s := &Service{cfg: c, now: c.Now, log: c.Log}
 	if s.now == nil {

@@ -532,11 +532,11 @@ func (s *Service) rotateAcmeCredentials(ctx context.Context, _ *empty) (*api.Rot
 	return &api.RotateAcmeCredentialsResponse{AccountUri: uri, DomainsUpdated: uint32(n)}, nil
 }
 
-func (s *Service) ctStatus(ctx context.Context, _ *empty) (*api.CtStatusResponse, error) {
-	if s.cfg.Watch == nil {
+func (s *Service) ctStatus(context.Context, *empty) (*api.CtStatusResponse, error) {
+	if s.cfg.CtStatus == nil {
 		return nil, unavailable("this gateway watches no certificate logs", "set core.ct.logs")
 	}
-	return s.cfg.Watch.CtStatus(ctx)
+	return s.cfg.CtStatus(), nil
 }
 
 func (s *Service) getCertbotConfig(ctx context.Context, _ *empty) (*api.CertbotConfigResponse, error) {

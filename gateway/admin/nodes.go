@@ -37,20 +37,15 @@ func (s *Service) host(rt *route.Route, domain string) *api.HostInfo {
 }
 
 // bestDomain is that which guests are told of first.
-func (s *Service) bestDomain(ctx context.Context) string {
-	if len(s.cfg.Fixed) > 0 {
-		return string(s.cfg.Fixed[0].Name)
-	}
-	if all, err := settings.Load(ctx, s.cfg.Store); err == nil {
-		if names := all.Names(s.cfg.Node().ID); len(names) > 0 {
-			return string(names[0])
-		}
+func (s *Service) bestDomain() string {
+	if d := s.cfg.Domains(); len(d) > 0 {
+		return string(d[0].Name)
 	}
 	return ""
 }
 
-func (s *Service) status(ctx context.Context, _ *empty) (*api.StatusResponse, error) {
-	own, domain := s.cfg.Node(), s.bestDomain(ctx)
+func (s *Service) status(context.Context, *empty) (*api.StatusResponse, error) {
+	own, domain := s.cfg.Node(), s.bestDomain()
 	out := &api.StatusResponse{
 		Id: own.ID, Url: own.URL, Uuid: own.UUID[:], Trust: s.cfg.Trust, Tunnel: s.cfg.Tunnel,
 		Accel: &api.ProxyAccelStatus{KtlsMode: "off", SpliceMode: "immediate"},
@@ -73,7 +68,7 @@ func (s *Service) status(ctx context.Context, _ *empty) (*api.StatusResponse, er
 	return out, nil
 }
 
-func (s *Service) getInfo(ctx context.Context, r *api.GetInfoRequest) (*api.GetInfoResponse, error) {
+func (s *Service) getInfo(_ context.Context, r *api.GetInfoRequest) (*api.GetInfoResponse, error) {
 	id, err := dstack.ParseInstanceID(r.Id)
 	if err != nil {
 		return &api.GetInfoResponse{}, nil
@@ -82,7 +77,7 @@ func (s *Service) getInfo(ctx context.Context, r *api.GetInfoRequest) (*api.GetI
 	if !ok {
 		return &api.GetInfoResponse{}, nil
 	}
-	return &api.GetInfoResponse{Found: true, Info: s.host(rt, s.bestDomain(ctx))}, nil
+	return &api.GetInfoResponse{Found: true, Info: s.host(rt, s.bestDomain())}, nil
 }
 
 func (s *Service) getMeta(context.Context, *empty) (*api.GetMetaResponse, error) {

@@ -203,7 +203,9 @@ func TestThreat_K02_ABrokenMembersRecordsArePutAside(t *testing.T) {
 	bad := []struct{ code, line string }{
 		{"route_record", "{"},
 		{"route_record", strings.Repeat("x", 1<<16)},
-		{"route_future", edited(func(x map[string]any) { x["attested"], x["until"] = now.Add(time.Hour).UnixMilli(), now.Add(2*time.Hour).UnixMilli() })},
+		{"route_future", edited(func(x map[string]any) {
+			x["attested"], x["until"] = now.Add(time.Hour).UnixMilli(), now.Add(2*time.Hour).UnixMilli()
+		})},
 		{"route_record", edited(func(x map[string]any) { x["attested"] = uint64(1<<64 - 1) })},
 		{"route_lease", edited(func(x map[string]any) { x["until"] = now.Add(48 * time.Hour).UnixMilli() })},
 		{"route_key_own", edited(func(x map[string]any) { x["key"] = own.Key })},
