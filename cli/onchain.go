@@ -143,6 +143,12 @@ func (f *signFlags) signer(a *app, o *onchain) (transact.Signer, error) {
 
 // readPassphrase reads it of a file, or asks for it.
 func readPassphrase(a *app, file string) ([]byte, error) {
+	return readSecret(a, file, "passphrase of the key file", fault.New("keystore_passphrase", "nothing opens the key file").WithFix("--passphrase-file FILE"))
+}
+
+// readSecret reads the first line of a file, or, without a file, asks for it or takes that
+// of the standard input; none is the error.
+func readSecret(a *app, file, what string, none error) ([]byte, error) {
 	if file != "" {
 		text, err := readLimited(file, 4096)
 		if err != nil {
@@ -152,12 +158,12 @@ func readPassphrase(a *app, file string) ([]byte, error) {
 		return bytes.TrimSuffix(line, []byte("\r")), nil
 	}
 	if f, ok := a.in.(*os.File); ok && term.IsTerminal(f.Fd()) {
-		a.step("passphrase of the key file:")
+		a.step("%s:", what)
 		return term.ReadPassword(f.Fd())
 	}
 	line, err := bufio.NewReader(io.LimitReader(a.in, 4096)).ReadBytes('\n')
 	if err != nil && len(line) == 0 {
-		return nil, fault.New("keystore_passphrase", "nothing opens the key file").WithFix("--passphrase-file FILE")
+		return nil, none
 	}
 	return bytes.TrimRight(line, "\r\n"), nil
 }

@@ -104,7 +104,13 @@ type Config struct {
 	Domains func() []Domain
 	Node    Node
 	// Peers are the other gateways that are up; may be nil.
-	Peers     func() []Node
+	Peers func() []Node
+	// Told returns a gateway as guests are told of it, and whether they are: operators can
+	// change both. Nil: as it is.
+	Told func(Node) (Node, bool)
+	// Closed says why this gateway takes no instance that it does not know; nil, or nothing:
+	// it does.
+	Closed    func() error
 	TXTPrefix string // what guests are told; "" is upstream's
 
 	Lease time.Duration // of a route, at most; 1 h
@@ -302,6 +308,11 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	lock.Lock()
 	defer lock.Unlock()
 	before, known := s.cfg.Routes.Instance(rec.Instance)
+	if !known && s.cfg.Closed != nil {
+		if err := s.cfg.Closed(); err != nil {
+			return nil, err
+		}
+	}
 	var was route.Record
 	if known {
 		was = before.Record()
@@ -359,7 +370,7 @@ func (s *Service) gatewaysOwn(a netip.Addr) bool {
 	if uint64(offset) < min(256, uint64(1)<<(32-network.Bits())/16) || a == network.Addr() {
 		return true
 	}
-	return slices.ContainsFunc(s.others(), func(n Node) bool { return n.Address.Addr() == a })
+	return slices.ContainsFunc(s.allOthers(), func(n Node) bool { return n.Address.Addr() == a })
 }
 
 // addressOf is the n-th address to try for an instance: a host of the network by the
@@ -400,7 +411,7 @@ func measuredPolicy(text []byte, hash dstack.ComposeHash) (*portpolicy.Policy, e
 }
 
 func (s *Service) reply(rec route.Record) *api.RegisterCvmResponse {
-	nodes := append([]Node{s.cfg.Node}, s.others()...)
+	nodes := append([]Node{s.self()}, s.others()...)
 	out := &api.RegisterCvmResponse{
 		Wg:         &api.WireGuardConfig{ClientIp: rec.Address.String()},
 		Agent:      &api.GuestAgentConfig{InternalPort: portpolicy.AgentPort, AppAddressNsPrefix: s.cfg.TXTPrefix},
@@ -421,7 +432,31 @@ func (s *Service) reply(rec route.Record) *api.RegisterCvmResponse {
 	return out
 }
 
+// self is this gateway as guests are told of it: by whom they are told they know already.
+func (s *Service) self() Node {
+	if s.cfg.Told == nil {
+		return s.cfg.Node
+	}
+	n, _ := s.cfg.Told(s.cfg.Node)
+	return n
+}
+
+// others are the gateways that guests are told of beside this one.
 func (s *Service) others() []Node {
+	var out []Node
+	for _, n := range s.allOthers() {
+		told := true
+		if s.cfg.Told != nil {
+			n, told = s.cfg.Told(n)
+		}
+		if told {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+func (s *Service) allOthers() []Node {
 	if s.cfg.Peers == nil {
 		return nil
 	}
@@ -437,8 +472,9 @@ func (s *Service) info(context.Context, *emptypb.Empty) (*api.InfoResponse, erro
 }
 
 func (s *Service) peers(context.Context, *emptypb.Empty) (*api.GetPeersResponse, error) {
-	out := &api.GetPeersResponse{MyId: s.cfg.Node.ID, MyUrl: s.cfg.Node.URL}
-	for _, n := range append([]Node{s.cfg.Node}, s.others()...) {
+	self := s.self()
+	out := &api.GetPeersResponse{MyId: self.ID, MyUrl: self.URL}
+	for _, n := range append([]Node{self}, s.others()...) {
 		out.Peers = append(out.Peers, &api.PeerInfo{Id: n.ID, Url: n.URL})
 	}
 	return out, nil

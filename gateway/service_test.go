@@ -14,9 +14,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -293,6 +296,53 @@ func TestThreat_G05_RoutesEndWithTheLease(t *testing.T) {
 	}
 	if until := time.Unix(int64(r.LeaseUntil), 0); !until.Equal(tdxtest.At.Add(20 * time.Minute)) {
 		t.Errorf("the route is until %s, the lease until %s", until, tdxtest.At.Add(20*time.Minute))
+	}
+}
+
+// What operators say of gateways: one that is down takes no new instance and keeps those that
+// it has, and guests are told neither of it nor of an old URL.
+func TestOperatorsSayWhichGatewaysThereAre(t *testing.T) {
+	var down atomic.Bool
+	w := newWorld(t, func(_ *world, c *gateway.Config) {
+		second, third := c.Node, c.Node
+		second.ID, second.URL, second.Address = 2, "https://two.example:8000", netip.MustParsePrefix("100.96.0.2/11")
+		third.ID, third.URL, third.Address = 3, "https://three.example:8000", netip.MustParsePrefix("100.96.0.3/11")
+		c.Peers = func() []gateway.Node { return []gateway.Node{second, third} }
+		c.Told = func(n gateway.Node) (gateway.Node, bool) {
+			if n.ID == 2 {
+				n.URL = "https://new.example:8000"
+			}
+			return n, n.ID != 3
+		}
+		c.Closed = func() error {
+			if down.Load() {
+				return fault.New("register_node_down", "this gateway node is marked as down and cannot accept new registrations")
+			}
+			return nil
+		}
+	})
+	known, late := w.instance(1, 1), w.instance(1, 2)
+	r, err := known.register(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var urls []string
+	for _, g := range r.Gateways {
+		urls = append(urls, g.Url)
+	}
+	if !slices.Equal(urls, []string{"https://gateway.example:8000", "https://new.example:8000"}) || len(r.Wg.Servers) != 2 {
+		t.Errorf("%v, %d servers", urls, len(r.Wg.Servers))
+	}
+	down.Store(true)
+	if _, err := late.register(nil); fault.Code(err) != "register_node_down" || !strings.Contains(err.Error(), "marked as down") {
+		t.Errorf("a new instance: %v", err)
+	}
+	if _, err := known.register(nil); err != nil {
+		t.Errorf("one that is known: %v", err)
+	}
+	down.Store(false)
+	if _, err := late.register(nil); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -58,6 +58,7 @@ func (s *Stack) gatewayDir() string        { return filepath.Join(s.Dir, "gatewa
 func (s *Stack) gatewayPIDFile() string    { return filepath.Join(s.Dir, "gateway.pid") }
 func (s *Stack) gatewayIDPIDFile() string  { return filepath.Join(s.Dir, "gateway-identity.pid") }
 func (s *Stack) gatewayConfigFile() string { return filepath.Join(s.Dir, "gateway.toml") }
+func (s *Stack) GatewayAdmin() string      { return filepath.Join(s.gatewayDir(), "admin.sock") }
 func (s *Stack) GatewayLogFile() string    { return filepath.Join(s.Dir, "gateway.log") }
 
 // Gateway returns the stack's gateway. Code gateway_absent.

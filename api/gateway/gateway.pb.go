@@ -4441,17 +4441,81 @@ func (x *Member) GetReachable() bool {
 	return false
 }
 
+type InviteMemberResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// Where this gateway is reached by others: host:port.
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// Unix seconds.
+	Until         uint64 `protobuf:"varint,3,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InviteMemberResponse) Reset() {
+	*x = InviteMemberResponse{}
+	mi := &file_gateway_gateway_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InviteMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InviteMemberResponse) ProtoMessage() {}
+
+func (x *InviteMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_gateway_gateway_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InviteMemberResponse.ProtoReflect.Descriptor instead.
+func (*InviteMemberResponse) Descriptor() ([]byte, []int) {
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *InviteMemberResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *InviteMemberResponse) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *InviteMemberResponse) GetUntil() uint64 {
+	if x != nil {
+		return x.Until
+	}
+	return 0
+}
+
 type JoinClusterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Of any member.
-	Url           string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// Of any member: host:port, or an https URL of that.
+	Url string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// Of an invitation.
+	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *JoinClusterRequest) Reset() {
 	*x = JoinClusterRequest{}
-	mi := &file_gateway_gateway_proto_msgTypes[72]
+	mi := &file_gateway_gateway_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4463,7 +4527,7 @@ func (x *JoinClusterRequest) String() string {
 func (*JoinClusterRequest) ProtoMessage() {}
 
 func (x *JoinClusterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[72]
+	mi := &file_gateway_gateway_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4476,12 +4540,19 @@ func (x *JoinClusterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinClusterRequest.ProtoReflect.Descriptor instead.
 func (*JoinClusterRequest) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{72}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *JoinClusterRequest) GetUrl() string {
 	if x != nil {
 		return x.Url
+	}
+	return ""
+}
+
+func (x *JoinClusterRequest) GetToken() string {
+	if x != nil {
+		return x.Token
 	}
 	return ""
 }
@@ -4495,7 +4566,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_gateway_gateway_proto_msgTypes[73]
+	mi := &file_gateway_gateway_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4507,7 +4578,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[73]
+	mi := &file_gateway_gateway_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4520,7 +4591,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{73}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *RemoveMemberRequest) GetId() string {
@@ -4910,9 +4981,14 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\x03url\x18\x03 \x01(\tR\x03url\x12\x16\n" +
 	"\x06leader\x18\x04 \x01(\bR\x06leader\x12\x18\n" +
 	"\alearner\x18\x05 \x01(\bR\alearner\x12\x1c\n" +
-	"\treachable\x18\x06 \x01(\bR\treachable\"&\n" +
+	"\treachable\x18\x06 \x01(\bR\treachable\"\\\n" +
+	"\x14InviteMemberResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05until\x18\x03 \x01(\x04R\x05until\"<\n" +
 	"\x12JoinClusterRequest\x12\x10\n" +
-	"\x03url\x18\x01 \x01(\tR\x03url\"%\n" +
+	"\x03url\x18\x01 \x01(\tR\x03url\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\"%\n" +
 	"\x13RemoveMemberRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id2\xdb\x02\n" +
 	"\aGateway\x12H\n" +
@@ -4920,7 +4996,7 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\bAcmeInfo\x12\x16.google.protobuf.Empty\x1a\x19.gateway.AcmeInfoResponse\x125\n" +
 	"\x04Info\x12\x16.google.protobuf.Empty\x1a\x15.gateway.InfoResponse\x12=\n" +
 	"\bGetPeers\x12\x16.google.protobuf.Empty\x1a\x19.gateway.GetPeersResponse\x12Q\n" +
-	"\x0eGetCertificate\x12\x1e.gateway.GetCertificateRequest\x1a\x1f.gateway.GetCertificateResponse2\xcc\x18\n" +
+	"\x0eGetCertificate\x12\x1e.gateway.GetCertificateRequest\x1a\x1f.gateway.GetCertificateResponse2\x93\x19\n" +
 	"\x05Admin\x129\n" +
 	"\x06Status\x12\x16.google.protobuf.Empty\x1a\x17.gateway.StatusResponse\x12<\n" +
 	"\aGetInfo\x12\x17.gateway.GetInfoRequest\x1a\x18.gateway.GetInfoResponse\x12;\n" +
@@ -4962,7 +5038,8 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\fRemoveRoutes\x12\x1c.gateway.RemoveRoutesRequest\x1a\x1d.gateway.RemoveRoutesResponse\x12I\n" +
 	"\x0eListQuarantine\x12\x16.google.protobuf.Empty\x1a\x1f.gateway.ListQuarantineResponse\x12=\n" +
 	"\bCtStatus\x12\x16.google.protobuf.Empty\x1a\x19.gateway.CtStatusResponse\x12C\n" +
-	"\vListMembers\x12\x16.google.protobuf.Empty\x1a\x1c.gateway.ListMembersResponse\x12H\n" +
+	"\vListMembers\x12\x16.google.protobuf.Empty\x1a\x1c.gateway.ListMembersResponse\x12E\n" +
+	"\fInviteMember\x12\x16.google.protobuf.Empty\x1a\x1d.gateway.InviteMemberResponse\x12H\n" +
 	"\vJoinCluster\x12\x1b.gateway.JoinClusterRequest\x1a\x1c.gateway.ListMembersResponse\x12J\n" +
 	"\fRemoveMember\x12\x1c.gateway.RemoveMemberRequest\x1a\x1c.gateway.ListMembersResponseB)Z'github.com/dstack-go/dstack/api/gatewayb\x06proto3"
 
@@ -4978,7 +5055,7 @@ func file_gateway_gateway_proto_rawDescGZIP() []byte {
 	return file_gateway_gateway_proto_rawDescData
 }
 
-var file_gateway_gateway_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_gateway_gateway_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_gateway_gateway_proto_goTypes = []any{
 	(*RegisterCvmRequest)(nil),              // 0: gateway.RegisterCvmRequest
 	(*PortPolicy)(nil),                      // 1: gateway.PortPolicy
@@ -5052,12 +5129,13 @@ var file_gateway_gateway_proto_goTypes = []any{
 	(*CtAlarm)(nil),                         // 69: gateway.CtAlarm
 	(*ListMembersResponse)(nil),             // 70: gateway.ListMembersResponse
 	(*Member)(nil),                          // 71: gateway.Member
-	(*JoinClusterRequest)(nil),              // 72: gateway.JoinClusterRequest
-	(*RemoveMemberRequest)(nil),             // 73: gateway.RemoveMemberRequest
-	nil,                                     // 74: gateway.GlobalConnectionsStats.NodeConnectionsEntry
-	nil,                                     // 75: gateway.CreateDnsCredentialRequest.SettingsEntry
-	nil,                                     // 76: gateway.UpdateDnsCredentialRequest.SettingsEntry
-	(*emptypb.Empty)(nil),                   // 77: google.protobuf.Empty
+	(*InviteMemberResponse)(nil),            // 72: gateway.InviteMemberResponse
+	(*JoinClusterRequest)(nil),              // 73: gateway.JoinClusterRequest
+	(*RemoveMemberRequest)(nil),             // 74: gateway.RemoveMemberRequest
+	nil,                                     // 75: gateway.GlobalConnectionsStats.NodeConnectionsEntry
+	nil,                                     // 76: gateway.CreateDnsCredentialRequest.SettingsEntry
+	nil,                                     // 77: gateway.UpdateDnsCredentialRequest.SettingsEntry
+	(*emptypb.Empty)(nil),                   // 78: google.protobuf.Empty
 }
 var file_gateway_gateway_proto_depIdxs = []int32{
 	1,  // 0: gateway.RegisterCvmRequest.port_policy:type_name -> gateway.PortPolicy
@@ -5077,11 +5155,11 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	28, // 14: gateway.StoreSyncStatus.peers:type_name -> gateway.PeerSyncStatus
 	29, // 15: gateway.PeerSyncStatus.last_seen:type_name -> gateway.LastSeenEntry
 	32, // 16: gateway.GetInstanceHandshakesResponse.handshakes:type_name -> gateway.HandshakeEntry
-	74, // 17: gateway.GlobalConnectionsStats.node_connections:type_name -> gateway.GlobalConnectionsStats.NodeConnectionsEntry
+	75, // 17: gateway.GlobalConnectionsStats.node_connections:type_name -> gateway.GlobalConnectionsStats.NodeConnectionsEntry
 	35, // 18: gateway.GetNodeStatusesResponse.statuses:type_name -> gateway.NodeStatusEntry
 	36, // 19: gateway.ListDnsCredentialsResponse.credentials:type_name -> gateway.DnsCredentialInfo
-	75, // 20: gateway.CreateDnsCredentialRequest.settings:type_name -> gateway.CreateDnsCredentialRequest.SettingsEntry
-	76, // 21: gateway.UpdateDnsCredentialRequest.settings:type_name -> gateway.UpdateDnsCredentialRequest.SettingsEntry
+	76, // 20: gateway.CreateDnsCredentialRequest.settings:type_name -> gateway.CreateDnsCredentialRequest.SettingsEntry
+	77, // 21: gateway.UpdateDnsCredentialRequest.settings:type_name -> gateway.UpdateDnsCredentialRequest.SettingsEntry
 	36, // 22: gateway.GetDefaultDnsCredentialResponse.credential:type_name -> gateway.DnsCredentialInfo
 	44, // 23: gateway.ZtDomainInfo.config:type_name -> gateway.ZtDomainConfig
 	46, // 24: gateway.ZtDomainInfo.cert_status:type_name -> gateway.ZtDomainCertStatus
@@ -5097,32 +5175,32 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	69, // 34: gateway.CtStatusResponse.alarms:type_name -> gateway.CtAlarm
 	71, // 35: gateway.ListMembersResponse.members:type_name -> gateway.Member
 	0,  // 36: gateway.Gateway.RegisterCvm:input_type -> gateway.RegisterCvmRequest
-	77, // 37: gateway.Gateway.AcmeInfo:input_type -> google.protobuf.Empty
-	77, // 38: gateway.Gateway.Info:input_type -> google.protobuf.Empty
-	77, // 39: gateway.Gateway.GetPeers:input_type -> google.protobuf.Empty
+	78, // 37: gateway.Gateway.AcmeInfo:input_type -> google.protobuf.Empty
+	78, // 38: gateway.Gateway.Info:input_type -> google.protobuf.Empty
+	78, // 39: gateway.Gateway.GetPeers:input_type -> google.protobuf.Empty
 	13, // 40: gateway.Gateway.GetCertificate:input_type -> gateway.GetCertificateRequest
-	77, // 41: gateway.Admin.Status:input_type -> google.protobuf.Empty
+	78, // 41: gateway.Admin.Status:input_type -> google.protobuf.Empty
 	18, // 42: gateway.Admin.GetInfo:input_type -> gateway.GetInfoRequest
-	77, // 43: gateway.Admin.GetMeta:input_type -> google.protobuf.Empty
+	78, // 43: gateway.Admin.GetMeta:input_type -> google.protobuf.Empty
 	21, // 44: gateway.Admin.Exit:input_type -> gateway.ExitRequest
-	77, // 45: gateway.Admin.RenewCert:input_type -> google.protobuf.Empty
-	77, // 46: gateway.Admin.ReloadCert:input_type -> google.protobuf.Empty
-	77, // 47: gateway.Admin.SetCaa:input_type -> google.protobuf.Empty
-	77, // 48: gateway.Admin.RotateAcmeCredentials:input_type -> google.protobuf.Empty
+	78, // 45: gateway.Admin.RenewCert:input_type -> google.protobuf.Empty
+	78, // 46: gateway.Admin.ReloadCert:input_type -> google.protobuf.Empty
+	78, // 47: gateway.Admin.SetCaa:input_type -> google.protobuf.Empty
+	78, // 48: gateway.Admin.RotateAcmeCredentials:input_type -> google.protobuf.Empty
 	24, // 49: gateway.Admin.SetNodeUrl:input_type -> gateway.SetNodeUrlRequest
 	25, // 50: gateway.Admin.SetNodeStatus:input_type -> gateway.SetNodeStatusRequest
-	77, // 51: gateway.Admin.WaveKvStatus:input_type -> google.protobuf.Empty
+	78, // 51: gateway.Admin.WaveKvStatus:input_type -> google.protobuf.Empty
 	30, // 52: gateway.Admin.GetInstanceHandshakes:input_type -> gateway.GetInstanceHandshakesRequest
-	77, // 53: gateway.Admin.GetGlobalConnections:input_type -> google.protobuf.Empty
-	77, // 54: gateway.Admin.GetNodeStatuses:input_type -> google.protobuf.Empty
-	77, // 55: gateway.Admin.ListDnsCredentials:input_type -> google.protobuf.Empty
+	78, // 53: gateway.Admin.GetGlobalConnections:input_type -> google.protobuf.Empty
+	78, // 54: gateway.Admin.GetNodeStatuses:input_type -> google.protobuf.Empty
+	78, // 55: gateway.Admin.ListDnsCredentials:input_type -> google.protobuf.Empty
 	38, // 56: gateway.Admin.GetDnsCredential:input_type -> gateway.GetDnsCredentialRequest
 	39, // 57: gateway.Admin.CreateDnsCredential:input_type -> gateway.CreateDnsCredentialRequest
 	40, // 58: gateway.Admin.UpdateDnsCredential:input_type -> gateway.UpdateDnsCredentialRequest
 	41, // 59: gateway.Admin.DeleteDnsCredential:input_type -> gateway.DeleteDnsCredentialRequest
-	77, // 60: gateway.Admin.GetDefaultDnsCredential:input_type -> google.protobuf.Empty
+	78, // 60: gateway.Admin.GetDefaultDnsCredential:input_type -> google.protobuf.Empty
 	43, // 61: gateway.Admin.SetDefaultDnsCredential:input_type -> gateway.SetDefaultDnsCredentialRequest
-	77, // 62: gateway.Admin.ListZtDomains:input_type -> google.protobuf.Empty
+	78, // 62: gateway.Admin.ListZtDomains:input_type -> google.protobuf.Empty
 	48, // 63: gateway.Admin.GetZtDomain:input_type -> gateway.GetZtDomainRequest
 	44, // 64: gateway.Admin.AddZtDomain:input_type -> gateway.ZtDomainConfig
 	44, // 65: gateway.Admin.UpdateZtDomain:input_type -> gateway.ZtDomainConfig
@@ -5130,66 +5208,68 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	50, // 67: gateway.Admin.RenewZtDomainCert:input_type -> gateway.RenewZtDomainCertRequest
 	52, // 68: gateway.Admin.ForceReleaseCertLock:input_type -> gateway.ForceReleaseCertLockRequest
 	53, // 69: gateway.Admin.ListCertAttestations:input_type -> gateway.ListCertAttestationsRequest
-	77, // 70: gateway.Admin.GetCertbotConfig:input_type -> google.protobuf.Empty
+	78, // 70: gateway.Admin.GetCertbotConfig:input_type -> google.protobuf.Empty
 	57, // 71: gateway.Admin.SetCertbotConfig:input_type -> gateway.SetCertbotConfigRequest
 	58, // 72: gateway.Admin.SetInstancePortPolicy:input_type -> gateway.SetInstancePortPolicyRequest
 	59, // 73: gateway.Admin.ClearInstancePortPolicy:input_type -> gateway.ClearInstancePortPolicyRequest
 	60, // 74: gateway.Admin.GetInstancePortPolicy:input_type -> gateway.GetInstancePortPolicyRequest
 	62, // 75: gateway.Admin.Drain:input_type -> gateway.DrainRequest
 	63, // 76: gateway.Admin.RemoveRoutes:input_type -> gateway.RemoveRoutesRequest
-	77, // 77: gateway.Admin.ListQuarantine:input_type -> google.protobuf.Empty
-	77, // 78: gateway.Admin.CtStatus:input_type -> google.protobuf.Empty
-	77, // 79: gateway.Admin.ListMembers:input_type -> google.protobuf.Empty
-	72, // 80: gateway.Admin.JoinCluster:input_type -> gateway.JoinClusterRequest
-	73, // 81: gateway.Admin.RemoveMember:input_type -> gateway.RemoveMemberRequest
-	3,  // 82: gateway.Gateway.RegisterCvm:output_type -> gateway.RegisterCvmResponse
-	8,  // 83: gateway.Gateway.AcmeInfo:output_type -> gateway.AcmeInfoResponse
-	10, // 84: gateway.Gateway.Info:output_type -> gateway.InfoResponse
-	11, // 85: gateway.Gateway.GetPeers:output_type -> gateway.GetPeersResponse
-	14, // 86: gateway.Gateway.GetCertificate:output_type -> gateway.GetCertificateResponse
-	15, // 87: gateway.Admin.Status:output_type -> gateway.StatusResponse
-	19, // 88: gateway.Admin.GetInfo:output_type -> gateway.GetInfoResponse
-	20, // 89: gateway.Admin.GetMeta:output_type -> gateway.GetMetaResponse
-	77, // 90: gateway.Admin.Exit:output_type -> google.protobuf.Empty
-	22, // 91: gateway.Admin.RenewCert:output_type -> gateway.RenewCertResponse
-	77, // 92: gateway.Admin.ReloadCert:output_type -> google.protobuf.Empty
-	77, // 93: gateway.Admin.SetCaa:output_type -> google.protobuf.Empty
-	23, // 94: gateway.Admin.RotateAcmeCredentials:output_type -> gateway.RotateAcmeCredentialsResponse
-	77, // 95: gateway.Admin.SetNodeUrl:output_type -> google.protobuf.Empty
-	77, // 96: gateway.Admin.SetNodeStatus:output_type -> google.protobuf.Empty
-	26, // 97: gateway.Admin.WaveKvStatus:output_type -> gateway.WaveKvStatusResponse
-	31, // 98: gateway.Admin.GetInstanceHandshakes:output_type -> gateway.GetInstanceHandshakesResponse
-	33, // 99: gateway.Admin.GetGlobalConnections:output_type -> gateway.GlobalConnectionsStats
-	34, // 100: gateway.Admin.GetNodeStatuses:output_type -> gateway.GetNodeStatusesResponse
-	37, // 101: gateway.Admin.ListDnsCredentials:output_type -> gateway.ListDnsCredentialsResponse
-	36, // 102: gateway.Admin.GetDnsCredential:output_type -> gateway.DnsCredentialInfo
-	36, // 103: gateway.Admin.CreateDnsCredential:output_type -> gateway.DnsCredentialInfo
-	36, // 104: gateway.Admin.UpdateDnsCredential:output_type -> gateway.DnsCredentialInfo
-	77, // 105: gateway.Admin.DeleteDnsCredential:output_type -> google.protobuf.Empty
-	42, // 106: gateway.Admin.GetDefaultDnsCredential:output_type -> gateway.GetDefaultDnsCredentialResponse
-	77, // 107: gateway.Admin.SetDefaultDnsCredential:output_type -> google.protobuf.Empty
-	47, // 108: gateway.Admin.ListZtDomains:output_type -> gateway.ListZtDomainsResponse
-	45, // 109: gateway.Admin.GetZtDomain:output_type -> gateway.ZtDomainInfo
-	45, // 110: gateway.Admin.AddZtDomain:output_type -> gateway.ZtDomainInfo
-	45, // 111: gateway.Admin.UpdateZtDomain:output_type -> gateway.ZtDomainInfo
-	77, // 112: gateway.Admin.DeleteZtDomain:output_type -> google.protobuf.Empty
-	51, // 113: gateway.Admin.RenewZtDomainCert:output_type -> gateway.RenewZtDomainCertResponse
-	77, // 114: gateway.Admin.ForceReleaseCertLock:output_type -> google.protobuf.Empty
-	54, // 115: gateway.Admin.ListCertAttestations:output_type -> gateway.ListCertAttestationsResponse
-	56, // 116: gateway.Admin.GetCertbotConfig:output_type -> gateway.CertbotConfigResponse
-	77, // 117: gateway.Admin.SetCertbotConfig:output_type -> google.protobuf.Empty
-	77, // 118: gateway.Admin.SetInstancePortPolicy:output_type -> google.protobuf.Empty
-	77, // 119: gateway.Admin.ClearInstancePortPolicy:output_type -> google.protobuf.Empty
-	61, // 120: gateway.Admin.GetInstancePortPolicy:output_type -> gateway.GetInstancePortPolicyResponse
-	77, // 121: gateway.Admin.Drain:output_type -> google.protobuf.Empty
-	64, // 122: gateway.Admin.RemoveRoutes:output_type -> gateway.RemoveRoutesResponse
-	65, // 123: gateway.Admin.ListQuarantine:output_type -> gateway.ListQuarantineResponse
-	67, // 124: gateway.Admin.CtStatus:output_type -> gateway.CtStatusResponse
-	70, // 125: gateway.Admin.ListMembers:output_type -> gateway.ListMembersResponse
-	70, // 126: gateway.Admin.JoinCluster:output_type -> gateway.ListMembersResponse
-	70, // 127: gateway.Admin.RemoveMember:output_type -> gateway.ListMembersResponse
-	82, // [82:128] is the sub-list for method output_type
-	36, // [36:82] is the sub-list for method input_type
+	78, // 77: gateway.Admin.ListQuarantine:input_type -> google.protobuf.Empty
+	78, // 78: gateway.Admin.CtStatus:input_type -> google.protobuf.Empty
+	78, // 79: gateway.Admin.ListMembers:input_type -> google.protobuf.Empty
+	78, // 80: gateway.Admin.InviteMember:input_type -> google.protobuf.Empty
+	73, // 81: gateway.Admin.JoinCluster:input_type -> gateway.JoinClusterRequest
+	74, // 82: gateway.Admin.RemoveMember:input_type -> gateway.RemoveMemberRequest
+	3,  // 83: gateway.Gateway.RegisterCvm:output_type -> gateway.RegisterCvmResponse
+	8,  // 84: gateway.Gateway.AcmeInfo:output_type -> gateway.AcmeInfoResponse
+	10, // 85: gateway.Gateway.Info:output_type -> gateway.InfoResponse
+	11, // 86: gateway.Gateway.GetPeers:output_type -> gateway.GetPeersResponse
+	14, // 87: gateway.Gateway.GetCertificate:output_type -> gateway.GetCertificateResponse
+	15, // 88: gateway.Admin.Status:output_type -> gateway.StatusResponse
+	19, // 89: gateway.Admin.GetInfo:output_type -> gateway.GetInfoResponse
+	20, // 90: gateway.Admin.GetMeta:output_type -> gateway.GetMetaResponse
+	78, // 91: gateway.Admin.Exit:output_type -> google.protobuf.Empty
+	22, // 92: gateway.Admin.RenewCert:output_type -> gateway.RenewCertResponse
+	78, // 93: gateway.Admin.ReloadCert:output_type -> google.protobuf.Empty
+	78, // 94: gateway.Admin.SetCaa:output_type -> google.protobuf.Empty
+	23, // 95: gateway.Admin.RotateAcmeCredentials:output_type -> gateway.RotateAcmeCredentialsResponse
+	78, // 96: gateway.Admin.SetNodeUrl:output_type -> google.protobuf.Empty
+	78, // 97: gateway.Admin.SetNodeStatus:output_type -> google.protobuf.Empty
+	26, // 98: gateway.Admin.WaveKvStatus:output_type -> gateway.WaveKvStatusResponse
+	31, // 99: gateway.Admin.GetInstanceHandshakes:output_type -> gateway.GetInstanceHandshakesResponse
+	33, // 100: gateway.Admin.GetGlobalConnections:output_type -> gateway.GlobalConnectionsStats
+	34, // 101: gateway.Admin.GetNodeStatuses:output_type -> gateway.GetNodeStatusesResponse
+	37, // 102: gateway.Admin.ListDnsCredentials:output_type -> gateway.ListDnsCredentialsResponse
+	36, // 103: gateway.Admin.GetDnsCredential:output_type -> gateway.DnsCredentialInfo
+	36, // 104: gateway.Admin.CreateDnsCredential:output_type -> gateway.DnsCredentialInfo
+	36, // 105: gateway.Admin.UpdateDnsCredential:output_type -> gateway.DnsCredentialInfo
+	78, // 106: gateway.Admin.DeleteDnsCredential:output_type -> google.protobuf.Empty
+	42, // 107: gateway.Admin.GetDefaultDnsCredential:output_type -> gateway.GetDefaultDnsCredentialResponse
+	78, // 108: gateway.Admin.SetDefaultDnsCredential:output_type -> google.protobuf.Empty
+	47, // 109: gateway.Admin.ListZtDomains:output_type -> gateway.ListZtDomainsResponse
+	45, // 110: gateway.Admin.GetZtDomain:output_type -> gateway.ZtDomainInfo
+	45, // 111: gateway.Admin.AddZtDomain:output_type -> gateway.ZtDomainInfo
+	45, // 112: gateway.Admin.UpdateZtDomain:output_type -> gateway.ZtDomainInfo
+	78, // 113: gateway.Admin.DeleteZtDomain:output_type -> google.protobuf.Empty
+	51, // 114: gateway.Admin.RenewZtDomainCert:output_type -> gateway.RenewZtDomainCertResponse
+	78, // 115: gateway.Admin.ForceReleaseCertLock:output_type -> google.protobuf.Empty
+	54, // 116: gateway.Admin.ListCertAttestations:output_type -> gateway.ListCertAttestationsResponse
+	56, // 117: gateway.Admin.GetCertbotConfig:output_type -> gateway.CertbotConfigResponse
+	78, // 118: gateway.Admin.SetCertbotConfig:output_type -> google.protobuf.Empty
+	78, // 119: gateway.Admin.SetInstancePortPolicy:output_type -> google.protobuf.Empty
+	78, // 120: gateway.Admin.ClearInstancePortPolicy:output_type -> google.protobuf.Empty
+	61, // 121: gateway.Admin.GetInstancePortPolicy:output_type -> gateway.GetInstancePortPolicyResponse
+	78, // 122: gateway.Admin.Drain:output_type -> google.protobuf.Empty
+	64, // 123: gateway.Admin.RemoveRoutes:output_type -> gateway.RemoveRoutesResponse
+	65, // 124: gateway.Admin.ListQuarantine:output_type -> gateway.ListQuarantineResponse
+	67, // 125: gateway.Admin.CtStatus:output_type -> gateway.CtStatusResponse
+	70, // 126: gateway.Admin.ListMembers:output_type -> gateway.ListMembersResponse
+	72, // 127: gateway.Admin.InviteMember:output_type -> gateway.InviteMemberResponse
+	70, // 128: gateway.Admin.JoinCluster:output_type -> gateway.ListMembersResponse
+	70, // 129: gateway.Admin.RemoveMember:output_type -> gateway.ListMembersResponse
+	83, // [83:130] is the sub-list for method output_type
+	36, // [36:83] is the sub-list for method input_type
 	36, // [36:36] is the sub-list for extension type_name
 	36, // [36:36] is the sub-list for extension extendee
 	0,  // [0:36] is the sub-list for field type_name
@@ -5217,7 +5297,7 @@ func file_gateway_gateway_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_gateway_gateway_proto_rawDesc), len(file_gateway_gateway_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   77,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -327,19 +327,24 @@ func TestEveryFormOfAHostName(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
+	var narrowed dstack.InstanceID
 	r := newRig(t, func(c *Config) {
 		c.Operator = func(id dstack.InstanceID) *portpolicy.Policy {
+			if id != narrowed {
+				return nil
+			}
 			p, _ := portpolicy.New(manifest.PortPolicy{RestrictMode: true, Ports: []manifest.Port{{Port: 80}}})
 			return &p
 		}
 		c.Timeouts.Connect = 200 * time.Millisecond
 	})
-	r.instance(1, 1, manifest.Port{Port: 80}, manifest.Port{Port: 81})
+	narrowed = r.instance(1, 1, manifest.Port{Port: 80}, manifest.Port{Port: 81})
+	r.instance(3, 3, manifest.Port{Port: 80})
 	for _, c := range []struct {
 		why, name, code string
 		alert           uint8
 	}{
-		{"a port that the app does not list", host(appID(1), "-82s"), "port_denied", 80},
+		{"a port that the app does not list", host(appID(3), "-82s"), "port_denied", 80},
 		{"a port that the operator closed", host(appID(1), "-81s"), "port_denied_operator", 80},
 		{"an instance that cannot be reached", host(appID(1), "-80s"), "edge_dial", 80},
 		{"an unknown app", host(appID(2), ""), "route_unknown", 112},

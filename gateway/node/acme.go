@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -122,15 +123,15 @@ func (n *Node) authorities(storage certmagic.Storage, edit ...func(*acme.Config)
 	return acme.New(cfg)
 }
 
-// manage puts the base domains under the manager, which obtains their certificates in the
-// background.
-func (n *Node) manage(ctx context.Context, m *acme.Manager) error {
+// manage puts the base domains, those of the file and others, under the manager, which
+// obtains their certificates in the background.
+func (n *Node) manage(ctx context.Context, m *acme.Manager, others []acme.Domain) error {
 	c := &n.cfg.Core.ACME
 	credential, err := c.credential()
 	if err != nil {
 		return err
 	}
-	var domains []acme.Domain
+	domains := slices.Clone(others)
 	for _, d := range n.domains {
 		domains = append(domains, acme.Domain{Name: d.Name, Credential: credential, Propagation: c.Propagation.Duration})
 	}

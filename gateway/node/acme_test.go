@@ -42,7 +42,7 @@ func TestTheConfiguredAuthorityCertifies(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	if err := n.manage(t.Context(), m); err != nil {
+	if err := n.manage(t.Context(), m, nil); err != nil {
 		t.Fatal(err)
 	}
 	l, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{GetCertificate: m.GetCertificate})

@@ -49,6 +49,7 @@ type CoreConfig struct {
 	Auth        AuthConfig        `toml:"auth"`
 	ACME        ACMEConfig        `toml:"acme"`
 	Cluster     ClusterConfig     `toml:"cluster"`
+	Admin       AdminConfig       `toml:"admin"`
 }
 
 // ClusterConfig is how gateways of one app reach each other. Without it a gateway is a
@@ -159,6 +160,7 @@ func DefaultConfig() Config {
 			WG:    WGConfig{Listen: "0.0.0.0:51820", IP: "100.96.0.1/11"},
 			Proxy: ProxyConfig{ListenAddr: "0.0.0.0", ListenPort: 443, AppAddressNSCompat: true},
 			Guest: GuestConfig{Socket: "/var/run/dstack.sock"},
+			Admin: AdminConfig{Address: "127.0.0.1", Port: 8011},
 		},
 	}
 }
@@ -167,7 +169,10 @@ func DefaultConfig() Config {
 // package config; gateway_config.
 func LoadConfig(path string, environ []string) (Config, error) {
 	c := DefaultConfig()
-	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_GATEWAY_", Environ: environ}); err != nil {
+	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_GATEWAY_", Environ: environ, Ignore: []string{"ADMIN_TOKEN"}}); err != nil {
+		return c, err
+	}
+	if err := c.Core.Admin.check(environ); err != nil {
 		return c, err
 	}
 	return c, c.check()

@@ -70,6 +70,7 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
+	live    *live                                // of the run
 	opened  func(*cluster.Cluster, *route.Table) // of tests
 }
 
@@ -160,7 +161,7 @@ func openUUID(path string) (id [16]byte, err error) {
 }
 
 // Listening says where a gateway answers.
-type Listening struct{ RPC, Proxy, HTTP, Cluster net.Addr }
+type Listening struct{ RPC, Proxy, HTTP, Cluster, Admin net.Addr }
 
 // Run serves until ctx ends, and then lets connections finish for a while. ready, if not
 // nil, is told once everything listens; again after the gateway has joined a cluster, where
@@ -168,6 +169,9 @@ type Listening struct{ RPC, Proxy, HTTP, Cluster net.Addr }
 func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
 	for {
 		err := n.run(ctx, ready)
+		if errors.Is(err, errExit) {
+			return nil
+		}
 		if !errors.Is(err, errJoined) {
 			return err
 		}
@@ -207,12 +211,18 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
+	n.live = n.newLive(agreed, table, manager)
 	service, err := n.service(agreed, table, tn, sign, acmeInfo)
 	if err != nil {
 		return err
 	}
+	n.live.applied = service.Applied
 	routes := filepath.Join(c.DataDir, routesFile)
 	if err := service.Restore(routes); err != nil {
+		return err
+	}
+	// What was removed is not served again, however old the routes on the disk.
+	if err := n.live.begin(ctx); err != nil {
 		return err
 	}
 	public, err := n.edge(table, tn, certificate)
@@ -256,13 +266,18 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 			return err
 		}
 	}
-	if manager != nil {
-		if err := n.manage(ctx, manager); err != nil {
-			return err
-		}
+	apps := newGate(public, proxy)
+	administrators, err := n.administer(agreed, n.live, apps, string(tn.Mode()), service.Applied)
+	if err != nil {
+		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return public.Serve(ctx, proxy) })
+	group.Go(func() error { return apps.serve(ctx) })
+	group.Go(func() error { return n.live.run(ctx) })
+	if administrators != nil {
+		at.Admin = administrators.l.Addr()
+		group.Go(func() error { return administrators.run(ctx) })
+	}
 	group.Go(func() error { return service.Serve(ctx, rpc) })
 	group.Go(func() error { return service.Keep(ctx, routes) })
 	group.Go(func() error { return n.together(ctx, agreed, members, table, service.Applied) })
@@ -274,7 +289,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		ready(at)
 	}
 	err = group.Wait()
-	end, cancel := context.WithTimeout(context.Background(), drainTime)
+	end, cancel := context.WithTimeout(context.Background(), administrators.grace())
 	defer cancel()
 	_ = public.Shutdown(end) // whoever is left had his time
 	return err
@@ -296,7 +311,7 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 	}
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
-		Domains:   func() []gateway.Domain { return n.domains },
+		Domains: n.live.Domains, Told: n.live.told, Closed: n.live.closed,
 		Node:      gatewayNode(agreed.Node()),
 		Peers:     func() []gateway.Node { return n.others(agreed) },
 		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
@@ -305,15 +320,11 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 
 func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*edge.Edge, error) {
 	p := &n.cfg.Core.Proxy
-	rules := hostname.Rules{}
-	for _, d := range n.domains {
-		rules.Bases = append(rules.Bases, d.Name)
-	}
 	pages := http.NewServeMux()
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
 	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
 	cfg := edge.Config{
-		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: certificate, Pages: pages,
+		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, Pages: pages,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
 		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},

@@ -7,16 +7,21 @@
 // that writes another suffix gets what the app's manifest says (threats.md K04). The order:
 //
 //  1. An instance whose policy is not known gets nothing.
-//  2. Under restrict_mode, ports that are not listed get nothing. An operator's own policy
-//     can take ports away, and never opens one or changes what follows.
+//  2. Under restrict_mode, ports that are not listed get nothing. An operator's own policy,
+//     where there is one, says in place of the measured one which ports those are, as
+//     upstream's does; it changes nothing of what follows but that it can add a header. (The
+//     guest's own firewall has the measured ports all the same.)
 //  3. `tls: app` passes through whatever the form of the host name, `tls: gateway` ends TLS
 //     here whatever the form; a port without `tls` follows the form, as upstream.
-//  4. The PROXY header is sent where the measured policy says `pp`, and nowhere else.
+//  4. The PROXY header is sent where the measured policy says `pp`, or the operator's. An app
+//     that asks for one gets it: without it whoever calls could write one, and choose his
+//     own source.
 //
 // The guest agent's port is always open, as the guest's own firewall has it: it is where
 // evidence comes from (design.md §4).
 //
-// Where upstream lets an operator's override replace the app's policy, ours only narrows it.
+// Where upstream's override can have the gateway end TLS that the app ends, or leave a header
+// out, ours cannot.
 //
 // Attacker-controlled: the request. Trusted: the policy, as far as whoever made it verified
 // the manifest that it is from. Pure.
@@ -154,21 +159,23 @@ func Decide(measured, operator *Policy, r Request) (Decision, error) {
 		return Decision{Mode: r.Form, Reason: ByAgent}, nil
 	}
 	i, listed := measured.find(r.Port)
-	if !listed && !measured.any {
+	if operator == nil && !listed && !measured.any {
 		return Decision{}, fault.New("port_denied", "the app's port policy does not list port %d", r.Port).
 			WithFix("list it in port_policy.ports of the manifest")
 	}
-	if operator != nil && !operator.any {
-		if _, ok := operator.find(r.Port); !ok {
+	d := Decision{Mode: r.Form, Reason: ByHostName}
+	if operator != nil {
+		j, ok := operator.find(r.Port)
+		if !ok && !operator.any {
 			return Decision{}, fault.New("port_denied_operator", "the operator of the gateway has closed port %d of the instance", r.Port)
 		}
+		d.PROXY = ok && operator.ports[j].PROXY
 	}
-	d := Decision{Mode: r.Form, Reason: ByHostName}
 	if !listed {
 		return d, nil
 	}
 	port := measured.ports[i]
-	d.PROXY = port.PROXY
+	d.PROXY = d.PROXY || port.PROXY
 	switch port.TLS {
 	case AtApp:
 		d.Mode, d.Reason = hostname.Passthrough, ByApp

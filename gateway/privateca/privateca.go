@@ -52,13 +52,13 @@ const (
 
 // CA is the authority. It is safe for concurrent use.
 type CA struct {
-	cert    *x509.Certificate
-	key     crypto.Signer
-	domains []hostname.Name
-	now     func() time.Time
+	cert *x509.Certificate
+	key  crypto.Signer
+	now  func() time.Time
 
-	mu   sync.Mutex
-	leaf *tls.Certificate // of the base domains
+	mu      sync.Mutex
+	domains []hostname.Name
+	leaf    *tls.Certificate // of the base domains
 }
 
 // Open opens the authority in dir, making it at the first time. One that was made for
@@ -91,12 +91,39 @@ func Open(dir string, domains []hostname.Name, now func() time.Time) (*CA, error
 		return nil, fault.Wrap(err, "private_ca", "%s", filepath.Join(dir, CertFile)).WithFix("remove %s and its key to make a new CA, and trust that", CertFile)
 	}
 	for _, d := range domains {
-		if !slices.Contains(ca.cert.PermittedDNSDomains, string(d)) {
-			return nil, fault.New("private_ca_domains", "the private CA in %s is for %v, not for %s", dir, ca.cert.PermittedDNSDomains, d).
-				WithFix("remove %s and %s to make one for the new domains", KeyFile, CertFile)
+		if err := ca.Admits(d); err != nil {
+			return nil, err
 		}
 	}
 	return ca, nil
+}
+
+// Admits says why the authority cannot certify a base domain: its own certificate, which
+// clients have, is not for it. Code private_ca_domains.
+func (ca *CA) Admits(d hostname.Name) error {
+	for n := d; n != ""; _, n = n.Split() {
+		if slices.Contains(ca.cert.PermittedDNSDomains, string(n)) {
+			return nil
+		}
+	}
+	return fault.New("private_ca_domains", "the private CA is for %v, not for %s", ca.cert.PermittedDNSDomains, d).
+		WithFix("name the domain in core.domains, and remove %s and %s to make one for the new domains", KeyFile, CertFile)
+}
+
+// SetDomains makes these the base domains that are certified; with an error nothing
+// changes. Code private_ca_domains.
+func (ca *CA) SetDomains(domains []hostname.Name) error {
+	for _, d := range domains {
+		if err := ca.Admits(d); err != nil {
+			return err
+		}
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	if !slices.Equal(ca.domains, domains) {
+		ca.domains, ca.leaf = slices.Clone(domains), nil
+	}
+	return nil
 }
 
 func (ca *CA) make(dir string) error {
@@ -163,10 +190,13 @@ func (ca *CA) issue(public crypto.PublicKey, names []string) (*x509.Certificate,
 // Sign implements gateway.Certificates: the request's key, and these names. Code
 // private_ca_domains: a name that is not under the base domains.
 func (ca *CA) Sign(_ context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error) {
+	ca.mu.Lock()
+	domains := ca.domains
+	ca.mu.Unlock()
 	var list []string
 	for _, n := range names {
-		if _, parent := n.Split(); !slices.Contains(ca.domains, parent) {
-			return nil, time.Time{}, time.Time{}, fault.New("private_ca_domains", "%s is not under %v", n, ca.domains)
+		if _, parent := n.Split(); !slices.Contains(domains, parent) {
+			return nil, time.Time{}, time.Time{}, fault.New("private_ca_domains", "%s is not under %v", n, domains)
 		}
 		list = append(list, string(n))
 	}

@@ -115,3 +115,33 @@ func TestRefusals(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestDomainsChangeWithinTheCAsOwn(t *testing.T) {
+	ca, err := Open(t.TempDir(), []hostname.Name{"apps.example"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	covers := func(names ...string) {
+		t.Helper()
+		cert, err := ca.GetCertificate(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range names {
+			if err := cert.Leaf.VerifyHostname(n); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	covers("x.apps.example")
+	if err := ca.SetDomains([]hostname.Name{"apps.example", "eu.apps.example"}); err != nil {
+		t.Fatal(err)
+	}
+	covers("x.apps.example", "x.eu.apps.example")
+	for _, d := range []hostname.Name{"other.example", "example", "myapps.example"} {
+		if err := ca.SetDomains([]hostname.Name{"apps.example", d}); fault.Code(err) != "private_ca_domains" {
+			t.Errorf("%s: %v", d, err)
+		}
+	}
+	covers("x.eu.apps.example")
+}

@@ -167,6 +167,8 @@ type Table struct {
 	// spent has, for each instance that left the table, the moment up to which its
 	// evidence counts no more.
 	spent map[dstack.InstanceID]time.Time
+	// drained are those of DrainOnly, also such as are not in the table.
+	drained map[dstack.InstanceID]bool
 
 	quarantine quarantine
 	version    atomic.Uint64
@@ -294,6 +296,7 @@ func (t *Table) put(rec *Record, now time.Time) (*Route, error) {
 			t.apps[rec.App] = a
 		}
 		r = &Route{t: t, app: a, index: len(a.routes), gone: make(chan struct{})}
+		r.draining.Store(t.drained[rec.Instance])
 		a.routes = append(a.routes, r)
 		t.instances[rec.Instance] = r
 	} else {
@@ -357,6 +360,23 @@ func (t *Table) Remove(id dstack.InstanceID) (Record, bool) {
 	return t.drop(r), true
 }
 
+// End ends the route of an instance unless its evidence is later than at, and lets no
+// evidence up to then bring it back: another gateway's Remove. A moment in the future is
+// refused, since it would keep out evidence that does not exist yet. Code route_future.
+func (t *Table) End(id dstack.InstanceID, at time.Time) (Record, bool, error) {
+	if at.After(t.cfg.Now().Add(t.cfg.Skew)) {
+		return Record{}, false, fault.New("route_future", "the removal of instance %s is from the future: %s", id, at.Format(time.RFC3339))
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.spend(id, at)
+	r := t.instances[id]
+	if r == nil || r.record.Load().Attested.After(at) {
+		return Record{}, false, nil
+	}
+	return t.drop(r), true, nil
+}
+
 // spend lets no evidence of an instance up to at count again.
 func (t *Table) spend(id dstack.InstanceID, at time.Time) {
 	if at.After(t.spent[id]) {
@@ -418,6 +438,17 @@ func (t *Table) Drain(id dstack.InstanceID, on bool) error {
 	}
 	r.draining.Store(on)
 	return nil
+}
+
+// DrainOnly drains these instances, also those that register later, and resumes all others.
+// The table keeps the map.
+func (t *Table) DrainOnly(ids map[dstack.InstanceID]bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.drained = ids
+	for id, r := range t.instances {
+		r.draining.Store(ids[id])
+	}
 }
 
 // Observe takes what WireGuard tells of its peers. Handshakes from the future and those

@@ -447,6 +447,63 @@ func TestRemovedStaysRemoved(t *testing.T) {
 	wantCode(t, err, "route_removed")
 }
 
+// Another gateway's removal, as its record tells it.
+func TestEnd(t *testing.T) {
+	tb, cl := table(t)
+	r := record(t, cl, 1, 1)
+	register(t, tb, r)
+	dump, err := tb.Dump()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok, err := tb.End(r.Instance, r.Attested.Add(-time.Millisecond)); ok || err != nil || len(tb.Records()) != 1 {
+		t.Errorf("older than the evidence: %t, %v", ok, err)
+	}
+	_, _, err = tb.End(r.Instance, cl.now().Add(2*time.Minute))
+	wantCode(t, err, "route_future")
+	if len(tb.Records()) != 1 {
+		t.Error("a removal from the future ends a route")
+	}
+	cl.add(time.Minute)
+	if got, ok, err := tb.End(r.Instance, cl.now()); !ok || err != nil || got.Key != r.Key {
+		t.Errorf("%+v, %t, %v", got, ok, err)
+	}
+	if applied, _ := tb.Merge("disk", dump); applied != 0 || len(tb.Records()) != 0 {
+		t.Error("the old store brings it back")
+	}
+	// A gateway that begins with the old store and hears of the removal then.
+	late, lateClock := table(t)
+	lateClock.add(time.Minute)
+	if applied, _ := late.Merge("disk", dump); applied != 1 {
+		t.Fatal("the store was not taken")
+	}
+	if _, ok, err := late.End(r.Instance, lateClock.now()); !ok || err != nil || len(late.Records()) != 0 {
+		t.Errorf("%t, %v", ok, err)
+	}
+	cl.add(time.Second)
+	register(t, tb, record(t, cl, 1, 1))
+	if _, ok, err := tb.End(r.Instance, cl.now().Add(-time.Second)); ok || err != nil {
+		t.Errorf("an old removal ends a newer route: %t, %v", ok, err)
+	}
+}
+
+func TestDrainOnly(t *testing.T) {
+	tb, cl := table(t)
+	a, b := register(t, tb, record(t, cl, 1, 1)), record(t, cl, 1, 2)
+	tb.DrainOnly(map[dstack.InstanceID]bool{b.Instance: true})
+	if later := register(t, tb, b); !later.Draining() || a.Draining() {
+		t.Errorf("%t, %t", later.Draining(), a.Draining())
+	}
+	tb.DrainOnly(map[dstack.InstanceID]bool{a.Record().Instance: true})
+	if later, _ := tb.Instance(b.Instance); later.Draining() || !a.Draining() {
+		t.Error("it is not these alone")
+	}
+	tb.DrainOnly(nil)
+	if a.Draining() {
+		t.Error("it drains still")
+	}
+}
+
 func TestRemoveApp(t *testing.T) {
 	tb, cl := table(t)
 	for n := range 5 {

@@ -4,8 +4,6 @@ package node
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"io"
 	"io/fs"
@@ -20,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	kmsapi "github.com/dstack-go/dstack/api/kms"
+	"github.com/dstack-go/dstack/internal/admintoken"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/prpc"
 )
@@ -33,12 +32,16 @@ func (n *Node) serveAdmin() (stop func(), err error) {
 	if !a.Enabled {
 		return func() {}, nil
 	}
+	h, err := n.admin()
+	if err != nil {
+		return nil, err
+	}
 	addr := net.JoinHostPort(a.Address, strconv.Itoa(int(a.Port)))
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fault.Wrap(err, "kms_listen", "listen for administrators on %s", addr)
 	}
-	s := prpc.Server(n.admin())
+	s := prpc.Server(h)
 	s.ErrorLog = slog.NewLogLogger(n.log.Handler(), slog.LevelDebug)
 	go s.Serve(l)
 	n.log.Info("administrators", "address", l.Addr().String())
@@ -46,41 +49,19 @@ func (n *Node) serveAdmin() (stop func(), err error) {
 }
 
 // admin is the handler; all of it but /health asks for the token.
-func (n *Node) admin() http.Handler {
+func (n *Node) admin() (http.Handler, error) {
+	g, err := admintoken.New(admintoken.Config{Realm: "dstack-kms admin", Token: n.cfg.Core.Admin.AuthToken})
+	if err != nil {
+		return nil, err
+	}
+	calls := g.Handler(prpc.NewMux([]string{"Admin."}, prpc.Unary("ClearImageCache", n.clearImageCache)))
 	mux := http.NewServeMux()
-	mux.Handle("/prpc/", prpc.NewMux([]string{"Admin."}, prpc.Unary("ClearImageCache", n.clearImageCache)))
-	want := sha256.Sum256([]byte(n.cfg.Core.Admin.AuthToken.Reveal()))
+	mux.Handle("/prpc/", calls)
+	mux.HandleFunc("/health", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "OK") })
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-App-Version", n.Version)
-		if r.URL.Path == "/health" {
-			io.WriteString(w, "OK")
-			return
-		}
-		// The digests have one length, so that the comparison tells none.
-		given := sha256.Sum256([]byte(adminToken(r)))
-		if subtle.ConstantTimeCompare(given[:], want[:]) != 1 {
-			w.Header().Set("WWW-Authenticate", `Basic realm="dstack-kms admin"`)
-			http.Error(w, "the administrators' token is missing or wrong", http.StatusUnauthorized)
-			return
-		}
 		mux.ServeHTTP(w, r)
-	})
-}
-
-// adminToken returns the token of a request: X-Admin-Token, bearer, or Basic, where it
-// is the password, or the user name without a password.
-func adminToken(r *http.Request) string {
-	if t := r.Header.Get("X-Admin-Token"); t != "" {
-		return t
-	}
-	if t, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok {
-		return t
-	}
-	user, password, _ := r.BasicAuth()
-	if password == "" {
-		return user
-	}
-	return password
+	}), nil
 }
 
 // all, as a key of the cache, is everything in it.

@@ -35,7 +35,11 @@ func filledCache(t *testing.T) (dir string, url string) {
 	if err := n.cfg.Core.Admin.AuthToken.UnmarshalText([]byte(adminTokenText)); err != nil {
 		t.Fatal(err)
 	}
-	s := httptest.NewServer(n.admin())
+	h, err := n.admin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewServer(h)
 	t.Cleanup(s.Close)
 	return dir, s.URL
 }

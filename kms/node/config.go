@@ -19,6 +19,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/governance/chain"
+	"github.com/dstack-go/dstack/internal/admintoken"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -191,14 +192,8 @@ func LoadConfig(path string, environ []string) (Config, error) {
 	if err := config.Load(&c, path, config.Env{Prefix: "DSTACK_KMS_", Environ: environ, Ignore: []string{"ADMIN_TOKEN"}}); err != nil {
 		return c, err
 	}
-	for _, name := range adminTokens {
-		i := slices.IndexFunc(environ, func(kv string) bool { return strings.HasPrefix(kv, name+"=") })
-		if i < 0 || c.Core.Admin.AuthToken.Reveal() != "" {
-			continue
-		}
-		if err := c.Core.Admin.AuthToken.UnmarshalText([]byte(environ[i][len(name)+1:])); err != nil {
-			return c, err
-		}
+	if c.Core.Admin.AuthToken.Reveal() == "" {
+		c.Core.Admin.AuthToken = admintoken.FromEnv(environ, adminTokens...)
 	}
 	return c, c.check()
 }
@@ -266,7 +261,7 @@ func (c *Config) check() error {
 	if _, err := hex.DecodeString(o.RootCA); err != nil {
 		return bad("core.onboard.root_ca is not hexadecimal")
 	}
-	if a := c.Core.Admin; a.Enabled && len(a.AuthToken.Reveal()) < 16 {
+	if a := c.Core.Admin; a.Enabled && len(a.AuthToken.Reveal()) < admintoken.Shortest {
 		return bad("core.admin.auth_token has fewer than 16 characters").WithFix("make one with `openssl rand -hex 16`")
 	}
 	if dir := c.Core.Admin.CacheDir; dir != "" && !filepath.IsAbs(dir) {
