@@ -15,6 +15,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/cluster"
 	"github.com/dstack-go/dstack/gateway/exchange"
 	"github.com/dstack-go/dstack/gateway/route"
+	"github.com/dstack-go/dstack/internal/fault"
 )
 
 // clusterDir is where the cluster's state is, in the data directory.
@@ -63,6 +64,17 @@ func (n *Node) others(c *cluster.Cluster) []gateway.Node {
 		}
 	}
 	return out
+}
+
+// closed says why guests cannot register here, if they cannot. Code register_node_removed,
+// those of live.closed.
+func (n *Node) closed(c *cluster.Cluster) func() error {
+	return func() error {
+		if c.Removed() {
+			return fault.New("register_node_removed", "this gateway was removed from its cluster").WithFix("register at another gateway")
+		}
+		return n.live.closed()
+	}
 }
 
 // together serves the other members on l, if there is one, and passes routes on to them,

@@ -4,9 +4,13 @@ package node
 
 import (
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"io"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -17,6 +21,7 @@ import (
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/gateway/exchange"
+	"github.com/dstack-go/dstack/gateway/privateca"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 )
 
@@ -383,4 +388,43 @@ func TestThreeHostsWithAPartition(t *testing.T) {
 		l.reached(h, here, "here")
 		l.reached(h, there, "there")
 	}
+}
+
+// Gateways of a cluster are one to their clients: a session of one resumes at another, and
+// one private CA certifies at all.
+func TestClientsSeeOneGateway(t *testing.T) {
+	l := newLab(t)
+	g := l.cluster(2)
+	shop := l.instance(1, 1, "shop", g[0])
+	l.reached(g[0], shop, "shop")
+	l.reached(g[1], shop, "shop")
+	roots := x509.NewCertPool()
+	text, err := os.ReadFile(filepath.Join(g[0].dir, privateca.CertFile))
+	l.must(err)
+	roots.AppendCertsFromPEM(text)
+	cache := tls.NewLRUClientSessionCache(4)
+	resumed := func(h *host) (ok bool, err error) {
+		err = inNS(l.visitor, func() error {
+			raw, err := net.DialTimeout("tcp", h.ip+":443", 3*time.Second)
+			if err != nil {
+				return err
+			}
+			defer raw.Close()
+			raw.SetDeadline(time.Now().Add(5 * time.Second))
+			name := shop.guest.AppID.String() + "." + labDomain
+			c := tls.Client(raw, &tls.Config{RootCAs: roots, ServerName: name, ClientSessionCache: cache})
+			fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", name)
+			_, err = io.ReadAll(c) // tickets come with the answer
+			ok = c.ConnectionState().DidResume
+			return err
+		})
+		return ok, err
+	}
+	l.eventually("a session of one resumes at the other", func() bool {
+		if _, err := resumed(g[0]); err != nil {
+			return false
+		}
+		ok, err := resumed(g[1])
+		return err == nil && ok
+	})
 }

@@ -225,7 +225,8 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if err := n.live.begin(ctx); err != nil {
 		return err
 	}
-	public, err := n.edge(table, tn, certificate)
+	common := n.newShared(agreed)
+	public, err := n.edge(table, tn, certificate, common.tickets)
 	if err != nil {
 		return err
 	}
@@ -274,6 +275,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return apps.serve(ctx) })
 	group.Go(func() error { return n.live.run(ctx) })
+	group.Go(func() error { return common.run(ctx) })
 	if administrators != nil {
 		at.Admin = administrators.l.Addr()
 		group.Go(func() error { return administrators.run(ctx) })
@@ -311,20 +313,20 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 	}
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
-		Domains: n.live.Domains, Told: n.live.told, Closed: n.live.closed,
+		Domains: n.live.Domains, Told: n.live.told, Closed: n.closed(agreed),
 		Node:      gatewayNode(agreed.Node()),
 		Peers:     func() []gateway.Node { return n.others(agreed) },
 		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
 	})
 }
 
-func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*edge.Edge, error) {
+func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), tickets func() [][32]byte) (*edge.Edge, error) {
 	p := &n.cfg.Core.Proxy
 	pages := http.NewServeMux()
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
 	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
 	cfg := edge.Config{
-		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, Pages: pages,
+		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, TicketKeys: tickets, Pages: pages,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
 		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},

@@ -13,6 +13,7 @@
 package privateca
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -29,6 +30,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dstack-go/dstack/gateway/hostname"
@@ -52,13 +54,19 @@ const (
 
 // CA is the authority. It is safe for concurrent use.
 type CA struct {
-	cert *x509.Certificate
-	key  crypto.Signer
-	now  func() time.Time
+	dir string
+	now func() time.Time
+	is  atomic.Pointer[authority]
 
 	mu      sync.Mutex
 	domains []hostname.Name
 	leaf    *tls.Certificate // of the base domains
+}
+
+// authority is a CA's certificate and its key.
+type authority struct {
+	cert *x509.Certificate
+	key  crypto.Signer
 }
 
 // Open opens the authority in dir, making it at the first time. One that was made for
@@ -71,25 +79,24 @@ func Open(dir string, domains []hostname.Name, now func() time.Time) (*CA, error
 	if len(domains) == 0 {
 		return nil, fault.New("private_ca_domains", "a private CA needs a base domain")
 	}
-	ca := &CA{domains: domains, now: now}
+	ca := &CA{dir: dir, domains: domains, now: now}
 	keyText, err := os.ReadFile(filepath.Join(dir, KeyFile))
 	if errors.Is(err, fs.ErrNotExist) {
-		return ca, ca.make(dir)
+		return ca, ca.make()
 	}
 	if err != nil {
 		return nil, fault.Wrap(err, "private_ca", "read the private CA's key")
 	}
 	defer clear(keyText)
-	if ca.key, err = certificate.KeyFromPEM(keyText); err != nil {
-		return nil, fault.Wrap(err, "private_ca", "%s", filepath.Join(dir, KeyFile))
-	}
 	text, err := os.ReadFile(filepath.Join(dir, CertFile))
-	if err == nil {
-		ca.cert, err = certificate.Parse(text)
-	}
 	if err != nil {
-		return nil, fault.Wrap(err, "private_ca", "%s", filepath.Join(dir, CertFile)).WithFix("remove %s and its key to make a new CA, and trust that", CertFile)
+		return nil, fault.Wrap(err, "private_ca", "read the private CA's certificate")
 	}
+	is, err := parse(text, keyText)
+	if err != nil {
+		return nil, fault.Wrap(err, "private_ca", "the private CA in %s", dir).WithFix("remove %s and %s to make a new CA, and trust that", CertFile, KeyFile)
+	}
+	ca.is.Store(is)
 	for _, d := range domains {
 		if err := ca.Admits(d); err != nil {
 			return nil, err
@@ -98,15 +105,82 @@ func Open(dir string, domains []hostname.Name, now func() time.Time) (*CA, error
 	return ca, nil
 }
 
+// parse reads a CA. Code private_ca: one of the texts is no certificate or key, or they do
+// not belong together.
+func parse(cert, key []byte) (*authority, error) {
+	k, err := certificate.KeyFromPEM(key)
+	if err != nil {
+		return nil, fault.Wrap(err, "private_ca", "the key")
+	}
+	c, err := certificate.Parse(cert)
+	if err != nil {
+		return nil, fault.Wrap(err, "private_ca", "the certificate")
+	}
+	if public, ok := k.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(c.PublicKey) || !c.IsCA {
+		return nil, fault.New("private_ca", "the certificate is no CA's, or another key's")
+	}
+	return &authority{c, k}, nil
+}
+
+// Export returns the authority for another gateway of the same domains: two PEM texts, of
+// which the key is secret.
+func (ca *CA) Export() (cert, key []byte, err error) {
+	is := ca.is.Load()
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(is.key)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer clear(pkcs8)
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: is.cert.Raw}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
+}
+
+// Adopt makes this the authority that another exported, for good; with an error nothing
+// changes. Codes private_ca, private_ca_domains.
+func (ca *CA) Adopt(cert, key []byte) error {
+	is, err := parse(cert, key)
+	if err != nil {
+		return err
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	for _, d := range ca.domains {
+		if err := is.admits(d); err != nil {
+			return err
+		}
+	}
+	if bytes.Equal(is.cert.Raw, ca.is.Load().cert.Raw) {
+		return nil
+	}
+	if err := ca.write(cert, key); err != nil {
+		return err
+	}
+	ca.is.Store(is)
+	ca.leaf = nil
+	return nil
+}
+
+// write keeps the authority. The key is last: without it there is no CA yet.
+func (ca *CA) write(cert, key []byte) error {
+	if err := durable.WriteFile(filepath.Join(ca.dir, CertFile), cert, 0o644); err != nil {
+		return fault.Wrap(err, "private_ca", "keep the private CA in %s", ca.dir)
+	}
+	if err := durable.WriteFile(filepath.Join(ca.dir, KeyFile), key, 0o600); err != nil {
+		return fault.Wrap(err, "private_ca", "keep the private CA in %s", ca.dir)
+	}
+	return nil
+}
+
 // Admits says why the authority cannot certify a base domain: its own certificate, which
 // clients have, is not for it. Code private_ca_domains.
-func (ca *CA) Admits(d hostname.Name) error {
+func (ca *CA) Admits(d hostname.Name) error { return ca.is.Load().admits(d) }
+
+func (is *authority) admits(d hostname.Name) error {
 	for n := d; n != ""; _, n = n.Split() {
-		if slices.Contains(ca.cert.PermittedDNSDomains, string(n)) {
+		if slices.Contains(is.cert.PermittedDNSDomains, string(n)) {
 			return nil
 		}
 	}
-	return fault.New("private_ca_domains", "the private CA is for %v, not for %s", ca.cert.PermittedDNSDomains, d).
+	return fault.New("private_ca_domains", "the private CA is for %v, not for %s", is.cert.PermittedDNSDomains, d).
 		WithFix("name the domain in core.domains, and remove %s and %s to make one for the new domains", KeyFile, CertFile)
 }
 
@@ -126,8 +200,8 @@ func (ca *CA) SetDomains(domains []hostname.Name) error {
 	return nil
 }
 
-func (ca *CA) make(dir string) error {
-	fail := func(err error) error { return fault.Wrap(err, "private_ca", "make a private CA in %s", dir) }
+func (ca *CA) make() error {
+	fail := func(err error) error { return fault.Wrap(err, "private_ca", "make a private CA in %s", ca.dir) }
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return fail(err)
@@ -145,25 +219,17 @@ func (ca *CA) make(dir string) error {
 	if err != nil {
 		return fail(err)
 	}
-	if ca.cert, err = x509.ParseCertificate(der); err != nil {
-		return fail(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return fail(err)
 	}
-	defer clear(pkcs8)
-	text := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
-	defer clear(text)
-	// The key is last: without it there is no CA yet.
-	if err := durable.WriteFile(filepath.Join(dir, CertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
+	ca.is.Store(&authority{cert, key})
+	certText, keyText, err := ca.Export()
+	if err != nil {
 		return fail(err)
 	}
-	if err := durable.WriteFile(filepath.Join(dir, KeyFile), text, 0o600); err != nil {
-		return fail(err)
-	}
-	ca.key = key
-	return nil
+	defer clear(keyText)
+	return ca.write(certText, keyText)
 }
 
 func serial() *big.Int {
@@ -180,7 +246,8 @@ func (ca *CA) issue(public crypto.PublicKey, names []string) (*x509.Certificate,
 		SerialNumber: serial(), Subject: pkix.Name{}, DNSNames: names, NotBefore: now.Add(-backdate), NotAfter: now.Add(leafLife),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, BasicConstraintsValid: true,
 	}
-	der, err := x509.CreateCertificate(rand.Reader, t, ca.cert, public, ca.key)
+	is := ca.is.Load()
+	der, err := x509.CreateCertificate(rand.Reader, t, is.cert, public, is.key)
 	if err != nil {
 		return nil, fault.Wrap(err, "private_ca", "sign a certificate")
 	}

@@ -45,7 +45,7 @@ func TestTheAuthority(t *testing.T) {
 		}
 	}
 	again, err := Open(dir, []hostname.Name{"apps.example"}, clock)
-	if err != nil || !again.cert.Equal(ca.cert) {
+	if err != nil || !again.is.Load().cert.Equal(ca.is.Load().cert) {
 		t.Fatalf("opened again: %v", err)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -99,12 +99,12 @@ func TestRefusals(t *testing.T) {
 		t.Error(err)
 	}
 	// Its certificate is good for nothing else, whoever has the key.
-	leaf, err := ca.issue(ca.key.Public(), []string{"bank.example"})
+	leaf, err := ca.issue(ca.is.Load().key.Public(), []string{"bank.example"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AddCert(ca.cert)
+	roots.AddCert(ca.is.Load().cert)
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "bank.example"}); err == nil {
 		t.Error("the CA's word counts for another domain")
 	}
@@ -144,4 +144,71 @@ func TestDomainsChangeWithinTheCAsOwn(t *testing.T) {
 		}
 	}
 	covers("x.eu.apps.example")
+}
+
+func TestAnotherGatewaysAuthorityIsAdoptedForGood(t *testing.T) {
+	open := func(dir string) *CA {
+		ca, err := Open(dir, []hostname.Name{"apps.example"}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ca
+	}
+	dir := t.TempDir()
+	one, two, other := open(t.TempDir()), open(dir), open(t.TempDir())
+	cert, key, err := one.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	otherCert, otherKey, err := other.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := Open(t.TempDir(), []hostname.Name{"other.example"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreignCert, foreignKey, err := foreign.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := one.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, bad := range map[string]struct {
+		cert, key []byte
+		code      string
+	}{
+		"another key":   {cert, otherKey, "private_ca"},
+		"a leaf":        {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf.Certificate[0]}), key, "private_ca"},
+		"no key":        {cert, nil, "private_ca"},
+		"no text":       {nil, key, "private_ca"},
+		"other domains": {foreignCert, foreignKey, "private_ca_domains"},
+	} {
+		if err := two.Adopt(bad.cert, bad.key); fault.Code(err) != bad.code {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	before, err := two.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := two.Adopt(cert, key); err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(cert)
+	for i, ca := range []*CA{two, open(dir)} {
+		c, err := ca.GetCertificate(nil)
+		if err != nil || c == before {
+			t.Fatalf("%d: %v", i, err)
+		}
+		if _, err := c.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "a.apps.example"}); err != nil {
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+	if err := two.Adopt(otherCert, otherKey); err != nil {
+		t.Error(err)
+	}
 }
