@@ -271,7 +271,7 @@ func (s *Service) audited(m prpc.Method) func(context.Context, proto.Message) (p
 }
 
 // subjects are the fields of requests that name what a change is of: none is a secret.
-var subjects = []protoreflect.Name{"id", "domain", "instance_id", "app_id", "status", "on", "force", "name", "provider_type", "acme_url"}
+var subjects = []protoreflect.Name{"id", "url", "domain", "instance_id", "app_id", "status", "on", "force", "name", "provider_type", "acme_url"}
 
 // clip bounds what of a request goes into a message.
 func clip(s string) string {
