@@ -67,6 +67,9 @@ type Config struct {
 	TXTPrefix string
 	TXTCompat bool
 
+	// Ended is told of each connection when it is over, and must not wait; nil: nobody is.
+	Ended func(Ended)
+
 	Timeouts Timeouts
 	Limits   Limits
 	Log      *slog.Logger
@@ -141,6 +144,7 @@ type Edge struct {
 	sources sources
 	health  health
 	relays  registry
+	apps    apps
 	pool    pool
 	stats   counters
 	pages   *pages
@@ -308,6 +312,9 @@ func (e *Edge) open(o *opening) {
 	if err != nil {
 		e.refuse(o, err)
 	}
+	if r != nil {
+		e.begin(o, r)
+	}
 	e.settled(o)
 	if r == nil {
 		o.conn.Close()
@@ -319,11 +326,9 @@ func (e *Edge) open(o *opening) {
 
 // refuse counts an error and tells the client what TLS has to say of it.
 func (e *Edge) refuse(o *opening, err error) {
-	code := fault.Code(err)
-	if code == "" {
-		code = "edge_internal"
-	}
+	code := codeOf(err)
 	e.stats.refused(code)
+	e.toldRefused(o, err)
 	e.cfg.Log.Debug("connection refused", "code", code, "source", o.client.Addr(), "err", err)
 	var answer []byte
 	var told *toldError

@@ -321,7 +321,7 @@ func TestEveryFormOfAHostName(t *testing.T) {
 			t.Errorf("%s: went to %s, want port %d", c.name, d[len(d)-1], c.port)
 		}
 	}
-	if s := r.edge.Stats(); s.Joined != [3]uint64{3, 2, 2} || len(s.Refused) != 0 || s.DialCount != 7 {
+	if s := r.edge.Stats(); s.Joined != [3]uint64{3, 2, 2} || len(s.Refused) != 0 || s.Dial.Count != 7 {
 		t.Errorf("stats %+v", s)
 	}
 }

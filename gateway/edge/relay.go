@@ -3,6 +3,7 @@
 package edge
 
 import (
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/gateway/hostname"
 )
 
@@ -80,6 +82,11 @@ type relay struct {
 	source      *source
 	target      target
 	client, app side
+	of          dstack.AppID
+	counted     *appCounters
+	access      *accessed    // nil without an access log
+	up, down    uint64       // bytes; each is one loop's
+	how         atomic.Value // a string: why it was aborted
 	begun       int64        // of the coarse clock
 	last        atomic.Int64 // when bytes last moved
 	running     atomic.Int32 // loops
@@ -102,7 +109,7 @@ func (e *Edge) run(r *relay) {
 	e.stats.relaying[r.mode].Add(1)
 	e.relays.add(r)
 	if e.ctx.Err() != nil {
-		r.abort()
+		r.abort("stopped")
 	}
 	go r.loop(&r.client, &r.app, &e.stats.up)
 	go r.loop(&r.app, &r.client, &e.stats.down)
@@ -115,7 +122,7 @@ func (r *relay) loop(from, to *side, count *atomic.Uint64) {
 		err = to.closeWrite()
 	}
 	if err != nil {
-		r.abort()
+		r.abort("failed")
 	}
 	if r.running.Add(-1) == 0 {
 		r.finish()
@@ -123,7 +130,8 @@ func (r *relay) loop(from, to *side, count *atomic.Uint64) {
 }
 
 // abort ends both sides with a reset: neither may take what it has for the whole.
-func (r *relay) abort() {
+func (r *relay) abort(how string) {
+	r.how.CompareAndSwap(nil, how)
 	if !r.closed.CompareAndSwap(false, true) {
 		return
 	}
@@ -144,6 +152,7 @@ func (r *relay) finish() {
 	r.e.relays.remove(r)
 	endRoute(r.target)
 	r.e.stats.relaying[r.mode].Add(-1)
+	r.e.told(r)
 	r.e.ended(r.source)
 }
 
@@ -152,6 +161,7 @@ func (r *relay) moved(n int, count *atomic.Uint64) {
 	if now := r.e.now.Load(); r.last.Load() != now {
 		r.last.Store(now)
 	}
+	r.tally(n, count == &r.e.stats.down)
 }
 
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
@@ -281,28 +291,33 @@ func (g *registry) remove(r *relay) {
 
 // reap ends relays that are idle, too old, or whose route has ended.
 func (g *registry) reap(now, idle, total time.Duration) {
-	for _, r := range g.those(func(r *relay) bool {
-		switch {
-		case int64(now)-r.last.Load() > int64(idle), int64(now)-r.begun > int64(total):
-			return true
-		case r.target.route == nil:
-			return false
-		}
-		select {
-		case <-r.target.route.Gone():
-			return true
-		default:
-			return false
-		}
-	}) {
+	for _, r := range g.those(func(r *relay) bool { return r.overdue(now, idle, total) != "" }) {
 		r.e.stats.reaped.Add(1)
-		r.abort()
+		r.abort(cmp.Or(r.overdue(now, idle, total), "idle"))
+	}
+}
+
+// overdue says why a relay has to end.
+func (r *relay) overdue(now, idle, total time.Duration) string {
+	switch {
+	case int64(now)-r.last.Load() > int64(idle):
+		return "idle"
+	case int64(now)-r.begun > int64(total):
+		return "total"
+	case r.target.route == nil:
+		return ""
+	}
+	select {
+	case <-r.target.route.Gone():
+		return "route"
+	default:
+		return ""
 	}
 }
 
 func (g *registry) closeAll() {
 	for _, r := range g.those(func(*relay) bool { return true }) {
-		r.abort()
+		r.abort("stopped")
 	}
 }
 

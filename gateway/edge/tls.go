@@ -58,9 +58,11 @@ func (e *Edge) handshake(o *opening, config *tls.Config) (*tls.Conn, error) {
 	conn := tls.Server(under, config)
 	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.Timeouts.Handshake)
 	defer cancel()
+	begun := time.Now()
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, &toldError{fault.Wrap(err, "edge_tls", "the TLS handshake for %s", o.hello.ServerName)}
 	}
+	e.stats.handshake.observe(time.Since(begun))
 	return conn, nil
 }
 

@@ -114,7 +114,11 @@ type ProxyConfig struct {
 	MaxConnectionsPerPeer int      `toml:"max_connections_per_source"`
 	ConnectionRatePerPeer int      `toml:"connection_rate_per_source"`
 	Timeouts              Timeouts `toml:"timeouts"`
-	sources               proxyproto.Sources
+	// AccessLog writes a line for each connection that is over; AccessLogClients has the
+	// client's address in it.
+	AccessLog        bool `toml:"access_log"`
+	AccessLogClients bool `toml:"access_log_clients"`
+	sources          proxyproto.Sources
 }
 
 // Timeouts are upstream's; zero values are the defaults of package gateway/edge.

@@ -71,6 +71,7 @@ type Node struct {
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
 	live    *live                                // of the run
+	ended   func(edge.Ended)                     // nil without an access log
 	opened  func(*cluster.Cluster, *route.Table) // of tests
 }
 
@@ -80,7 +81,8 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	n := &Node{cfg: c, log: log}
+	n := &Node{cfg: c, log: limited(log), ended: c.Core.Proxy.accessLog(log)}
+	log = n.log
 	dir := c.Core.DataDir
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return nil, fault.Wrap(err, "gateway_config", "make core.data_dir")
@@ -329,6 +331,7 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, TicketKeys: tickets, Pages: pages,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
+		Ended:  n.ended,
 		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},
 		Timeouts: edge.Timeouts{
 			Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, DNS: p.Timeouts.DNSResolve.Duration,
