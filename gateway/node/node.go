@@ -313,7 +313,7 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
 	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
 	cfg := edge.Config{
-		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: certificate, Pages: pages,
+		Rules: func() hostname.Rules { return rules }, Routes: table, GetCertificate: certificate, Pages: pages, Evidence: n.witness(tn).Answer,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
 		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},
