@@ -44,6 +44,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -70,7 +71,9 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
-	opened  func(*cluster.Cluster) // of tests
+	// documents is nil when no policy document decides who gets a route.
+	documents *policy.Authority
+	opened    func(*cluster.Cluster) // of tests
 }
 
 // Open reads what is in the data directory, making it at the first start, and asks the
@@ -282,17 +285,9 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 
 func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
 	c := &n.cfg.Core
-	var admission gateway.Admission
-	switch c.Auth.Type {
-	case "lease":
-		root, err := hex.DecodeString(c.Auth.KMSRoot)
-		if err != nil {
-			return nil, err
-		}
-		admission = gateway.ByLease{Root: root}
-	case "attested":
-		n.log.Warn("every instance whose evidence holds gets a route, whatever it runs (core.auth.type)")
-		admission = gateway.AnyAttested{}
+	admission, err := n.admission()
+	if err != nil {
+		return nil, err
 	}
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
