@@ -150,6 +150,12 @@ func Decide(measured, operator *Policy, r Request) (Decision, error) {
 	if measured == nil {
 		return Decision{}, fault.New("port_policy_unknown", "the port policy of the instance is not known")
 	}
+	if r.Port == manifest.TLSPort {
+		// Whoever speaks to it is believed to be a gateway: a client whose TLS ended here
+		// could write the PROXY header himself (threats.md K04).
+		return Decision{}, fault.New("port_denied", "port %d is where the guest's agent ends TLS, for ports with tls app", r.Port).
+			WithFix("use the name of the port that is meant, and publish the app at another one")
+	}
 	if r.Port == AgentPort {
 		return Decision{Mode: r.Form, Reason: ByAgent}, nil
 	}

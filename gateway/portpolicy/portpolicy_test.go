@@ -88,6 +88,7 @@ func TestAdmission(t *testing.T) {
 		{"the operator leaves a port", restricted, only443, 443, ""},
 		{"the operator cannot open a port", restricted, only443, 22, "port_denied"},
 		{"the operator cannot open all ports", restricted, &open, 22, "port_denied"},
+		{"where the agent ends TLS", &open, nil, manifest.TLSPort, "port_denied"},
 		{"the operator cannot hide the agent", restricted, &Policy{}, AgentPort, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
