@@ -103,6 +103,14 @@ const (
 // redirected), evidence_endpoint_absent (404: an upstream instance, or another
 // server), evidence_malformed (not HTTP, not JSON, too large).
 func FetchEvidence(ctx context.Context, target string, nonce []byte) (reply, spki []byte, err error) {
+	return FetchEvidenceBy(ctx, func(ctx context.Context, addr string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", addr)
+	}, target, nonce)
+}
+
+// FetchEvidenceBy is FetchEvidence over the connection that dial makes to the host:port of
+// target, for callers that reach it otherwise than by the system's network.
+func FetchEvidenceBy(ctx context.Context, by func(ctx context.Context, addr string) (net.Conn, error), target string, nonce []byte) (reply, spki []byte, err error) {
 	u, addr, err := parseTarget(target)
 	if err != nil {
 		return nil, nil, err
@@ -113,7 +121,7 @@ func FetchEvidence(ctx context.Context, target string, nonce []byte) (reply, spk
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 
-	conn, spki, err := dial(ctx, u, addr)
+	conn, spki, err := dial(ctx, by, u, addr)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -167,14 +175,14 @@ func loopback(host string) string {
 }
 
 // dial makes the one connection. spki is nil for http.
-func dial(ctx context.Context, u *url.URL, addr string) (net.Conn, []byte, error) {
+func dial(ctx context.Context, by func(context.Context, string) (net.Conn, error), u *url.URL, addr string) (net.Conn, []byte, error) {
 	dialCtx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	unreachable := func(err error) error {
 		return fault.Wrap(err, "evidence_unreachable", "connect to %s", u.Host).
 			WithFix("check that the instance runs and that its port 8090 is forwarded to this address")
 	}
-	raw, err := new(net.Dialer).DialContext(dialCtx, "tcp", addr)
+	raw, err := by(dialCtx, addr)
 	if err != nil {
 		return nil, nil, unreachable(err)
 	}

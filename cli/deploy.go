@@ -20,6 +20,7 @@ import (
 	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/cli/appimage"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/lint"
 	"github.com/dstack-go/dstack/manifest/lock"
 	"github.com/dstack-go/dstack/osimage"
@@ -272,8 +273,8 @@ func (w *workload) mappings(compose *lint.Compose, file string, was []mapping) (
 		}
 	}
 	for _, m := range out {
-		if m.vm == agentPort {
-			return nil, fault.New("port_reserved", "port %d of the VM is the agent's", agentPort).WithFix("publish the service on another port")
+		if m.vm == agentPort || m.vm == manifest.TLSPort && m.proto == "tcp" {
+			return nil, fault.New("port_reserved", "port %d of the VM is the agent's", m.vm).WithFix("publish the service on another port")
 		}
 		if !published[fmt.Sprint(m.vm, "/", m.proto)] {
 			return nil, fault.New("port_not_published", "no service of the compose file publishes port %d/%s", m.vm, m.proto).WithFix("add it under ports: in %s", file)

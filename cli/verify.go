@@ -36,13 +36,19 @@ type verifyCmd struct {
 
 	GPUEvidence string `name:"gpu-evidence" help:"What NVIDIA's verifier printed in the guest at boot, byte for byte." placeholder:"FILE"`
 
-	Lock        string   `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
-	Compose     string   `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
-	ComposeHash string   `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
-	AppID       string   `name:"app-id" help:"App id to expect. It does not pin what runs: give a compose hash as well." placeholder:"HEX"`
-	InstanceID  string   `name:"instance-id" help:"Instance to expect." placeholder:"HEX"`
-	Image       string   `help:"OS image release directory to expect; its registers are computed from its files." placeholder:"DIR"`
-	OSImageHash string   `name:"os-image-hash" help:"OS image hash to expect." placeholder:"HEX"`
+	Lock        string `help:"dstack.lock.json that deploy wrote: workload, image and registers to expect." placeholder:"FILE"`
+	Compose     string `help:"app-compose.json to expect, byte for byte." placeholder:"FILE"`
+	ComposeHash string `help:"SHA-256 of the app-compose.json to expect." placeholder:"HEX"`
+	AppID       string `name:"app-id" help:"App id to expect. It does not pin what runs: give a compose hash as well." placeholder:"HEX"`
+	InstanceID  string `name:"instance-id" help:"Instance to expect." placeholder:"HEX"`
+	Image       string `help:"OS image release directory to expect; its registers are computed from its files." placeholder:"DIR"`
+	OSImageHash string `name:"os-image-hash" help:"OS image hash to expect." placeholder:"HEX"`
+
+	AllowGatewayTermination bool   `name:"allow-gateway-termination" help:"Accept a gateway that ends TLS, and so sees plaintext, if its own evidence is that of the gateway expected."`
+	GatewayLock             string `name:"gateway-lock" help:"dstack.lock.json of that gateway. By default it is the one that the app's own manifest names (gateway_policy)." placeholder:"FILE"`
+	GatewayComposeHash      string `name:"gateway-compose-hash" help:"SHA-256 of that gateway's app-compose.json." placeholder:"HEX"`
+	GatewayAppID            string `name:"gateway-app-id" help:"App id of that gateway. It does not pin what runs: give a compose hash as well." placeholder:"HEX"`
+
 	ReportData  string   `help:"Report data to expect, instead of the nonce's envelope (saved evidence)." placeholder:"HEX"`
 	Nonce       string   `help:"Nonce to send, or that saved evidence must answer; random by default." placeholder:"HEX"`
 	Policy      string   `help:"What to accept: a policy in TOML or JSON (docs/policy.md), or signature-only." placeholder:"FILE"`
@@ -73,6 +79,9 @@ func (c *verifyCmd) Run(a *app) error {
 		return err
 	}
 	req.Policy = *pol
+	if c.AllowGatewayTermination {
+		req.Policy.Gateway.AllowTermination = true
+	}
 	if req.Freshness.Nonce, err = c.nonce(); err != nil {
 		return err
 	}
@@ -95,6 +104,9 @@ func (c *verifyCmd) Run(a *app) error {
 	}
 	req.Source = *src
 	if err := c.reference(&req.Reference, src); err != nil {
+		return err
+	}
+	if err := expect(&req.Gateway, "--gateway-", c.GatewayLock, c.GatewayComposeHash, c.GatewayAppID); err != nil {
 		return err
 	}
 	if err := c.given(a, &req, dev); err != nil {
@@ -122,18 +134,31 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 	if err != nil {
 		return nil, err
 	}
-	if floors != nil {
-		if want, ok, err := verifier.CollateralFor(&req.Source); err == nil && ok && want.FMSPC+want.Product != "" {
+	gateway := req.Source.Gateway
+	for _, hop := range []struct {
+		src *verifier.Source
+		pol *uint32
+	}{{&req.Source, &req.Policy.Floor}, {gateway, &req.Policy.Gateway.Floor}} {
+		if floors == nil || hop.src == nil {
+			continue
+		}
+		if want, ok, err := verifier.CollateralFor(hop.src); err == nil && ok && want.FMSPC+want.Product != "" {
 			least, err := floors.Floor(want.FMSPC + want.Product)
 			if err != nil {
 				return nil, err
 			}
-			req.Policy.Floor = uint32(min(least, math.MaxUint32))
+			*hop.pol = uint32(min(least, math.MaxUint32))
 		}
 	}
-	carried := req.Source.Collateral
+	carried, ofGateway := req.Source.Collateral, (*collateral.Bundle)(nil)
+	if gateway != nil {
+		ofGateway = gateway.Collateral
+	}
 	if !c.Offline {
 		req.Source.Collateral = nil // what is fetched comes first
+		if gateway != nil {
+			gateway.Collateral = nil
+		}
 	}
 	v := verifier.Appraise(*req)
 	if !c.Offline && lacks(v) {
@@ -149,15 +174,29 @@ func (c *verifyCmd) appraise(a *app, req *verifier.Request) (*verifier.Verdict, 
 			}
 			req.Collateral = got.bundle
 			req.Collateral.Add(given)
+			forget := got.forget
+			if gateway != nil {
+				of, err := c.fetch(a, gateway)
+				if err != nil {
+					a.step("no collateral of the gateway could be fetched: %v", err)
+				} else if of != nil {
+					req.GatewayCollateral = of.bundle
+					req.GatewayCollateral.Add(given)
+					forget = func() { got.forget(); of.forget() }
+				}
+			}
 			v = verifier.Appraise(*req)
-			if v.Signature == verifier.SignatureValid && !v.Has(verifier.Error, "collateral_rollback") {
+			if v.Signature == verifier.SignatureValid && (gateway == nil || !lacks(v)) && !v.Has(verifier.Error, "collateral_rollback") {
 				break
 			}
-			got.forget()
+			forget()
 		}
-		if lacks(v) && carried != nil && req.Collateral == nil {
+		if lacks(v) && (carried != nil || ofGateway != nil) && req.Collateral == nil {
 			a.step("use the collateral that the evidence carries")
 			req.Source.Collateral = carried
+			if gateway != nil {
+				gateway.Collateral = ofGateway
+			}
 			v = verifier.Appraise(*req)
 		}
 	}
@@ -343,19 +382,8 @@ func (c *verifyCmd) nonce() ([]byte, error) {
 
 // reference collects what the caller expects, each value with where it came from.
 func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) error {
-	if c.Lock != "" {
-		l, err := lock.Read(c.Lock)
-		if err != nil {
-			return err
-		}
-		ref.AddLock(l, "lock file "+c.Lock)
-	}
-	if c.ComposeHash != "" {
-		h, err := dstack.ParseComposeHash(c.ComposeHash)
-		if err != nil {
-			return usage("--compose-hash: %v", err)
-		}
-		ref.AddComposeHash(h, "--compose-hash")
+	if err := expect(ref, "--", c.Lock, c.ComposeHash, c.AppID); err != nil {
+		return err
 	}
 	if c.Compose != "" {
 		raw, err := readLimited(c.Compose, 10<<20)
@@ -363,13 +391,6 @@ func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) err
 			return err
 		}
 		ref.AddManifest(raw, "--compose "+c.Compose)
-	}
-	if c.AppID != "" {
-		id, err := dstack.ParseAppID(c.AppID)
-		if err != nil {
-			return usage("--app-id: %v", err)
-		}
-		ref.AddAppID(id, "--app-id")
 	}
 	if c.InstanceID != "" {
 		id, err := dstack.ParseInstanceID(c.InstanceID)
@@ -400,6 +421,32 @@ func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) err
 		}
 		ref.AddImage(img.Hash, m, "--image "+c.Image)
 		ref.DevImage, ref.Firmware, ref.OSEpoch = &img.Metadata.IsDev, img.Metadata.Firmware, &img.Metadata.SecurityEpoch
+	}
+	return nil
+}
+
+// expect adds what the flags of a prefix name; empty ones name nothing.
+func expect(ref *verifier.Reference, prefix, file, hash, app string) error {
+	if file != "" {
+		l, err := lock.Read(file)
+		if err != nil {
+			return err
+		}
+		ref.AddLock(l, "lock file "+file)
+	}
+	if hash != "" {
+		h, err := dstack.ParseComposeHash(hash)
+		if err != nil {
+			return usage("%scompose-hash: %v", prefix, err)
+		}
+		ref.AddComposeHash(h, prefix+"compose-hash")
+	}
+	if app != "" {
+		id, err := dstack.ParseAppID(app)
+		if err != nil {
+			return usage("%sapp-id: %v", prefix, err)
+		}
+		ref.AddAppID(id, prefix+"app-id")
 	}
 	return nil
 }

@@ -41,6 +41,7 @@ type verdict struct {
 	At         string            `json:"at"`
 	Freshness  string            `json:"freshness"`
 	Channel    string            `json:"channel"`
+	Hops       []json.RawMessage `json:"hops"`
 }
 
 func (v *verdict) codes() []string {

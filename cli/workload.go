@@ -62,6 +62,7 @@ type workload struct {
 	TimeServer []string `help:"NTS server to ask, with the authority that certifies it where that is not a public one; three or more. Means --secure-time." placeholder:"HOST:PORT[=CAFILE]" sep:"none"`
 	LeaseLoss  string   `name:"on-lease-loss" help:"What happens to containers when the KMS no longer authorises the instance: continue, or stop. It gets no new keys or certificates in either case." enum:",continue,stop" default:"" placeholder:"WHAT"`
 	Gateway    string   `help:"Who gives the app a public name: stack (its gateway, if it has one) or none." enum:",stack,none" default:"" placeholder:"WHO"`
+	GatewayTLS []uint16 `name:"gateway-tls" help:"Port of the VM whose TLS ends at the gateway, which then sees plaintext; may be given again. TLS of all others ends in the guest." placeholder:"PORT" sep:"none"`
 	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
 }
 
@@ -190,13 +191,8 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if err != nil {
 		return nil, err
 	}
-	draft.PortPolicy = &manifest.PortPolicy{RestrictMode: true}
-	for _, m := range p.ports {
-		port := manifest.Port{Port: uint16(m.vm)}
-		if p.gateway != nil && m.proto == "tcp" {
-			port.TLS = manifest.TLSApp // the app's plaintext is its own (threats.md C05)
-		}
-		draft.PortPolicy.Ports = append(draft.PortPolicy.Ports, port)
+	if draft.PortPolicy, err = w.portPolicy(p, was); err != nil {
+		return nil, err
 	}
 	if p.text, err = manifest.Build(draft); err != nil {
 		return nil, err
@@ -298,6 +294,35 @@ func (w *workload) stackGateway(a *app, d *manifest.Draft, was *previous) (*stac
 	}
 	d.GatewayEnabled, d.GatewayPolicy = true, g.Policy
 	return g, nil
+}
+
+// portPolicy lets in what is published. Code port_not_published.
+func (w *workload) portPolicy(p *plan, was *previous) (*manifest.PortPolicy, error) {
+	out := &manifest.PortPolicy{RestrictMode: true}
+	open := slices.Clone(w.GatewayTLS)
+	if len(open) == 0 && was != nil {
+		for _, port := range was.manifest.PortPolicy.Ports {
+			if port.TLS == manifest.TLSGateway && slices.ContainsFunc(p.ports, func(m mapping) bool { return m.proto == "tcp" && m.vm == int(port.Port) }) {
+				open = append(open, port.Port)
+			}
+		}
+	}
+	for _, m := range p.ports {
+		port := manifest.Port{Port: uint16(m.vm)}
+		switch i := slices.Index(open, port.Port); {
+		case p.gateway == nil || m.proto != "tcp":
+		case i >= 0:
+			port.TLS = manifest.TLSGateway
+			open = slices.Delete(open, i, i+1)
+		default:
+			port.TLS = manifest.TLSApp // the app's plaintext is its own (threats.md C05)
+		}
+		out.Ports = append(out.Ports, port)
+	}
+	if p.gateway != nil && len(open) > 0 {
+		return nil, fault.New("port_not_published", "--gateway-tls %d: no such TCP port is published", open[0])
+	}
+	return out, nil
 }
 
 // provable makes sure that a KMS will be able to tell from its hash that the image is

@@ -76,6 +76,7 @@ func (s *sealedApp) public(t *testing.T) {
 	if !v.Accepted || exit != 0 {
 		t.Errorf("the verdict of the public name: exit %d, %+v", exit, v)
 	}
+	s.throughTheGateway(t)
 	// The same host with another app's id leads nowhere.
 	u, err := url.Parse(s.URLs[0])
 	if err != nil {
@@ -107,4 +108,16 @@ func (s *sealedApp) public(t *testing.T) {
 	if gap > 10*time.Second {
 		t.Errorf("the gap is %s, more than 10 s", gap)
 	}
+}
+
+// throughTheGateway verifies by the name of a port whose TLS ends at the gateway: both are
+// in the verdict, and the gateway is the one that the app's manifest names.
+func (s *sealedApp) throughTheGateway(t *testing.T) {
+	args := []string{s.URLs[1], "--lock", s.Lock, "--dev-roots", shared.devRoots(), "--policy", filepath.Join(s.dir, "policy.json")}
+	v, exit := verify(t, append(args, "--allow-gateway-termination")...)
+	if !v.Accepted || exit != 0 || v.Channel != "gateway" || len(v.Hops) != 2 || v.Hops[0].Role != "gateway" || !v.Hops[0].Accepted {
+		t.Errorf("the verdict of a name whose TLS ends at the gateway: exit %d, %+v", exit, v)
+	}
+	v, exit = verify(t, args...)
+	wantRefused(t, v, exit, "gateway_termination_denied")
 }

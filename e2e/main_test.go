@@ -149,7 +149,12 @@ type verdict struct {
 	Accepted  bool   `json:"accepted"`
 	Undecided bool   `json:"undecided"`
 	Trust     string `json:"trust"`
-	Findings  []struct {
+	Channel   string `json:"channel"`
+	Hops      []struct {
+		Role     string `json:"role"`
+		Accepted bool   `json:"accepted"`
+	} `json:"hops"`
+	Findings []struct {
 		Level, Code, Message, Evidence string
 	} `json:"findings"`
 }

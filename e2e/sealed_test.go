@@ -165,7 +165,7 @@ func TestSealedApp(t *testing.T) {
 	}
 	s.run("deploy", "-n", "sealed", "--image", shared.image, "--disk", "4", "--app-image", "sealed:1="+binary,
 		"--port", fmt.Sprintf("%d:8080", web), "--port", fmt.Sprintf("%d:8081", scan),
-		"--swap", "64M",
+		"--swap", "64M", "--gateway-tls", "8081",
 		"--key-scope", "web=web/", "--script-init", s.file("gate.sh", goodScript)).must(t)
 	t.Cleanup(func() { dstack(t, "rm", "--force", "sealed") })
 	accept := s.file("policy.json", `{"tcb":{"accept":["UpToDate"]},"workload":{"allow_mutable":true}}`)

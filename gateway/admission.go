@@ -15,9 +15,16 @@ import (
 
 // Admission says which attested instances get a route, and until when at most.
 type Admission interface {
-	// Admit returns the end of what was admitted, or the error that refuses it.
+	// Admit returns the end of what was admitted, or the error that refuses it: a [Denied]
+	// when that is the answer, which ends the route too that there is.
 	Admit(ctx context.Context, who *applicant.Applicant, l Lease, at time.Time) (until time.Time, err error)
 }
+
+// Denied is the answer no. Other errors mean that there is no answer.
+type Denied struct{ Reason error }
+
+func (d *Denied) Error() string { return d.Reason.Error() }
+func (d *Denied) Unwrap() error { return d.Reason }
 
 // Lease is what a guest shows of its KMS; empty when it shows none.
 type Lease struct{ Document, Signature []byte }
@@ -58,7 +65,7 @@ func (b ByAuthority) Admit(ctx context.Context, who *applicant.Applicant, _ Leas
 		return time.Time{}, err
 	}
 	if !d.Allowed {
-		return time.Time{}, fault.New(d.Code, "no route: %s", d.Reason)
+		return time.Time{}, &Denied{fault.New(d.Code, "no route: %s", d.Reason)}
 	}
 	if d.Lease > 0 {
 		return at.Add(d.Lease), nil

@@ -123,17 +123,22 @@ func (s *Service) reconcile() error {
 	for _, key := range s.cfg.Routes.Observe(peers) {
 		errs = append(errs, s.cfg.Tunnel.Remove(key))
 	}
-	have := make(map[wgconfig.PublicKey]netip.AddrPort, len(peers))
+	have := make(map[wgconfig.PublicKey]wgconfig.Status, len(peers))
 	for _, p := range peers {
-		have[p.Key] = p.Endpoint
+		have[p.Key] = p
 	}
 	known := make(map[wgconfig.PublicKey]netip.AddrPort, len(peers))
 	for _, rec := range s.cfg.Routes.Records() {
-		at, ok := have[rec.Key]
-		if !ok {
-			at = s.endpoints[rec.Key]
+		peer, ok := have[rec.Key]
+		at := peer.Endpoint
+		// A peer with another address is one of an older route, such as another gateway's:
+		// what that address gets and sends is not this instance's any more.
+		if !ok || !slices.Equal(peer.Allowed, []netip.Prefix{netip.PrefixFrom(rec.Address, 32)}) {
+			if !ok {
+				at = s.endpoints[rec.Key]
+			}
 			p := wgconfig.Peer{Key: rec.Key, Address: rec.Address}
-			if at.IsValid() {
+			if !ok && at.IsValid() {
 				// With a keepalive the handshake is made now, by which the instance is known
 				// to be reachable: nobody would ask for it otherwise.
 				p.Endpoint, p.Keepalive = wgconfig.EndpointOf(at), wgconfig.Keepalive

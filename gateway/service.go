@@ -23,6 +23,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -293,6 +294,10 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	now := s.now()
 	until, err := s.cfg.Admission.Admit(ctx, who, Lease{r.LeaseDocument, r.LeaseSignature}, now)
 	if err != nil {
+		var no *Denied
+		if errors.As(err, &no) {
+			s.revoke(peer.Identity, key)
+		}
 		return nil, err
 	}
 	// The evidence is the connection's, and as old as it: a guest that keeps one open gets
@@ -338,6 +343,26 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 		s.stats.Renewed.Add(1)
 	}
 	return s.reply(rec), nil
+}
+
+// revoke ends the route of who is denied now. It is the same instance, for who has its
+// id alone would end another's.
+func (s *Service) revoke(id channel.Identity, key wgconfig.PublicKey) {
+	lock := &s.registering[int(id.InstanceID[0])%len(s.registering)]
+	lock.Lock()
+	defer lock.Unlock()
+	rt, known := s.cfg.Routes.Instance(*id.InstanceID)
+	if !known {
+		return
+	}
+	if rec := rt.Record(); rec.App != id.AppID || rec.Compose != id.ComposeHash || rec.Key != key {
+		return
+	}
+	s.cfg.Routes.Remove(*id.InstanceID)
+	if err := s.cfg.Tunnel.Remove(key); err != nil {
+		s.log.Warn("tunnel", "code", fault.Code(err), "error", err) // Keep tries again
+	}
+	s.log.Info("route revoked", "app", id.AppID.String(), "instance", id.InstanceID.String())
 }
 
 // place registers a record at the address that the instance has already, or else at the

@@ -94,7 +94,7 @@ func (g *Gateway) serving(ctx context.Context) error {
 }
 
 // gatewayApp is the gateway as an app: what its simulated TEE measures.
-const gatewayApp = `{"manifest_version":2,"name":"dstack-gateway","runner":"docker-compose","docker_compose_file":"services: {}\n","key_provider":"none","public_tcbinfo":true}
+const gatewayApp = `{"manifest_version":2,"name":"dstack-gateway","runner":"docker-compose","docker_compose_file":"services: {}\n","key_provider":"none","public_tcbinfo":true,"image_policy":"digest","image_lock":{}}
 `
 
 // StartGateway starts a gateway as a process of this machine, and another that is the

@@ -45,6 +45,11 @@ type appraisal struct {
 	imageAnchored bool
 
 	gpuAssumptions []string
+
+	// gateway is the appraisal of the gateway at which TLS ends; role is HopGateway in
+	// that one.
+	gateway *appraisal
+	role    string
 }
 
 // Appraise judges evidence at a stated time.
@@ -56,7 +61,15 @@ func Appraise(req Request) *Verdict {
 	ref := req.Reference
 	ref.addPolicy(req.Policy.Workload)
 	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, assumed: req.Provider, v: newVerdict(scope, req.At)}
+	if req.Source.Gateway != nil {
+		a.gateway = &appraisal{src: req.Source.Gateway, fresh: req.Freshness, at: req.At, memo: req.Memo, role: HopGateway, v: newVerdict(scope, req.At)}
+		// What the caller asked and saw is of the gateway; of the app, only what was asked.
+		a.gateway.fresh.ReportData, a.fresh.ConnectionSPKI = nil, nil
+	}
 	a.run(req.Roots, req.Collateral)
+	if a.gateway != nil {
+		a.hops(&req)
+	}
 	a.conclude()
 	return a.v
 }

@@ -39,7 +39,7 @@ func clipHex(b []byte) string {
 func (a *appraisal) binding() {
 	signatureOnly := a.v.Scope == ScopeSignature
 	unbound := func() {
-		if signatureOnly {
+		if signatureOnly || a.gateway != nil { // whether the gateway is bound, its evidence says
 			return
 		}
 		a.add(Warning, "channel_unbound", "", "ask over https, directly", "nothing ties the evidence to a connection: what answers there may be something else")
@@ -89,6 +89,9 @@ func (a *appraisal) binding() {
 	served := func(match func([]byte) bool) int { return slices.IndexFunc(a.src.ServedSPKIs, match) }
 	conn := a.fresh.ConnectionSPKI
 	switch {
+	case len(conn) > 0 && served(func(k []byte) bool { return bytes.Equal(k, conn) }) < 0 && a.pol.Gateway.AllowTermination && a.role == "":
+		a.add(Error, "gateway_evidence_missing", "source.gateway", "ask by a name whose TLS ends in the app, or update the gateway", "TLS ends before the instance, at something that shows no evidence of itself")
+		return
 	case len(conn) > 0 && served(func(k []byte) bool { return bytes.Equal(k, conn) }) < 0:
 		a.add(Error, "spki_mismatch", "served_spkis", "connect to the instance itself, without a proxy that ends TLS", "the key of this connection is none of those that the instance serves: someone is in between")
 		return
@@ -99,6 +102,9 @@ func (a *appraisal) binding() {
 		a.v.Channel = ChannelTLS
 	case len(conn) > 0 && (made(nil) || served(made) >= 0):
 		a.add(Error, "spki_mismatch", "claims.report_data", "connect to the instance itself, without a proxy that ends TLS", "the evidence was made for another connection than this one")
+		return
+	case a.gateway != nil && made(nil):
+		a.add(Error, "gateway_unbound", "claims.report_data", "update the gateway", "the app's evidence was made for no TLS connection: nothing shows that it is of the instance that the gateway reached")
 		return
 	case len(conn) == 0 && made(nil):
 		unbound()
@@ -154,6 +160,9 @@ func (a *appraisal) ratls(spki []byte) {
 // ran. Report data alone do not show it: an app may ask for a quote over bytes of
 // its own choice (threats.md B20).
 func (a *appraisal) channelKey(spki []byte) bool {
+	if a.role == HopGateway {
+		return true // the gateway is an app: its evidence is what that app made, and what the app is, is expected
+	}
 	switch sum := sha256.Sum256(spki); {
 	case a.id.ChannelKey == nil:
 		a.add(Error, "channel_key_uncommitted", "event_log.system-channel-key", "use an OS image that commits to its channel key", "the guest did not commit to a channel key before the app started, so an app may have made this evidence")

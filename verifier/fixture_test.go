@@ -204,12 +204,13 @@ func (g *guest) evidence() Source {
 
 // request is what the caller brings to one appraisal.
 type request struct {
-	roots []attest.Roots
-	col   *collateral.Bundle
-	ref   Reference
-	pol   Policy
-	fresh Freshness
-	at    time.Time
+	roots   []attest.Roots
+	col     *collateral.Bundle
+	ref     Reference
+	gateway Reference
+	pol     Policy
+	fresh   Freshness
+	at      time.Time
 }
 
 // request returns that of a caller who expects exactly this guest.
@@ -227,7 +228,7 @@ func (g *guest) request() *request {
 }
 
 func (r *request) appraise(src Source) *Verdict {
-	return Appraise(Request{Source: src, Roots: r.roots, Collateral: r.col, Reference: r.ref, Policy: r.pol, Freshness: r.fresh, At: r.at})
+	return Appraise(Request{Source: src, Roots: r.roots, Collateral: r.col, Reference: r.ref, Gateway: r.gateway, Policy: r.pol, Freshness: r.fresh, At: r.at})
 }
 
 func (v *Verdict) errors() []string {

@@ -17,7 +17,13 @@ import (
 
 // workload compares what runs with what is expected.
 func (a *appraisal) workload() {
-	if !a.ref.expectsWorkload() {
+	if !a.ref.expectsWorkload() && a.role == HopGateway {
+		fix := "give the gateway's lock with --gateway-lock FILE, or the hash of its manifest with --gateway-compose-hash"
+		if a.id != nil {
+			fix = fmt.Sprintf("look at what it measured, and if it is what you expect, say so: --gateway-compose-hash %s --gateway-app-id %s", a.id.ComposeHash, a.id.AppID)
+		}
+		a.add(Error, "gateway_not_specified", "", fix, "TLS ends at a gateway, and which one that may be was not said; an app id alone does not say what it runs")
+	} else if !a.ref.expectsWorkload() {
 		fix := "say what is expected: --lock dstack.lock.json, --compose app-compose.json or --compose-hash HEX"
 		if a.id != nil {
 			fix = fmt.Sprintf("look at the manifest, and if it is what you expect, say so: --compose-hash %s --app-id %s", a.id.ComposeHash, a.id.AppID)

@@ -203,6 +203,9 @@ func (a *appraisal) conclude() {
 		}
 	}
 	established := a.v.Scope == ScopeSignature || a.id != nil && a.ref.expectsWorkload()
+	if a.gateway != nil {
+		established = established && a.gateway.v.Accepted
+	}
 	switch {
 	case errs == 0 && a.claims != nil && established:
 		v.Accepted = true
@@ -249,7 +252,10 @@ func (a *appraisal) assume() {
 	if a.man != nil && a.man.KeyProviderKind() == manifest.KeyProviderKMS {
 		say("the key management service that gives the guest its keys, which this verdict does not cover")
 	}
-	if a.man != nil && a.man.GatewayWanted() {
+	switch {
+	case a.gateway != nil:
+		say("the gateway: that what its measurements stand for passes on what is said, and to this app")
+	case a.man != nil && a.man.GatewayWanted():
 		say("the gateway in front of the guest, where TLS ends there, which this verdict does not cover")
 	}
 	if a.man != nil && a.man.KeyProviderKind() == manifest.KeyProviderNone {

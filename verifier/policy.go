@@ -44,6 +44,7 @@ type Policy struct {
 	Image    ImagePolicy    `json:"image,omitzero"`
 	Workload WorkloadPolicy `json:"workload,omitzero"`
 	Evidence EvidencePolicy `json:"evidence,omitzero"`
+	Gateway  GatewayPolicy  `json:"gateway,omitzero"`
 
 	// AllowDebug accepts a VM whose memory the host can read.
 	AllowDebug bool `json:"allow_debug,omitempty"`
@@ -184,6 +185,20 @@ type WorkloadPolicy struct {
 	// AllowUncommitted accepts a launch that committed to no configuration (MRCONFIGID
 	// or PCR 8 all zero), as older upstream hosts start guests (B11).
 	AllowUncommitted bool `json:"allow_uncommitted,omitempty"`
+}
+
+// GatewayPolicy is about a gateway at which TLS ends (C05). What it does not say, the
+// rest of the policy says of app and gateway alike.
+type GatewayPolicy struct {
+	// AllowTermination accepts that a gateway ends TLS, which then sees and could change
+	// all that is said. It must show evidence of itself and be an expected one all the same.
+	AllowTermination bool `json:"allow_termination,omitempty"`
+	// Workload, Registers and Devices are as those of the app.
+	Workload  WorkloadPolicy              `json:"workload,omitzero"`
+	Registers map[string][]collateral.Hex `json:"registers,omitempty"`
+	Devices   []dstack.DeviceID           `json:"devices,omitempty"`
+	// Floor is as that of the policy, of the gateway's product.
+	Floor uint32 `json:"-"`
 }
 
 // EvidencePolicy is about age and freshness.

@@ -46,6 +46,12 @@ type Source struct {
 	// byte; empty when unknown.
 	GPU []byte
 
+	// Gateway is the evidence of the gateway at which TLS ends, when it answered for the
+	// instance: made for the key of the gateway's connection with whoever asked. What is
+	// above is then of the instance, made for the key of its connection with the gateway.
+	// It holds no other gateway.
+	Gateway *Source
+
 	// Evidence is bare evidence, in place of Container. It has no JSON form.
 	Evidence *attest.Evidence
 	// RATLS is the DER SPKI of the RA-TLS certificate that carried the evidence, and
@@ -82,15 +88,21 @@ type sourceJSON struct {
 	ServedSPKIs []collateral.Hex   `json:"served_spkis"`
 	Collateral  *collateral.Bundle `json:"collateral,omitempty"`
 	GPU         string             `json:"gpu_evidence,omitempty"` // text, as nvattest printed it
+	Gateway     *sourceJSON        `json:"gateway,omitempty"`
 }
 
 // MarshalJSON writes the wire form.
-func (s Source) MarshalJSON() ([]byte, error) {
-	w := sourceJSON{Version: s.Version, Container: s.Container, Manifest: s.Manifest, Nonce: s.Nonce, ServedSPKIs: []collateral.Hex{}, Collateral: s.Collateral, GPU: string(s.GPU)}
+func (s Source) MarshalJSON() ([]byte, error) { return json.Marshal(s.wire()) }
+
+func (s *Source) wire() *sourceJSON {
+	w := &sourceJSON{Version: s.Version, Container: s.Container, Manifest: s.Manifest, Nonce: s.Nonce, ServedSPKIs: []collateral.Hex{}, Collateral: s.Collateral, GPU: string(s.GPU)}
 	for _, k := range s.ServedSPKIs {
 		w.ServedSPKIs = append(w.ServedSPKIs, k)
 	}
-	return json.Marshal(w)
+	if s.Gateway != nil {
+		w.Gateway = s.Gateway.wire()
+	}
+	return w
 }
 
 // UnmarshalJSON reads the wire form as ParseSource does.
@@ -111,10 +123,21 @@ func ParseSource(data []byte) (*Source, error) {
 		return nil, fault.New("evidence_too_large", "evidence of %d bytes, more than %d", len(data), MaxSource)
 	}
 	var w sourceJSON
-	if err := strictjson.Decode(data, &w, strictjson.Limits{Size: MaxSource, Depth: 4}); err != nil {
+	if err := strictjson.Decode(data, &w, strictjson.Limits{Size: MaxSource, Depth: 5}); err != nil {
 		return nil, fault.Wrap(err, "evidence_malformed", "this is not evidence of a dstack instance").
 			WithFix("give the reply of /.well-known/dstack/attest, or a file that `dstack verify --save` wrote")
 	}
+	s, err := w.source()
+	if err == nil {
+		err = s.check()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (w *sourceJSON) source() (*Source, error) {
 	if w.Version != sourceFormat {
 		return nil, fault.New("evidence_version", "evidence has version %d, this program reads %d", w.Version, sourceFormat)
 	}
@@ -125,8 +148,12 @@ func ParseSource(data []byte) (*Source, error) {
 	for _, k := range w.ServedSPKIs {
 		s.ServedSPKIs = append(s.ServedSPKIs, k)
 	}
-	if err := s.check(); err != nil {
-		return nil, err
+	if w.Gateway != nil {
+		gateway, err := w.Gateway.source()
+		if err != nil {
+			return nil, err
+		}
+		s.Gateway = gateway
 	}
 	return s, nil
 }
@@ -150,6 +177,14 @@ func (s *Source) check() error {
 		return large("bytes of the nonce", len(s.Nonce), maxNonce)
 	case len(s.ServedSPKIs) > maxSPKIs:
 		return large("served keys", len(s.ServedSPKIs), maxSPKIs)
+	}
+	if g := s.Gateway; g != nil {
+		if g.Gateway != nil {
+			return fault.New("evidence_malformed", "the evidence is of more than one gateway")
+		}
+		if err := g.check(); err != nil {
+			return err
+		}
 	}
 	for _, k := range s.ServedSPKIs {
 		if len(k) > maxSPKI {

@@ -63,10 +63,27 @@ func (v *Verdict) String() string {
 			if f.Level != level {
 				continue
 			}
-			line("%-8s %s: %s", f.Level, f.Code, f.Message)
+			of := ""
+			if f.Hop != "" {
+				of = f.Hop + ": "
+			}
+			line("%-8s %s: %s%s", f.Level, f.Code, of, f.Message)
 			if f.Fix != "" {
 				line("         fix: %s", f.Fix)
 			}
+		}
+	}
+	if len(v.Hops) > 0 {
+		line("hops, each of which sees plaintext:")
+	}
+	for i, h := range v.Hops {
+		word := "accepted"
+		if !h.Accepted {
+			word = "refused"
+		}
+		line("  %d %-8s %s, trust: %s", i+1, h.Role, word, h.Trust)
+		if w := h.Workload; w != nil {
+			line("    %s app id %s, measured as %s, %s", w.Name, w.AppID, w.ComposeHash, h.TEE)
 		}
 	}
 	section := func(title string, anchors []Anchor) {

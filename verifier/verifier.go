@@ -53,6 +53,7 @@ type Finding struct {
 	Message  string `json:"message"`
 	Evidence string `json:"evidence,omitempty"` // where in the evidence, such as quote.rtmr[1]
 	Fix      string `json:"fix,omitempty"`
+	Hop      string `json:"hop,omitempty"` // gateway: it concerns the gateway's evidence
 }
 
 // Anchor is a value and whose word it is.
@@ -83,9 +84,31 @@ const (
 	FreshReportData = "report_data" // carries the caller's report data
 	FreshNone       = "none"        // may be old
 
-	ChannelTLS  = "tls"  // the key of the caller's own connection
-	ChannelNone = "none" // nothing: what is said over the connection may be another's
+	ChannelTLS     = "tls"     // the key of the caller's own connection
+	ChannelGateway = "gateway" // the key of the caller's own connection, which a measured gateway ends
+	ChannelNone    = "none"    // nothing: what is said over the connection may be another's
 )
+
+// Roles of a hop.
+const (
+	HopGateway = "gateway"
+	HopApp     = "app"
+)
+
+// Hop is one of those that what the caller says passes, in that order, and in which it is
+// plaintext. A verdict has hops when TLS ends at a gateway (threats.md C05).
+type Hop struct {
+	Role     string `json:"role"`
+	Accepted bool   `json:"accepted"` // by itself: its evidence shows what was expected of it
+
+	Trust     dstack.Trust `json:"trust"`
+	TEE       dstack.TEE   `json:"tee,omitempty"`
+	TCBStatus string       `json:"tcb_status,omitempty"`
+	Workload  *Workload    `json:"workload,omitempty"`
+
+	Anchors        []Anchor `json:"anchors"`
+	SelfConsistent []Anchor `json:"self_consistent"`
+}
 
 // Workload is what runs, as the measured event log says, or, on a TEE without a
 // runtime register, the configuration document that the host committed to before
@@ -168,6 +191,10 @@ type Verdict struct {
 	// Assumptions are what the verdict leaves to trust.
 	Assumptions []string `json:"assumptions"`
 
+	// Hops are the gateway and the app, when TLS ends at a gateway. All else of the
+	// verdict is of the app, but for the findings, which say what they concern.
+	Hops []Hop `json:"hops,omitempty"`
+
 	Freshness string         `json:"freshness"`
 	Channel   string         `json:"channel"`
 	Workload  *Workload      `json:"workload,omitempty"`
@@ -196,8 +223,14 @@ type Request struct {
 	// Collateral is the caller's, or nil to use what the evidence carries. Where
 	// there is any of the caller's it decides alone.
 	Collateral *collateral.Bundle
+	// GatewayCollateral is the caller's for the gateway's evidence, where there is any;
+	// nil: that of the app, since two platforms can need the same.
+	GatewayCollateral *collateral.Bundle
 
 	Reference Reference
+	// Gateway is what is expected of a gateway at which TLS ends. It adds to what the
+	// policy and the app's own manifest (gateway_policy) say.
+	Gateway   Reference
 	Policy    Policy
 	Freshness Freshness
 	At        time.Time

@@ -8,6 +8,7 @@ package self
 
 import (
 	"context"
+	"encoding/json"
 	"net"
 	"time"
 
@@ -22,6 +23,7 @@ type App struct {
 	ID       dstack.AppID
 	Instance *dstack.InstanceID // nil: instances of this app are not told apart
 	Compose  dstack.ComposeHash
+	Manifest string // app-compose.json; empty where the agent does not tell
 	VMConfig string // belongs to its evidence
 	agent    *prpc.Client
 }
@@ -51,6 +53,12 @@ func Open(ctx context.Context, socket string) (*App, error) {
 	if len(info.ComposeHash) == dstack.ComposeHashSize {
 		a.Compose = dstack.ComposeHash(info.ComposeHash)
 	}
+	var tcb struct {
+		AppCompose string `json:"app_compose"`
+	}
+	// What is not there is not shown; whoever verifies the evidence is told so.
+	_ = json.Unmarshal([]byte(info.TcbInfo), &tcb)
+	a.Manifest = tcb.AppCompose
 	return a, nil
 }
 

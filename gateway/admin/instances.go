@@ -95,7 +95,10 @@ func (s *Service) getInstancePortPolicy(ctx context.Context, r *api.GetInstanceP
 	switch {
 	case err == nil:
 		out.Source, out.AdminOverride = "admin", policyMessage(&p.Ports)
-		out.Effective = out.AdminOverride
+		if rec.Policy != nil { // an operator closes ports, and opens none that the app measured shut
+			left := rec.Policy.Narrowed(p.Ports)
+			out.Effective = policyMessage(&left)
+		}
 	case !settings.Absent(err):
 		return nil, err
 	case rec.Policy != nil:

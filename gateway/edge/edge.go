@@ -12,7 +12,8 @@
 //   - nothing reaches an app that its measured policy does not admit, whatever the name
 //     asks for (threats.md K04), and no connection outlives its route by more than a tick;
 //   - the bytes relayed are opaque and whole: an end is passed on as an end, a failure as a
-//     failure and never as an end (K09). The gateway reads no HTTP of an app;
+//     failure and never as an end (K09). The gateway reads no HTTP of an app, but for the
+//     first bytes of a connection whose TLS it ends: they may ask for evidence (C05);
 //   - memory, descriptors, queries and connections are bounded in total and by source (K08):
 //     an idle connection holds two descriptors and no buffer;
 //   - it needs neither peers nor quorum nor disk (spec/gateway.md §5.5 A).
@@ -59,6 +60,9 @@ type Config struct {
 	TicketKeys func() [][32]byte
 	// Pages answers for gateway.<base> and health.<base>.
 	Pages http.Handler
+	// Evidence answers a POST to [channel.EvidencePath], the first request of a connection
+	// whose TLS ends here; nil leaves the path to the app.
+	Evidence func(http.ResponseWriter, *http.Request, Asked)
 	// Balancers may, and must, send a PROXY header. Nobody else is asked for one.
 	Balancers proxyproto.Sources
 	// TXT answers for custom domains; without it there are none.
@@ -148,6 +152,8 @@ type Edge struct {
 	pool    pool
 	stats   counters
 	pages   *pages
+	// evidence is nil when there is none.
+	evidence *pages
 
 	now  atomic.Int64 // coarse, nanoseconds since start
 	stop context.CancelFunc
@@ -173,6 +179,10 @@ func New(cfg Config) (*Edge, error) {
 	e.sources.limits = cfg.Limits
 	e.pool.limit = int64(cfg.Limits.Pipes)
 	e.pages = newPages(cfg.Pages)
+	if cfg.Evidence != nil {
+		e.evidence = evidencePages(cfg.Evidence)
+		e.work.Go(e.evidence.serve)
+	}
 	e.ticketKeys()
 	e.work.Go(e.pages.serve)
 	e.work.Go(e.tick)
@@ -468,6 +478,9 @@ func (e *Edge) Drain() {
 func (e *Edge) Shutdown(ctx context.Context) error {
 	e.Drain()
 	e.pages.drain(ctx)
+	if e.evidence != nil {
+		e.evidence.drain(ctx)
+	}
 	var err error
 	for t := time.NewTicker(10 * time.Millisecond); e.stats.open.Load() > 0 && err == nil; {
 		select {
@@ -485,6 +498,9 @@ func (e *Edge) Shutdown(ctx context.Context) error {
 	e.mu.Unlock()
 	e.relays.closeAll()
 	e.pages.close()
+	if e.evidence != nil {
+		e.evidence.close()
+	}
 	e.work.Wait()
 	e.custom.wait()
 	e.pool.close()

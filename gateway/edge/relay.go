@@ -92,6 +92,14 @@ type relay struct {
 	running     atomic.Int32 // loops
 	closed      atomic.Bool
 	prev, next  *relay // in the registry
+
+	// answered is nil when the client can ask for no evidence; it is closed when the loop
+	// from the app has ended.
+	answered chan struct{}
+	began    bool        // the client sent something; of the loop from the client
+	first    []byte      // what it sent, asking for evidence
+	taken    atomic.Bool // the connection is the app's no more
+	spoke    atomic.Bool // the app sent something
 }
 
 func (e *Edge) newRelay(o *opening, mode hostname.Mode, client net.Conn, t target, app net.Conn) *relay {
@@ -99,6 +107,9 @@ func (e *Edge) newRelay(o *opening, mode hostname.Mode, client net.Conn, t targe
 	r := &relay{e: e, mode: mode, source: o.source, target: t, client: newSide(client), app: newSide(app), begun: now}
 	r.last.Store(now)
 	r.running.Store(2)
+	if e.evidence != nil && r.client.tls != nil && t.route != nil {
+		r.answered = make(chan struct{})
+	}
 	return r
 }
 
@@ -117,12 +128,20 @@ func (e *Edge) run(r *relay) {
 
 func (r *relay) loop(from, to *side, count *atomic.Uint64) {
 	err := r.move(from, to, count)
+	switch {
+	case err == errAsked:
+		err = r.answer()
+	case from == &r.app && r.taken.Load(): // the other loop answers the client, and ends it
+		err = nil
 	// The last of the two is about to close anyway; only TLS has an end to tell before.
-	if err == nil && (to.tls != nil || r.running.Load() > 1) {
+	case err == nil && (to.tls != nil || r.running.Load() > 1):
 		err = to.closeWrite()
 	}
 	if err != nil {
 		r.abort("failed")
+	}
+	if from == &r.app && r.answered != nil {
+		close(r.answered)
 	}
 	if r.running.Add(-1) == 0 {
 		r.finish()
@@ -158,6 +177,9 @@ func (r *relay) finish() {
 
 func (r *relay) moved(n int, count *atomic.Uint64) {
 	count.Add(uint64(n))
+	if r.answered != nil && count == &r.e.stats.down && !r.spoke.Load() {
+		r.spoke.Store(true)
+	}
 	if now := r.e.now.Load(); r.last.Load() != now {
 		r.last.Store(now)
 	}
@@ -179,6 +201,9 @@ func (r *relay) move(from, to *side, count *atomic.Uint64) error {
 	for {
 		n, err := from.conn.Read(buf[:])
 		if n > 0 {
+			if from == &r.client && r.asks(buf[:n]) {
+				return errAsked
+			}
 			if _, err := to.conn.Write(buf[:n]); err != nil {
 				return err
 			}
@@ -206,6 +231,10 @@ func (r *relay) moveTLS(from, to *side, count *atomic.Uint64) error {
 		for err == nil {
 			var n int
 			if n, err = from.tls.Read(buf[:]); n > 0 {
+				if from == &r.client && r.asks(buf[:n]) {
+					err = errAsked
+					break
+				}
 				if _, werr := to.conn.Write(buf[:n]); werr != nil {
 					err = werr
 					break

@@ -5,6 +5,7 @@ package edge
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"net"
 	"net/http"
 	"sync"
@@ -18,7 +19,24 @@ import (
 // tlsConfig is for TLS that ends here. Key exchange is left to crypto/tls, which puts
 // X25519MLKEM768 first.
 func (e *Edge) tlsConfig(alpn ...string) *tls.Config {
-	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: alpn, GetCertificate: e.cfg.GetCertificate}
+	return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: alpn, GetCertificate: e.show}
+}
+
+// show chooses the certificate, and remembers its key for whoever asks what it is of.
+func (e *Edge) show(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	cert, err := e.cfg.GetCertificate(h)
+	if r, ok := h.Conn.(*replay); ok && err == nil && cert != nil && e.evidence != nil {
+		leaf := cert.Leaf
+		if leaf == nil && len(cert.Certificate) > 0 {
+			if leaf, err = x509.ParseCertificate(cert.Certificate[0]); err != nil {
+				return nil, err
+			}
+		}
+		if leaf != nil {
+			r.shown = leaf.RawSubjectPublicKeyInfo
+		}
+	}
+	return cert, err
 }
 
 // ticketKeys takes the cluster's keys, so that a session of one gateway resumes at another.
@@ -71,6 +89,7 @@ type replay struct {
 	net.Conn
 	first []byte
 	src   *socket // nil where the connection is no TCP socket
+	shown []byte  // SPKI of the certificate that the session was shown
 	// poll makes Read return errEmpty where it would wait.
 	poll bool
 }
@@ -140,7 +159,7 @@ func newPages(h http.Handler) *pages {
 func (p *pages) serve() { p.server.Serve(p) }
 
 // answer hands a connection over and returns when it is closed.
-func (p *pages) answer(conn *tls.Conn) {
+func (p *pages) answer(conn net.Conn) {
 	c := &watched{Conn: conn, closed: make(chan struct{})}
 	select {
 	case p.queue <- c:

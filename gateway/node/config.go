@@ -16,6 +16,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/proxyproto"
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
+	"github.com/dstack-go/dstack/governance/authority"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -147,12 +148,22 @@ type AttestationConfig struct {
 
 // AuthConfig says which attested instances get a route.
 type AuthConfig struct {
-	// Type is lease (a KMS authorised it) or attested (any whose evidence holds).
+	// Type is lease (a KMS authorised it), policy, webhook or chain (that authority allows
+	// it, as it would a KMS's app), or attested (any whose evidence holds).
 	Type string `toml:"type"`
 	// KMSRoot is that KMS: its root CA's key, DER SubjectPublicKeyInfo, hexadecimal.
 	KMSRoot string `toml:"kms_root"`
 	// Lease is the longest life of a route without fresh evidence; 1 h.
 	Lease config.Duration `toml:"lease"`
+
+	Policy  authority.Policy  `toml:"policy"`
+	Webhook authority.Webhook `toml:"webhook"`
+	Chain   authority.Chain   `toml:"chain"`
+}
+
+// authority is who decides, for the types that name one.
+func (c AuthConfig) authority() authority.Config {
+	return authority.Config{Type: c.Type, Policy: c.Policy, Webhook: c.Webhook, Chain: c.Chain}
 }
 
 // DefaultConfig returns the defaults.
@@ -239,9 +250,14 @@ func (c *Config) check() (err error) {
 		if b, err := hex.DecodeString(core.Auth.KMSRoot); err != nil || len(b) == 0 {
 			return bad("core.auth.kms_root is missing or not hexadecimal").WithFix("give the KMS's root CA key, which its apps pin as key_provider_id")
 		}
+	case authority.TypePolicy, authority.TypeWebhook, authority.TypeChain:
+		who := core.Auth.authority()
+		if err := who.Check("core.auth", bad); err != nil {
+			return err
+		}
 	default:
-		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
-			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
+		return bad("core.auth.type is %q, not lease, policy, webhook, chain or attested", core.Auth.Type).
+			WithFix("lease routes to instances that a KMS authorised; policy, webhook and chain to whom that authority allows; attested to any whose evidence holds, whatever it runs")
 	}
 	if err := core.Cluster.check(); err != nil {
 		return err

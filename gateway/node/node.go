@@ -44,6 +44,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -70,9 +71,11 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
-	live    *live                                // of the run
-	ended   func(edge.Ended)                     // nil without an access log
-	opened  func(*cluster.Cluster, *route.Table) // of tests
+	live    *live            // of the run
+	ended   func(edge.Ended) // nil without an access log
+	// documents is nil when no policy document decides who gets a route.
+	documents *policy.Authority
+	opened    func(*cluster.Cluster, *route.Table) // of tests
 }
 
 // Open reads what is in the data directory, making it at the first start, and asks the
@@ -301,17 +304,9 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 
 func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
 	c := &n.cfg.Core
-	var admission gateway.Admission
-	switch c.Auth.Type {
-	case "lease":
-		root, err := hex.DecodeString(c.Auth.KMSRoot)
-		if err != nil {
-			return nil, err
-		}
-		admission = gateway.ByLease{Root: root}
-	case "attested":
-		n.log.Warn("every instance whose evidence holds gets a route, whatever it runs (core.auth.type)")
-		admission = gateway.AnyAttested{}
+	admission, err := n.admission()
+	if err != nil {
+		return nil, err
 	}
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
@@ -328,7 +323,7 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
 	pages.HandleFunc("GET /{$}", func(http.ResponseWriter, *http.Request) {})
 	cfg := edge.Config{
-		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, TicketKeys: tickets, Pages: pages,
+		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, TicketKeys: tickets, Pages: pages, Evidence: n.witness(tn).Answer,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
 		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
 		Ended:  n.ended,

@@ -7,21 +7,16 @@
 // that writes another suffix gets what the app's manifest says (threats.md K04). The order:
 //
 //  1. An instance whose policy is not known gets nothing.
-//  2. Under restrict_mode, ports that are not listed get nothing. An operator's own policy,
-//     where there is one, says in place of the measured one which ports those are, as
-//     upstream's does; it changes nothing of what follows but that it can add a header. (The
-//     guest's own firewall has the measured ports all the same.)
+//  2. Under restrict_mode, ports that are not listed get nothing. An operator's own policy
+//     can take ports away, and never opens one or changes what follows.
 //  3. `tls: app` passes through whatever the form of the host name, `tls: gateway` ends TLS
 //     here whatever the form; a port without `tls` follows the form, as upstream.
-//  4. The PROXY header is sent where the measured policy says `pp`, or the operator's. An app
-//     that asks for one gets it: without it whoever calls could write one, and choose his
-//     own source.
+//  4. The PROXY header is sent where the measured policy says `pp`, and nowhere else.
 //
 // The guest agent's port is always open, as the guest's own firewall has it: it is where
 // evidence comes from (design.md §4).
 //
-// Where upstream's override can have the gateway end TLS that the app ends, or leave a header
-// out, ours cannot.
+// Where upstream lets an operator's override replace the app's policy, ours only narrows it.
 //
 // Attacker-controlled: the request. Trusted: the policy, as far as whoever made it verified
 // the manifest that it is from. Pure.
@@ -116,6 +111,23 @@ func (p Policy) Manifest() manifest.PortPolicy {
 	return m
 }
 
+// Narrowed returns what is left of a policy under an operator's: the ports that both admit,
+// with what p says of them.
+func (p Policy) Narrowed(operator Policy) Policy {
+	if operator.any {
+		return p
+	}
+	out := Policy{}
+	for _, port := range operator.ports {
+		if i, ok := p.find(port.Number); ok {
+			out.ports = append(out.ports, p.ports[i])
+		} else if p.any {
+			out.ports = append(out.ports, Port{Number: port.Number})
+		}
+	}
+	return out
+}
+
 // Equal reports whether two policies are the same.
 func (p Policy) Equal(q Policy) bool { return p.any == q.any && slices.Equal(p.ports, q.ports) }
 
@@ -155,27 +167,31 @@ func Decide(measured, operator *Policy, r Request) (Decision, error) {
 	if measured == nil {
 		return Decision{}, fault.New("port_policy_unknown", "the port policy of the instance is not known")
 	}
+	if r.Port == manifest.TLSPort {
+		// Whoever speaks to it is believed to be a gateway: a client whose TLS ended here
+		// could write the PROXY header himself (threats.md K04).
+		return Decision{}, fault.New("port_denied", "port %d is where the guest's agent ends TLS, for ports with tls app", r.Port).
+			WithFix("use the name of the port that is meant, and publish the app at another one")
+	}
 	if r.Port == AgentPort {
 		return Decision{Mode: r.Form, Reason: ByAgent}, nil
 	}
 	i, listed := measured.find(r.Port)
-	if operator == nil && !listed && !measured.any {
+	if !listed && !measured.any {
 		return Decision{}, fault.New("port_denied", "the app's port policy does not list port %d", r.Port).
 			WithFix("list it in port_policy.ports of the manifest")
 	}
-	d := Decision{Mode: r.Form, Reason: ByHostName}
-	if operator != nil {
-		j, ok := operator.find(r.Port)
-		if !ok && !operator.any {
+	if operator != nil && !operator.any {
+		if _, ok := operator.find(r.Port); !ok {
 			return Decision{}, fault.New("port_denied_operator", "the operator of the gateway has closed port %d of the instance", r.Port)
 		}
-		d.PROXY = ok && operator.ports[j].PROXY
 	}
+	d := Decision{Mode: r.Form, Reason: ByHostName}
 	if !listed {
 		return d, nil
 	}
 	port := measured.ports[i]
-	d.PROXY = d.PROXY || port.PROXY
+	d.PROXY = port.PROXY
 	switch port.TLS {
 	case AtApp:
 		d.Mode, d.Reason = hostname.Passthrough, ByApp

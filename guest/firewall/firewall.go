@@ -61,7 +61,8 @@ type Policy struct {
 }
 
 // Tunnel is a WireGuard interface. Over it comes what Policy admits, TCP alone, and
-// connections to TLSPort, which nobody reaches another way.
+// connections to TLSPort, which nobody reaches another way. TLSPort and the agent's port
+// are the agent's over it, whatever ports containers publish.
 type Tunnel struct {
 	Interface string
 	Port      uint16           // UDP, of WireGuard itself: for Endpoints alone
@@ -142,6 +143,9 @@ func load(s state, p *Policy, opts ...nftables.ConnOption) error {
 			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: exprs})
 		}
 	}
+	if p != nil && p.Tunnel != nil {
+		p.Tunnel.reserve(conn, table)
+	}
 	if err := conn.Flush(); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("load table inet %s (does the kernel have nf_tables with inet, ct and meta?): %w", Table, err)
@@ -149,6 +153,35 @@ func load(s state, p *Policy, opts ...nftables.ConnOption) error {
 		return fmt.Errorf("load table inet %s: %w", Table, err)
 	}
 	return nil
+}
+
+// reserve keeps the agent's ports from the engine, which translates the destination of
+// what is published: a connection that is not tracked is not translated.
+func (t *Tunnel) reserve(conn *nftables.Conn, table *nftables.Table) {
+	const source, dest = 0, 2 // offsets of TCP's ports
+	policy := nftables.ChainPolicyAccept
+	for _, c := range []struct {
+		name   string
+		hook   *nftables.ChainHook
+		key    expr.MetaKey
+		offset uint32
+	}{
+		{"reserve-in", nftables.ChainHookPrerouting, expr.MetaKeyIIFNAME, dest},
+		{"reserve-out", nftables.ChainHookOutput, expr.MetaKeyOIFNAME, source},
+	} {
+		chain := conn.AddChain(&nftables.Chain{
+			Name: c.name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: c.hook, Priority: nftables.ChainPriorityRaw, Policy: &policy,
+		})
+		for _, port := range []uint16{t.TLSPort, AgentPort} {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule(
+				meta(c.key, ifname(t.Interface)), meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}),
+				[]expr.Any{
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: c.offset, Len: 2},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+					&expr.Notrack{},
+				})})
+		}
+	}
 }
 
 // portSet adds the constant set of the policy's ports and the agent's.

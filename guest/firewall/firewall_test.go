@@ -171,8 +171,8 @@ func newLab(t *testing.T) *lab {
 }
 
 // engineRules adds what a container engine would: destination NAT of the two
-// published ports, and a forward chain that accepts everything.
-func (l *lab) engineRules(t *testing.T) {
+// published ports and more, and a forward chain that accepts everything.
+func (l *lab) engineRules(t *testing.T, more ...uint16) {
 	t.Helper()
 	conn, err := nftables.New(nftables.WithNetNSFd(int(l.guest)))
 	if err != nil {
@@ -185,7 +185,7 @@ func (l *lab) engineRules(t *testing.T) {
 	forward := conn.AddChain(&nftables.Chain{Name: "forward", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &accept})
 	conn.AddRule(&nftables.Rule{Table: table, Chain: forward, Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}})
-	for _, port := range []uint16{publishedPort, strayPort} {
+	for _, port := range append([]uint16{publishedPort, strayPort}, more...) {
 		for family, to := range map[byte]net.IP{
 			unix.NFPROTO_IPV4: net.ParseIP(containerV4).To4(), unix.NFPROTO_IPV6: net.ParseIP(containerV6).To16(),
 		} {

@@ -5,6 +5,7 @@ package firewall
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"strconv"
@@ -125,5 +126,67 @@ func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 	}
 	if !dialFrom(t, l.outside, outsideV4, guestV4, tlsPort) || !hears(l.outside, elsewhereV4, guestV4) {
 		t.Error("the rules of the tunnel stay without it")
+	}
+}
+
+// A container that publishes the port where TLS ends, or the agent's, takes neither from
+// the agent: plaintext would be its own, and so would evidence.
+func TestThreat_C05_NoContainerTakesThePortWhereTLSEnds(t *testing.T) {
+	l := newLab(t)
+	gateway := newNS(t)
+	in(t, l.guest, func() error {
+		v := netlink.NewLinkAttrs()
+		v.Name = "dstack-wg0"
+		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: v, PeerName: "wg", PeerNamespace: netlink.NsFd(gateway)}); err != nil {
+			return err
+		}
+		return address("dstack-wg0", tunnelGuest+"/24")
+	})
+	in(t, gateway, func() error { return address("wg", tunnelGateway+"/24") })
+	l.engineRules(t, tlsPort, AgentPort)
+	answers := func(ns netns.NsHandle, port int, text string) {
+		in(t, ns, func() error {
+			l, err := net.Listen("tcp4", ":"+strconv.Itoa(port))
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { l.Close() })
+			go func() {
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					io.WriteString(c, text)
+					c.Close()
+				}
+			}()
+			return nil
+		})
+	}
+	answers(l.container, insidePort, "container")
+	for _, port := range []int{tlsPort, AgentPort} {
+		answers(l.guest, port, "agent")
+	}
+	tunnel := &Tunnel{Interface: "dstack-wg0", Port: wgPort, TLSPort: tlsPort, Gateways: []netip.Addr{netip.MustParseAddr(tunnelGateway)}}
+	for name, p := range map[string]Policy{"listed ports": {Ports: []uint16{publishedPort, tlsPort}, Tunnel: tunnel}, "any port": {AnyPort: true, Tunnel: tunnel}} {
+		if err := Open(p, guestConn(l)); err != nil {
+			t.Fatal(err)
+		}
+		for port, want := range map[int]string{tlsPort: "agent", AgentPort: "agent", publishedPort: "container"} {
+			var got []byte
+			in(t, gateway, func() error {
+				c, err := net.DialTimeout("tcp", net.JoinHostPort(tunnelGuest, strconv.Itoa(port)), 2*time.Second)
+				if err != nil {
+					return err
+				}
+				defer c.Close()
+				got, err = io.ReadAll(c)
+				return err
+			})
+			if string(got) != want {
+				t.Errorf("%s: port %d is answered by %q, want the %s", name, port, got, want)
+			}
+		}
 	}
 }

@@ -3,22 +3,16 @@
 package node
 
 import (
-	"crypto/ed25519"
 	"encoding/hex"
-	"fmt"
 	"net"
 	"net/url"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
-
-	"github.com/ethereum/go-ethereum/common"
 
 	"github.com/dstack-go/dstack"
-	"github.com/dstack-go/dstack/governance/chain"
+	"github.com/dstack-go/dstack/governance/authority"
 	"github.com/dstack-go/dstack/internal/admintoken"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -58,7 +52,7 @@ type CoreConfig struct {
 
 	Guest       GuestConfig       `toml:"guest"`
 	Attestation AttestationConfig `toml:"attestation"`
-	AuthAPI     AuthConfig        `toml:"auth_api"`
+	AuthAPI     authority.Config  `toml:"auth_api"`
 	Onboard     OnboardConfig     `toml:"onboard"`
 	Admin       AdminConfig       `toml:"admin"`
 	Limits      LimitsConfig      `toml:"limits"`
@@ -80,59 +74,6 @@ type AttestationConfig struct {
 	// DevRoots is the file or text of development roots, which only a build for
 	// development takes.
 	DevRoots string `toml:"dev_roots"`
-}
-
-// AuthConfig is who decides.
-type AuthConfig struct {
-	Type    string        `toml:"type"` // policy, webhook or chain
-	Policy  PolicyConfig  `toml:"policy"`
-	Chain   ChainConfig   `toml:"chain"`
-	Webhook WebhookConfig `toml:"webhook"`
-}
-
-// PolicyConfig is the signed policy document.
-type PolicyConfig struct {
-	// Keys are the Ed25519 keys, 64 hexadecimal digits each, separated by commas, of which
-	// Threshold must have signed a document.
-	Keys      string `toml:"keys"`
-	Threshold int    `toml:"threshold"`
-	// File is a signed document to begin with; a newer one that was submitted stands.
-	File string `toml:"file"`
-}
-
-// ChainConfig is the governance contracts on a chain (package governance/chain).
-type ChainConfig struct {
-	// RPC are JSON-RPC endpoints of different operators, separated by commas, of which
-	// Threshold must agree.
-	RPC       string `toml:"rpc"`
-	Threshold int    `toml:"threshold"`
-	ChainID   uint64 `toml:"chain_id"`
-	Registry  string `toml:"registry"` // address of the KMS's registry contract
-	// MaxStaleness is how old the finalised block may be; 30 min. Confirmations is how many
-	// blocks behind the head count as final; 0: the chain's own finality.
-	MaxStaleness  config.Duration `toml:"max_staleness"`
-	Confirmations uint64          `toml:"confirmations"`
-}
-
-// reader opens what the configuration says; dir is the data directory.
-func (c ChainConfig) reader(dir string, now func() time.Time) (*chain.Reader, error) {
-	cfg := chain.Config{Threshold: c.Threshold, ChainID: c.ChainID, Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(dir, chainFile), Now: now}
-	for url := range strings.SplitSeq(c.RPC, ",") {
-		if url = strings.TrimSpace(url); url != "" {
-			cfg.RPC = append(cfg.RPC, url)
-		}
-	}
-	if !common.IsHexAddress(c.Registry) {
-		return nil, bad("core.auth_api.chain.registry %q is no contract's address", c.Registry)
-	}
-	cfg.Registry = common.HexToAddress(c.Registry)
-	return chain.Open(cfg)
-}
-
-// WebhookConfig is a signed webhook.
-type WebhookConfig struct {
-	URL string `toml:"url"`
-	Key string `toml:"key"` // Ed25519, 64 hexadecimal digits
 }
 
 // OnboardConfig is how the KMS gets its root keys.
@@ -178,7 +119,7 @@ func DefaultConfig() Config {
 		Core: CoreConfig{
 			DataDir: "/etc/kms/certs",
 			Guest:   GuestConfig{Socket: "/var/run/dstack.sock"},
-			AuthAPI: AuthConfig{Type: "policy"},
+			AuthAPI: authority.Config{Type: authority.TypePolicy},
 			Onboard: OnboardConfig{Address: "0.0.0.0"},
 			Admin:   AdminConfig{Address: "127.0.0.1", Port: 8001},
 		},
@@ -226,23 +167,8 @@ func (c *Config) check() error {
 	if !filepath.IsAbs(c.Core.DataDir) {
 		return bad("core.data_dir %q is no absolute path", c.Core.DataDir)
 	}
-	switch a := &c.Core.AuthAPI; a.Type {
-	case "policy":
-		if _, err := a.Policy.keys(); err != nil {
-			return err
-		}
-	case "webhook":
-		if _, err := publicKey(a.Webhook.Key); err != nil || a.Webhook.URL == "" {
-			return bad("core.auth_api.webhook needs url and key: an unsigned answer decides nothing")
-		}
-	case "chain":
-		if !common.IsHexAddress(a.Chain.Registry) || a.Chain.RPC == "" || a.Chain.Threshold < 1 || a.Chain.ChainID == 0 {
-			return bad("core.auth_api.chain needs rpc, threshold, chain_id and registry").WithFix("name endpoints of different operators, and how many of them must agree")
-		}
-	case "dev":
-		return bad("core.auth_api.type dev would allow everything, and does not exist").WithFix("sign a policy, or use dstack up, which signs its own")
-	default:
-		return bad("core.auth_api.type is %q, not policy, webhook or chain", a.Type)
+	if err := c.Core.AuthAPI.Check("core.auth_api", bad); err != nil {
+		return err
 	}
 	o := c.Core.Onboard
 	if o.AutoBootstrapDomain != "" && o.SourceURL != "" {
@@ -283,33 +209,6 @@ func (c *Config) names() []string {
 
 func (c RPCConfig) listen() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
 
-// keys are those that sign policies.
-func (c PolicyConfig) keys() ([]ed25519.PublicKey, error) {
-	var out []ed25519.PublicKey
-	for text := range strings.SplitSeq(c.Keys, ",") {
-		if text = strings.TrimSpace(text); text == "" {
-			continue
-		}
-		key, err := publicKey(text)
-		if err != nil {
-			return nil, bad("core.auth_api.policy.keys: %v", err)
-		}
-		out = append(out, key)
-	}
-	if len(out) == 0 || c.Threshold < 1 || c.Threshold > len(out) {
-		return nil, bad("core.auth_api.policy needs keys, and a threshold of 1 to their number").WithFix("name the governance keys whose signatures count")
-	}
-	return out, nil
-}
-
-func publicKey(text string) (ed25519.PublicKey, error) {
-	b, err := hex.DecodeString(text)
-	if err != nil || len(b) != ed25519.PublicKeySize {
-		return nil, fmt.Errorf("%.80q is no Ed25519 key of %d hexadecimal digits", text, 2*ed25519.PublicKeySize)
-	}
-	return b, nil
-}
-
 // CheckDomain accepts a DNS name of 1 to 253 ASCII bytes, in labels of 1 to 63 letters,
 // digits and hyphens that neither begin nor end with one (spec/kms.md §2.3). Code
 // kms_domain.
@@ -326,12 +225,4 @@ func CheckDomain(name string) error {
 		}
 	}
 	return nil
-}
-
-// readText returns the content of a file, or text that is JSON itself.
-func readText(value string) ([]byte, error) {
-	if strings.HasPrefix(strings.TrimSpace(value), "{") {
-		return []byte(value), nil
-	}
-	return os.ReadFile(value)
 }

@@ -37,9 +37,8 @@ import (
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/governance/applicant"
-	"github.com/dstack-go/dstack/governance/chain"
+	"github.com/dstack-go/dstack/governance/authority"
 	"github.com/dstack-go/dstack/governance/policy"
-	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
@@ -53,10 +52,8 @@ import (
 
 // Files of the data directory beside those of package onboard.
 const (
-	policyFile    = "policy.json"
 	tempCAFile    = "temp-ca.pem"
 	bootstrapFile = "bootstrap-info.json"
-	chainFile     = "chain-finalised" // the highest block seen
 )
 
 // Node is one KMS.
@@ -100,7 +97,8 @@ func open(ctx context.Context, c Config, log *slog.Logger, now func() time.Time,
 		}
 		n.judge.Now = now
 	}
-	if err := n.makeAuthority(); err != nil {
+	n.authority, n.policies, err = authority.Open(c.Core.AuthAPI, authority.Options{Dir: c.Core.DataDir, Now: now, Log: log})
+	if err != nil {
 		return nil, err
 	}
 	if err := n.findSelf(ctx); err != nil {
@@ -126,51 +124,6 @@ func (n *Node) makeJudge() (*applicant.Judge, error) {
 		PCCS: a.PCCS, KDS: a.KDS, DevRoots: a.DevRoots, Development: useDevRoots, Dir: n.cfg.Core.DataDir,
 		Warn: func(err error) { n.log.Warn("collateral", "error", err) },
 	}.Judge()
-}
-
-func (n *Node) makeAuthority() error {
-	a := n.cfg.Core.AuthAPI
-	if a.Type == "chain" {
-		r, err := a.Chain.reader(n.cfg.Core.DataDir, n.now)
-		if err != nil {
-			return err
-		}
-		n.authority = chain.NewAuthority(r)
-		return nil
-	}
-	if a.Type == "webhook" {
-		key, err := publicKey(a.Webhook.Key)
-		if err != nil {
-			return err
-		}
-		n.authority = &webhook.Authority{URL: a.Webhook.URL, Key: key}
-		return nil
-	}
-	keys, err := a.Policy.keys()
-	if err != nil {
-		return err
-	}
-	authority, err := policy.OpenAuthority(n.path(policyFile), policy.Keys{Keys: keys, Threshold: a.Policy.Threshold}, n.now)
-	if err != nil {
-		return err
-	}
-	n.policies, n.authority = authority, authority
-	if a.Policy.File == "" {
-		return nil
-	}
-	text, err := readText(a.Policy.File)
-	if err != nil {
-		return fault.Wrap(err, "kms_config", "core.auth_api.policy.file")
-	}
-	// The file is the first document. What was submitted since stands, and no file that
-	// is older, or has run out, keeps a KMS from starting with it.
-	if err := authority.Update(text); err != nil {
-		if authority.Signed() == nil {
-			return err
-		}
-		n.log.Info("core.auth_api.policy.file is not taken: the policy accepted before stands", "code", fault.Code(err))
-	}
-	return nil
 }
 
 // findSelf asks the guest agent who this KMS is.

@@ -30,6 +30,7 @@ import (
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/governance/authority"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/governance/webhook"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -783,7 +784,7 @@ func TestThreat_G04_ANodeBelievesItsWebhooksSignatureAlone(t *testing.T) {
 	defer proxy.Close()
 	config := func(g *tdxtest.Guest) Config {
 		c := w.config(g)
-		c.Core.AuthAPI = AuthConfig{Type: "webhook", Webhook: WebhookConfig{URL: proxy.URL, Key: hex.EncodeToString(public)}}
+		c.Core.AuthAPI = authority.Config{Type: "webhook", Webhook: authority.Webhook{URL: proxy.URL, Key: hex.EncodeToString(public)}}
 		w.check(c.check())
 		return c
 	}

@@ -36,6 +36,7 @@ import (
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/collateral"
 	"github.com/dstack-go/dstack/governance/applicant"
+	"github.com/dstack-go/dstack/governance/authority"
 	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/keys/certificate"
@@ -180,7 +181,7 @@ func (w *world) config(g *tdxtest.Guest) Config {
 	c.Core.Onboard.AutoBootstrapDomain = "kms.test"
 	c.Core.Onboard.Address = "127.0.0.1"
 	c.Core.Limits = LimitsConfig{PeerRate: 1e6, AppRate: 1e6}
-	c.Core.AuthAPI.Policy = PolicyConfig{Keys: fmt.Sprintf("%x", w.owner.Public()), Threshold: 1, File: string(w.signed())}
+	c.Core.AuthAPI.Policy = authority.Policy{Keys: fmt.Sprintf("%x", w.owner.Public()), Threshold: 1, File: string(w.signed())}
 	w.check(c.check())
 	return c
 }

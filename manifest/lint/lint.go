@@ -34,6 +34,7 @@ import (
 	"github.com/distribution/reference"
 
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/manifest/mutable"
 )
 
@@ -597,6 +598,9 @@ func (l *linter) conflicts() {
 	for _, p := range l.out.Ports {
 		if p.Published == agentPort && p.Protocol == "tcp" {
 			l.add(Error, "compose_port_conflict", p.Service, "publish it on another port", "publishes port %d, on which the guest agent answers", agentPort)
+		}
+		if p.Published == manifest.TLSPort && p.Protocol == "tcp" {
+			l.add(Error, "compose_port_conflict", p.Service, "publish it on another port", "publishes port %d, at which the guest agent ends TLS for gateways", manifest.TLSPort)
 		}
 	}
 }
