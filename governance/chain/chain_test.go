@@ -266,6 +266,19 @@ func TestThreat_G06_NoticeAndFrozenApps(t *testing.T) {
 	w.do(add)
 	w.finalise()
 	w.want(a, question(app, other), "")
+	// What a relying party needs to know of that.
+	s, err := a.Standing(t.Context(), question(app, other))
+	if err != nil || !s.Allowed || s.Notice != time.Hour || s.RegistryNotice != 0 || s.Frozen || s.BlockTime.Sub(s.Announced) < 2*time.Hour || s.BlockTime.Sub(s.Announced) > 3*time.Hour {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if s, err := a.Standing(t.Context(), question(frozen, compose)); err != nil || !s.Frozen || s.Announced.IsZero() || s.Block == 0 || s.BlockHash == (common.Hash{}) || s.Threshold != 1 || s.Endpoints != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	// More notice counts when it is final.
+	w.do(registry.AppAt(app).SetNotice(2 * time.Hour))
+	if s, err := a.Standing(t.Context(), question(app, compose)); err != nil || s.Notice != time.Hour {
+		t.Errorf("%+v, %v", s, err)
+	}
 	if _, err := w.sender.Do(t.Context(), registry.AppAt(frozen).AddComposeHash(other)); err == nil {
 		t.Error("a frozen app was changed")
 	}
