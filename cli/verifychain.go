@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/ethereum/go-ethereum/common"
@@ -42,12 +41,7 @@ func (f *verifyChainFlags) source(l *lock.Lock) (chain.Config, bool, error) {
 		cfg.RPC, cfg.ChainID, cfg.Registry = g.RPC, g.ChainID, common.HexToAddress(g.Registry)
 	}
 	if f.ChainRPC != "" {
-		cfg.RPC = nil
-		for url := range strings.SplitSeq(f.ChainRPC, ",") {
-			if url = strings.TrimSpace(url); url != "" {
-				cfg.RPC = append(cfg.RPC, url)
-			}
-		}
+		cfg.RPC = chain.Endpoints(f.ChainRPC)
 	}
 	if f.Registry != "" {
 		at, err := parseAddress("--registry", f.Registry)

@@ -81,6 +81,17 @@ type Config struct {
 	Now  func() time.Time // time.Now if nil
 }
 
+// Endpoints reads a list of endpoints separated by commas.
+func Endpoints(text string) []string {
+	var out []string
+	for url := range strings.SplitSeq(text, ",") {
+		if url = strings.TrimSpace(url); url != "" {
+			out = append(out, url)
+		}
+	}
+	return out
+}
+
 // Reader reads the chain. Make it with Open.
 type Reader struct {
 	cfg       Config

@@ -19,6 +19,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/governance/chain"
+	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -116,11 +117,7 @@ type ChainConfig struct {
 // reader opens what the configuration says; dir is the data directory.
 func (c ChainConfig) reader(dir string, now func() time.Time) (*chain.Reader, error) {
 	cfg := chain.Config{Threshold: c.Threshold, ChainID: c.ChainID, Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(dir, chainFile), Now: now}
-	for url := range strings.SplitSeq(c.RPC, ",") {
-		if url = strings.TrimSpace(url); url != "" {
-			cfg.RPC = append(cfg.RPC, url)
-		}
-	}
+	cfg.RPC = chain.Endpoints(c.RPC)
 	if !common.IsHexAddress(c.Registry) {
 		return nil, bad("core.auth_api.chain.registry %q is no contract's address", c.Registry)
 	}
@@ -289,22 +286,12 @@ func (c *Config) names() []string {
 func (c RPCConfig) listen() string { return net.JoinHostPort(c.Address, strconv.Itoa(int(c.Port))) }
 
 // keys are those that sign policies.
-func (c PolicyConfig) keys() ([]ed25519.PublicKey, error) {
-	var out []ed25519.PublicKey
-	for text := range strings.SplitSeq(c.Keys, ",") {
-		if text = strings.TrimSpace(text); text == "" {
-			continue
-		}
-		key, err := publicKey(text)
-		if err != nil {
-			return nil, bad("core.auth_api.policy.keys: %v", err)
-		}
-		out = append(out, key)
+func (c PolicyConfig) keys() (policy.Keys, error) {
+	k, err := policy.ParseKeys(c.Keys, c.Threshold)
+	if err != nil {
+		return k, fault.Wrap(err, "kms_config", "core.auth_api.policy.keys").WithFix("name the governance keys whose signatures count")
 	}
-	if len(out) == 0 || c.Threshold < 1 || c.Threshold > len(out) {
-		return nil, bad("core.auth_api.policy needs keys, and a threshold of 1 to their number").WithFix("name the governance keys whose signatures count")
-	}
-	return out, nil
+	return k, nil
 }
 
 func publicKey(text string) (ed25519.PublicKey, error) {

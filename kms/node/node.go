@@ -150,7 +150,7 @@ func (n *Node) makeAuthority() error {
 	if err != nil {
 		return err
 	}
-	authority, err := policy.OpenAuthority(n.path(policyFile), policy.Keys{Keys: keys, Threshold: a.Policy.Threshold}, n.now)
+	authority, err := policy.OpenAuthority(n.path(policyFile), keys, n.now)
 	if err != nil {
 		return err
 	}
