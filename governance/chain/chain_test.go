@@ -110,9 +110,16 @@ func (w *world) authority(threshold int, urls ...string) *Authority {
 }
 
 func (w *world) open(threshold int, urls ...string) (*Authority, error) {
+	return w.openBy(func(*Config) {}, threshold, urls...)
+}
+
+// openBy is open with other settings.
+func (w *world) openBy(edit func(*Config), threshold int, urls ...string) (*Authority, error) {
 	var ticks atomic.Int64
-	r, err := Open(Config{RPC: urls, Threshold: threshold, ChainID: w.chain.ChainID, Registry: w.chain.Registry, File: filepath.Join(w.t.TempDir(), "floor"), MaxStaleness: 3 * time.Hour,
-		Now: func() time.Time { return w.now().Add(time.Duration(ticks.Add(2)) * time.Second) }})
+	cfg := Config{RPC: urls, Threshold: threshold, ChainID: w.chain.ChainID, Registry: w.chain.Registry, File: filepath.Join(w.t.TempDir(), "floor"), MaxStaleness: 3 * time.Hour,
+		Now: func() time.Time { return w.now().Add(time.Duration(ticks.Add(2)) * time.Second) }}
+	edit(&cfg)
+	r, err := Open(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -292,6 +299,7 @@ type liar struct {
 	mu     sync.Mutex
 	answer func(method string, result json.RawMessage) json.RawMessage
 	before func(http.ResponseWriter) bool
+	ask    func(body []byte) []byte // what the node is asked instead
 }
 
 func newLiar(t *testing.T, node string) *liar {
@@ -303,12 +311,15 @@ func newLiar(t *testing.T, node string) *liar {
 	l := &liar{}
 	l.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		l.mu.Lock()
-		answer, before := l.answer, l.before
+		answer, before, ask := l.answer, l.before, l.ask
 		l.mu.Unlock()
 		if before != nil && before(w) {
 			return
 		}
 		body, _ := io.ReadAll(r.Body)
+		if ask != nil {
+			body = ask(body)
+		}
 		var q struct {
 			Method string `json:"method"`
 		}
