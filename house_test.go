@@ -80,7 +80,7 @@ var importTable = []importRule{
 		Why: "the ground floor knows no component",
 		From: []string{"api", "prpc", "hostlink", "hostshare", "attest", "collateral", "measure", "manifest",
 			"verifier", "channel", "keys", "osimage", "internal", "governance", "releaselog"},
-		Never: append([]string{"stack", "cli", "cmd", "simtee"}, components...),
+		Never: append([]string{"stack", "cli", "cmd", "simtee", "authd"}, components...),
 	},
 	{
 		Why:   "generated messages stand alone",
@@ -101,6 +101,11 @@ var importTable = []importRule{
 		Why:   "the verifier service serves the ground floor's verdicts and knows no component",
 		From:  []string{"verifyd", "cmd/dstack-verifier"},
 		Never: append([]string{"stack", "cli", "simtee", "attest/collect", "os/exec"}, components...),
+	},
+	{
+		Why:   "the webhook serves the ground floor's decisions and knows no component",
+		From:  []string{"authd", "cmd/dstack-auth"},
+		Never: append([]string{"stack", "cli", "simtee"}, components...),
 	},
 	{
 		Why:    "the simulated TEE stays out of every other binary",

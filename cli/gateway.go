@@ -410,7 +410,7 @@ func (c *gatewayCredentialDefaultCmd) Run(a *app) error {
 }
 
 type gatewayPolicyCmd struct {
-	Set   gatewayPolicySetCmd   `cmd:"" help:"Put a list of ports in place of the app's own. TLS that the app ends stays the app's."`
+	Set   gatewayPolicySetCmd   `cmd:"" help:"Close all ports of an instance but these. Nothing is opened that the app measured shut."`
 	Clear gatewayPolicyClearCmd `cmd:"" help:"Go by the app's own list again."`
 	Show  gatewayPolicyShowCmd  `cmd:"" help:"Show both lists, and which counts."`
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/dstack-go/dstack/governance/registry"
 	"github.com/dstack-go/dstack/governance/transact"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest/lock"
 )
 
 // ownerSigns is the owner of the stack's own chain, who signs what deploy needs.
@@ -58,8 +59,14 @@ func (p *plan) createOnChain(a *app, frozen bool) error {
 	return nil
 }
 
-// allowOnChain allows the image and the manifest on the stack's chain.
+// allowOnChain allows the image and the manifest on the stack's chain, which the lock
+// then names.
 func (p *plan) allowOnChain(a *app) error {
+	d, err := a.stack.Chain()
+	if err != nil {
+		return err
+	}
+	p.lock.Governance = &lock.Governance{ChainID: d.ChainID, Registry: d.Registry.Hex(), RPC: []string{d.RPC}}
 	epoch := uint64(max(p.image.Epoch, 0))
 	return effective(a, func(o *onchain) []registry.Call {
 		return []registry.Call{

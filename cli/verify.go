@@ -56,6 +56,8 @@ type verifyCmd struct {
 	DevRoots    string   `help:"Accept the public roots of a development TEE for this run: trust is then development." placeholder:"FILE"`
 	TrustAnchor []string `name:"trust-anchor" help:"Public key of an Arm CCA platform (PEM or JWK) that you vouch for: trust is then caller." placeholder:"FILE"`
 
+	verifyChainFlags
+
 	Collateral string `help:"Collateral: a directory of certificates and CRLs (DER or PEM, any names), or a JSON bundle; instead of fetching or of what the evidence carries. Public keys in a directory are taken as --trust-anchor takes them." placeholder:"DIR|FILE"`
 	Offline    bool   `help:"Fetch nothing."`
 	PCCS       string `name:"pccs" help:"Where to fetch TDX collateral: Intel's service, or a cache of it." placeholder:"URL"`
@@ -103,10 +105,15 @@ func (c *verifyCmd) Run(a *app) error {
 		return a.verdict(verifier.Refuse(raw.err, pol.Scope, at))
 	}
 	req.Source = *src
-	if err := c.reference(&req.Reference, src); err != nil {
+	l, err := c.reference(&req.Reference, src)
+	if err != nil {
 		return err
 	}
-	if err := expect(&req.Gateway, "--gateway-", c.GatewayLock, c.GatewayComposeHash, c.GatewayAppID); err != nil {
+	contracts, governed, err := c.source(l)
+	if err != nil {
+		return err
+	}
+	if _, err := expect(&req.Gateway, "--gateway-", c.GatewayLock, c.GatewayComposeHash, c.GatewayAppID); err != nil {
 		return err
 	}
 	if err := c.given(a, &req, dev); err != nil {
@@ -115,6 +122,18 @@ func (c *verifyCmd) Run(a *app) error {
 	verdict, err := c.appraise(a, &req)
 	if err != nil {
 		return err
+	}
+	switch {
+	case !governed:
+	case c.Offline:
+		a.step("the contract %s is not asked: --offline", contracts.Registry.Hex())
+	default:
+		if req.Governance, err = c.governed(a, contracts, verdict); err != nil {
+			return err
+		}
+		if req.Governance != nil {
+			verdict = verifier.Appraise(req)
+		}
 	}
 	if c.SaveBundle != "" {
 		col := req.Collateral
@@ -380,75 +399,77 @@ func (c *verifyCmd) nonce() ([]byte, error) {
 	return b, nil
 }
 
-// reference collects what the caller expects, each value with where it came from.
-func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) error {
-	if err := expect(ref, "--", c.Lock, c.ComposeHash, c.AppID); err != nil {
-		return err
+// reference collects what the caller expects, each value with where it came from, and
+// returns the lock if there is one.
+func (c *verifyCmd) reference(ref *verifier.Reference, src *verifier.Source) (*lock.Lock, error) {
+	named, err := expect(ref, "--", c.Lock, c.ComposeHash, c.AppID)
+	if err != nil {
+		return nil, err
 	}
 	if c.Compose != "" {
 		raw, err := readLimited(c.Compose, 10<<20)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		ref.AddManifest(raw, "--compose "+c.Compose)
 	}
 	if c.InstanceID != "" {
 		id, err := dstack.ParseInstanceID(c.InstanceID)
 		if err != nil {
-			return usage("--instance-id: %v", err)
+			return nil, usage("--instance-id: %v", err)
 		}
 		ref.AddInstanceID(id, "--instance-id")
 	}
 	if c.OSImageHash != "" {
 		h, err := dstack.ParseImageHash(c.OSImageHash)
 		if err != nil {
-			return usage("--os-image-hash: %v", err)
+			return nil, usage("--os-image-hash: %v", err)
 		}
 		ref.AddImageHash(h, "--os-image-hash")
 	}
 	if c.Image != "" {
 		img, err := osimage.Load(c.Image)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		vm, err := src.VMConfig()
 		if err != nil {
-			return err
+			return nil, err
 		}
 		m, err := measureImage(img, vm)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		ref.AddImage(img.Hash, m, "--image "+c.Image)
 		ref.DevImage, ref.Firmware, ref.OSEpoch = &img.Metadata.IsDev, img.Metadata.Firmware, &img.Metadata.SecurityEpoch
 	}
-	return nil
+	return named, nil
 }
 
-// expect adds what the flags of a prefix name; empty ones name nothing.
-func expect(ref *verifier.Reference, prefix, file, hash, app string) error {
+// expect adds what the flags of a prefix name; empty ones name nothing. It returns the
+// lock if there is one.
+func expect(ref *verifier.Reference, prefix, file, hash, app string) (named *lock.Lock, err error) {
 	if file != "" {
-		l, err := lock.Read(file)
-		if err != nil {
-			return err
+		if named, err = lock.Read(file); err != nil {
+			return nil, err
 		}
-		ref.AddLock(l, "lock file "+file)
+		ref.AddLock(named, "lock file "+file)
 	}
 	if hash != "" {
 		h, err := dstack.ParseComposeHash(hash)
 		if err != nil {
-			return usage("%scompose-hash: %v", prefix, err)
+			return nil, usage("%scompose-hash: %v", prefix, err)
 		}
 		ref.AddComposeHash(h, prefix+"compose-hash")
 	}
 	if app != "" {
 		id, err := dstack.ParseAppID(app)
 		if err != nil {
-			return usage("%sapp-id: %v", prefix, err)
+			return nil, usage("%sapp-id: %v", prefix, err)
 		}
 		ref.AddAppID(id, prefix+"app-id")
 	}
-	return nil
+	return named, nil
 }
 
 // measureImage computes the registers of an image on a VM of the given shape.

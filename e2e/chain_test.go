@@ -48,7 +48,7 @@ func TestSoakGovernedByChain(t *testing.T) {
 	port := free.Addr().(*net.TCPAddr).Port
 	free.Close()
 	began := time.Now()
-	must("deploy", "-c", "examples/hello/docker-compose.yaml", "-n", "governed", "--port", fmt.Sprintf("%d:8080", port), "--app-image", "hello:1="+filepath.Join(filepath.Dir(shared.bin), "hello"), "--lock", lock)
+	deployed := must("--json", "deploy", "-c", "examples/hello/docker-compose.yaml", "-n", "governed", "--port", fmt.Sprintf("%d:8080", port), "--app-image", "hello:1="+filepath.Join(filepath.Dir(shared.bin), "hello"), "--lock", lock)
 	t.Logf("deployed after %s", time.Since(began).Round(time.Second))
 	var l struct {
 		AppID       string `json:"app_id"`
@@ -64,7 +64,21 @@ func TestSoakGovernedByChain(t *testing.T) {
 	if log := must("--json", "kms", "log"); !strings.Contains(log, "contract 0x") || !strings.Contains(log, " block ") {
 		t.Errorf("the release log does not name contract and block:\n%s", log)
 	}
+	var app struct {
+		AttestURL string `json:"attest_url"`
+	}
+	at := strings.Index(deployed, "\n{") // behind what it says while it works
+	if err := json.Unmarshal([]byte(deployed[at+1:]), &app); err != nil {
+		t.Fatalf("%v\n%s", err, deployed)
+	}
+	verify := []string{"verify", app.AttestURL, "--lock", lock, "--dev-roots", filepath.Join(state, "dev-pki", "dev-roots.json")}
+	if verdict := must(verify...); !strings.Contains(verdict, "governance contract 0x") || !strings.Contains(verdict, "finalised") {
+		t.Errorf("the verdict does not name contract and block:\n%s", verdict)
+	}
 	must("app", "revoke", "governed", "--compose-hash", l.ComposeHash)
+	if verdict, err := run(verify...); err == nil || !strings.Contains(verdict, "governance_denied") {
+		t.Errorf("a revoked app passes: %v\n%s", err, verdict)
+	}
 	if out := must("app", "history", "governed"); !strings.Contains(out, "revoked") {
 		t.Errorf("history:\n%s", out)
 	}

@@ -16,7 +16,7 @@ import (
 )
 
 // missing are the codes of inputs that are absent rather than wrong.
-var missing = map[string]bool{"collateral_missing": true, "event_log_missing": true}
+var missing = map[string]bool{"collateral_missing": true, "event_log_missing": true, "governance_missing": true, "governance_unavailable": true}
 
 // appraisal is one run. Fields are set in the order of run, and only from what
 // earlier steps established.
@@ -44,6 +44,9 @@ type appraisal struct {
 	asserted      []dstack.ImageHash // image hashes that the evidence names
 	imageAnchored bool
 
+	gov      *Governance
+	governed bool // the contracts allow what runs
+
 	gpuAssumptions []string
 
 	// gateway is the appraisal of the gateway at which TLS ends; role is HopGateway in
@@ -60,7 +63,7 @@ func Appraise(req Request) *Verdict {
 	}
 	ref := req.Reference
 	ref.addPolicy(req.Policy.Workload)
-	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, assumed: req.Provider, v: newVerdict(scope, req.At)}
+	a := &appraisal{src: &req.Source, ref: &ref, pol: req.Policy, fresh: req.Freshness, at: req.At, memo: req.Memo, launching: req.Launching, assumed: req.Provider, gov: req.Governance, v: newVerdict(scope, req.At)}
 	if req.Source.Gateway != nil {
 		a.gateway = &appraisal{src: req.Source.Gateway, fresh: req.Freshness, at: req.At, memo: req.Memo, role: HopGateway, v: newVerdict(scope, req.At)}
 		// What the caller asked and saw is of the gateway; of the app, only what was asked.
@@ -142,6 +145,7 @@ func (a *appraisal) run(roots []attest.Roots, col *collateral.Bundle) {
 	a.binding()
 	a.workload()
 	a.image()
+	a.governance()
 	a.policy()
 }
 

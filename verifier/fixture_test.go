@@ -210,6 +210,7 @@ type request struct {
 	gateway Reference
 	pol     Policy
 	fresh   Freshness
+	gov     *Governance
 	at      time.Time
 }
 
@@ -228,7 +229,7 @@ func (g *guest) request() *request {
 }
 
 func (r *request) appraise(src Source) *Verdict {
-	return Appraise(Request{Source: src, Roots: r.roots, Collateral: r.col, Reference: r.ref, Gateway: r.gateway, Policy: r.pol, Freshness: r.fresh, At: r.at})
+	return Appraise(Request{Source: src, Roots: r.roots, Collateral: r.col, Reference: r.ref, Gateway: r.gateway, Policy: r.pol, Freshness: r.fresh, Governance: r.gov, At: r.at})
 }
 
 func (v *Verdict) errors() []string {

@@ -4,6 +4,7 @@ package verifier
 
 import (
 	"bytes"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -260,6 +261,9 @@ func (a *appraisal) assume() {
 	}
 	if a.man != nil && a.man.KeyProviderKind() == manifest.KeyProviderNone {
 		say("no key management, gateway or governance took part: keys end with this boot, and nothing binds a next version")
+	}
+	if a.governed {
+		say(fmt.Sprintf("that not %d endpoints of the chain together show a block that is none of it; and the owners of the contracts, within the notice that they give", a.gov.Threshold))
 	}
 	say("that you, or someone you trust, has read what the expected values stand for: manifest, container images, OS image")
 }

@@ -46,6 +46,8 @@ type Policy struct {
 	Evidence EvidencePolicy `json:"evidence,omitzero"`
 	Gateway  GatewayPolicy  `json:"gateway,omitzero"`
 
+	Governance GovernancePolicy `json:"governance,omitzero"`
+
 	// AllowDebug accepts a VM whose memory the host can read.
 	AllowDebug bool `json:"allow_debug,omitempty"`
 
@@ -282,7 +284,7 @@ func (p *Policy) check() error {
 			return bad("an FMSPC must be 12 lowercase hexadecimal digits, not %q", f)
 		}
 	}
-	if p.TCB.GraceDays < 0 || p.TCB.GraceDays > 3650 || p.Image.MinEpoch < 0 || p.Evidence.MaxAgeSeconds < 0 {
+	if p.TCB.GraceDays < 0 || p.TCB.GraceDays > 3650 || p.Image.MinEpoch < 0 || p.Evidence.MaxAgeSeconds < 0 || p.Governance.MinNoticeSeconds < 0 || p.Governance.MinNoticeSeconds > 1<<31 {
 		return bad("a number is negative or too large")
 	}
 	return nil

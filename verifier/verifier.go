@@ -195,11 +195,13 @@ type Verdict struct {
 	// verdict is of the app, but for the findings, which say what they concern.
 	Hops []Hop `json:"hops,omitempty"`
 
-	Freshness string         `json:"freshness"`
-	Channel   string         `json:"channel"`
-	Workload  *Workload      `json:"workload,omitempty"`
-	Platform  *Platform      `json:"platform,omitempty"`
-	Claims    *attest.Claims `json:"claims,omitempty"` // nil unless Signature is valid
+	Freshness string    `json:"freshness"`
+	Channel   string    `json:"channel"`
+	Workload  *Workload `json:"workload,omitempty"`
+	Platform  *Platform `json:"platform,omitempty"`
+	// Governance is what contracts say, where they were asked.
+	Governance *Governance    `json:"governance,omitempty"`
+	Claims     *attest.Claims `json:"claims,omitempty"` // nil unless Signature is valid
 }
 
 // Has reports whether the verdict has a finding of the level and code.
@@ -234,6 +236,9 @@ type Request struct {
 	Policy    Policy
 	Freshness Freshness
 	At        time.Time
+
+	// Governance is what the contracts of a chain say of the workload; nil: nobody asked.
+	Governance *Governance
 
 	// Launching accepts the log of a guest that has not got its keys yet and ends after
 	// boot-mr-done: what a KMS is shown. Relying parties of what runs leave it false.

@@ -288,7 +288,6 @@ type machine struct {
 	key   wgconfig.PrivateKey
 
 	mu    sync.Mutex
-	peers map[string]bool
 	addrs string
 	up    chan struct{}
 }

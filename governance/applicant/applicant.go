@@ -198,7 +198,7 @@ func (j *Judge) Judge(ctx context.Context, e Evidence) (*Applicant, error) {
 	out.Info = *info
 	out.Request = governance.Request{
 		Boot: governance.BootInfo{
-			TEEVariant: variant(v.Claims), MRAggregated: info.MRAggregated, OSImageHash: imageHash, MRSystem: info.MRSystem,
+			TEEVariant: Variant(v.Claims), MRAggregated: info.MRAggregated, OSImageHash: imageHash, MRSystem: info.MRSystem,
 			AppID: info.AppID, ComposeHash: info.ComposeHash, InstanceID: info.InstanceID, DeviceID: info.DeviceID,
 			KeyProviderInfo: info.KeyProvider, TCBStatus: v.Claims.TCBStatus, AdvisoryIDs: v.Claims.Advisories,
 		},
@@ -269,8 +269,8 @@ func (j *Judge) claims(req verifier.Request) (*attest.Claims, error) {
 	return v.Claims, nil
 }
 
-// variant is upstream's name of a platform.
-func variant(c *attest.Claims) string {
+// Variant is upstream's name of a platform.
+func Variant(c *attest.Claims) string {
 	switch {
 	case c.TDX != nil && c.TPM != nil:
 		return "dstack-gcp-tdx"

@@ -92,7 +92,7 @@ func (c *Config) Check(key string, bad func(format string, args ...any) *fault.E
 			return bad("%s.webhook needs url and key: an unsigned answer decides nothing", key)
 		}
 	case TypeChain:
-		if a := c.Chain; !common.IsHexAddress(a.Registry) || a.RPC == "" || a.Threshold < 1 || a.ChainID == 0 {
+		if a := c.Chain; !common.IsHexAddress(a.Registry) || len(chain.Endpoints(a.RPC)) == 0 || a.Threshold < 1 || a.ChainID == 0 {
 			return bad("%s.chain needs rpc, threshold, chain_id and registry", key).WithFix("name endpoints of different operators, and how many of them must agree")
 		}
 	case "dev":
@@ -147,7 +147,7 @@ func (c Policy) open(o Options) (*policy.Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := policy.OpenAuthority(filepath.Join(o.Dir, policyFile), policy.Keys{Keys: keys, Threshold: c.Threshold}, o.Now)
+	a, err := policy.OpenAuthority(filepath.Join(o.Dir, policyFile), keys, o.Now)
 	if err != nil || c.File == "" {
 		return a, err
 	}
@@ -180,23 +180,7 @@ func (c Policy) Update(a *policy.Authority) error {
 }
 
 // keys are those that sign policies.
-func (c Policy) keys() ([]ed25519.PublicKey, error) {
-	var out []ed25519.PublicKey
-	for text := range strings.SplitSeq(c.Keys, ",") {
-		if text = strings.TrimSpace(text); text == "" {
-			continue
-		}
-		key, err := publicKey(text)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, key)
-	}
-	if len(out) == 0 || c.Threshold < 1 || c.Threshold > len(out) {
-		return nil, fmt.Errorf("it needs keys, and a threshold of 1 to their number")
-	}
-	return out, nil
-}
+func (c Policy) keys() (policy.Keys, error) { return policy.ParseKeys(c.Keys, c.Threshold) }
 
 func publicKey(text string) (ed25519.PublicKey, error) {
 	b, err := hex.DecodeString(text)
@@ -208,12 +192,8 @@ func publicKey(text string) (ed25519.PublicKey, error) {
 
 // reader opens what the configuration says.
 func (c Chain) reader(o Options) (*chain.Reader, error) {
-	cfg := chain.Config{Threshold: c.Threshold, ChainID: c.ChainID, Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(o.Dir, chainFile), Now: o.Now}
-	for url := range strings.SplitSeq(c.RPC, ",") {
-		if url = strings.TrimSpace(url); url != "" {
-			cfg.RPC = append(cfg.RPC, url)
-		}
-	}
-	cfg.Registry = common.HexToAddress(c.Registry)
-	return chain.Open(cfg)
+	return chain.Open(chain.Config{
+		RPC: chain.Endpoints(c.RPC), Threshold: c.Threshold, ChainID: c.ChainID, Registry: common.HexToAddress(c.Registry),
+		Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(o.Dir, chainFile), Now: o.Now,
+	})
 }

@@ -5,7 +5,9 @@ package chain
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/big"
+	"time"
 
 	"github.com/ethereum/go-ethereum/common"
 	"github.com/ethereum/go-ethereum/core/types"
@@ -23,6 +25,12 @@ type Authority struct{ r *Reader }
 // NewAuthority returns the authority of what a reader reads.
 func NewAuthority(r *Reader) *Authority { return &Authority{r} }
 
+// Close closes the reader.
+func (a *Authority) Close() error {
+	a.r.Close()
+	return nil
+}
+
 // refusal is a contract's reason, under a code of ours.
 type refusal struct{ code, reason string }
 
@@ -34,29 +42,86 @@ var upToDate = "UpToDate"
 // advisory_blocked, tee_not_allowed, tcb_not_allowed, compose_hash_not_allowed,
 // device_not_allowed, mr_not_allowed.
 func (a *Authority) Decide(ctx context.Context, q governance.Request) (governance.Decision, error) {
-	final, head, err := a.r.view(ctx)
+	s, err := a.Standing(ctx, q)
 	if err != nil {
 		return governance.Decision{}, err
 	}
-	by := a.by(final)
-	if q.Role == governance.App && !q.ImageBound {
-		return governance.Deny(by, "image_unbound", "the OS image is the guest's own word: its launch registers were not derived from it"), nil
+	return s.Decision, nil
+}
+
+// Standing is what the contracts say of an app or a KMS, and where they say it.
+type Standing struct {
+	governance.Decision
+	ChainID   uint64
+	Registry  common.Address
+	Block     uint64 // the finalised block; of a denial, the one that denies
+	BlockHash common.Hash
+	BlockTime time.Time
+	// Threshold of Endpoints agree on the block.
+	Threshold, Endpoints int
+
+	// What follows is of an app that is allowed, by that of the two blocks that promises
+	// less. Notice is how long the app's contract, and RegistryNotice how long the
+	// registry, announces what it is to allow.
+	Notice, RegistryNotice time.Duration
+	// Announced is when the app's contract was told to allow the manifest, if only by being
+	// deployed; zero: nothing tells.
+	Announced time.Time
+	// Frozen says that nothing can be added to the app, ever.
+	Frozen bool
+}
+
+// Standing answers as Decide does, and tells what else a relying party needs to know
+// (threats.md G06). Codes: those of Decide.
+func (a *Authority) Standing(ctx context.Context, q governance.Request) (*Standing, error) {
+	final, head, err := a.r.view(ctx)
+	if err != nil {
+		return nil, err
 	}
-	var out governance.Decision
+	at := func(b *types.Header, d governance.Decision) *Standing {
+		d.By = a.by(b)
+		return &Standing{Decision: d, ChainID: a.r.cfg.ChainID, Registry: a.r.cfg.Registry, Block: b.Number.Uint64(), BlockHash: b.Hash(),
+			BlockTime: seconds(b.Time), Threshold: a.r.cfg.Threshold, Endpoints: len(a.r.endpoints)}
+	}
+	if q.Role == governance.App && !q.ImageBound {
+		return at(final, governance.Deny("", "image_unbound", "the OS image is the guest's own word: its launch registers were not derived from it")), nil
+	}
 	// The head first: a revocation need not be final to count.
+	var newest *terms
 	for _, block := range []*types.Header{head, final} {
-		d, no, err := a.ask(ctx, block, q)
+		t, no, err := a.ask(ctx, block, q)
 		if err != nil {
-			return governance.Decision{}, err
+			return nil, err
 		}
 		if no != nil {
-			return governance.Deny(a.by(block), no.code, no.reason), nil
+			return at(block, governance.Deny("", no.code, no.reason)), nil
 		}
-		out = *d
+		if newest == nil {
+			newest = t
+			continue
+		}
+		out := at(final, t.Decision)
+		out.Allowed = true
+		out.Notice, out.RegistryNotice = duration(min(t.notice, newest.notice)), duration(min(t.registryNotice, newest.registryNotice))
+		out.Frozen = t.frozen && newest.frozen
+		if announced := max(t.announced, newest.announced); announced != 0 {
+			out.Announced = seconds(announced)
+		}
+		return out, nil
 	}
-	out.Allowed, out.By = true, by
-	return out, nil
+	panic("unreachable")
 }
+
+// terms are what an app is allowed on at a block; times are the chain's seconds.
+type terms struct {
+	governance.Decision
+	notice, registryNotice, announced uint64
+	frozen                            bool
+}
+
+func seconds(t uint64) time.Time { return time.Unix(int64(min(t, math.MaxInt32*4)), 0).UTC() }
+
+func duration(s uint64) time.Duration { return time.Duration(min(s, math.MaxInt32)) * time.Second }
 
 // by names what decided: the anchor of a verdict, and what the release log says.
 func (a *Authority) by(b *types.Header) string {
@@ -64,14 +129,14 @@ func (a *Authority) by(b *types.Header) string {
 }
 
 // ask is what the contracts answer at a block.
-func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.Request) (*governance.Decision, *refusal, error) {
+func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.Request) (*terms, *refusal, error) {
 	b, kms := q.Boot, registry.KMSAt(a.r.cfg.Registry)
 	var image dstack.ImageHash
 	copy(image[:], b.OSImageHash)
 	appAt := common.Address(b.AppID)
 	registered, allowed, epoch, least := kms.RegisteredAppSlot(appAt), kms.OSImageSlot(image), kms.OSImageEpochSlot(image), kms.MinOSEpochSlot()
-	mr, device := kms.MRSlot(b.MRAggregated), kms.DeviceSlot(b.DeviceID)
-	fields := append([]registry.Field{registered, allowed, epoch, least, mr, device}, platformFields(kms, b)...)
+	mr, device, waits := kms.MRSlot(b.MRAggregated), kms.DeviceSlot(b.DeviceID), kms.NoticeSlot()
+	fields := append([]registry.Field{registered, allowed, epoch, least, mr, device, waits}, platformFields(kms, b)...)
 	reg, err := a.load(ctx, block, contracts.KMS, a.r.cfg.Registry, fields, kms.GatewaySlot())
 	if err != nil {
 		return nil, nil, err
@@ -96,7 +161,7 @@ func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.R
 		case !reg.true(device):
 			return nil, &refusal{"device_not_allowed", "KMS is not allowed to boot on this device"}, nil
 		}
-		return new(governance.Decision), reg.platform(kms, b), nil
+		return new(terms), reg.platform(kms, b), nil
 	}
 	if !reg.true(registered) {
 		return nil, &refusal{"app_not_registered", "App not registered"}, nil
@@ -106,8 +171,9 @@ func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.R
 	}
 	app := registry.AppAt(appAt)
 	tcb, compose, any, on := app.RequireTCBSlot(), app.ComposeHashSlot(b.ComposeHash), app.AllowAnyDeviceSlot(), app.DeviceSlot(b.DeviceID)
-	now, oldest := app.KeyEpochSlot(), app.OldestKeyEpochSlot()
-	own, err := a.load(ctx, block, contracts.App, appAt, append([]registry.Field{tcb, compose, any, on, now, oldest}, platformFields(app, b)...))
+	now, oldest, notice, frozen := app.KeyEpochSlot(), app.OldestKeyEpochSlot(), app.NoticeSlot(), app.FrozenSlot()
+	announced := app.AnnouncedSlot(registry.Change{Policy: registry.PolicyID("compose-hash"), Value: common.Hash(b.ComposeHash)})
+	own, err := a.load(ctx, block, contracts.App, appAt, append([]registry.Field{tcb, compose, any, on, now, oldest, notice, frozen, announced}, platformFields(app, b)...))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -129,7 +195,10 @@ func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.R
 		return nil, no, nil
 	}
 	gateway, err := a.gateway(ctx, block, reg)
-	return &governance.Decision{GatewayAppID: gateway, Epoch: own.number(now), OldestEpoch: own.number(oldest)}, nil, err
+	return &terms{
+		Decision: governance.Decision{GatewayAppID: gateway, Epoch: own.number(now), OldestEpoch: own.number(oldest)},
+		notice:   own.number(notice), registryNotice: reg.number(waits), announced: own.number(announced), frozen: own.true(frozen),
+	}, nil, err
 }
 
 // state is proven storage.

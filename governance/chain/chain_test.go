@@ -110,9 +110,16 @@ func (w *world) authority(threshold int, urls ...string) *Authority {
 }
 
 func (w *world) open(threshold int, urls ...string) (*Authority, error) {
+	return w.openBy(func(*Config) {}, threshold, urls...)
+}
+
+// openBy is open with other settings.
+func (w *world) openBy(edit func(*Config), threshold int, urls ...string) (*Authority, error) {
 	var ticks atomic.Int64
-	r, err := Open(Config{RPC: urls, Threshold: threshold, ChainID: w.chain.ChainID, Registry: w.chain.Registry, File: filepath.Join(w.t.TempDir(), "floor"), MaxStaleness: 3 * time.Hour,
-		Now: func() time.Time { return w.now().Add(time.Duration(ticks.Add(2)) * time.Second) }})
+	cfg := Config{RPC: urls, Threshold: threshold, ChainID: w.chain.ChainID, Registry: w.chain.Registry, File: filepath.Join(w.t.TempDir(), "floor"), MaxStaleness: 3 * time.Hour,
+		Now: func() time.Time { return w.now().Add(time.Duration(ticks.Add(2)) * time.Second) }}
+	edit(&cfg)
+	r, err := Open(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -266,6 +273,19 @@ func TestThreat_G06_NoticeAndFrozenApps(t *testing.T) {
 	w.do(add)
 	w.finalise()
 	w.want(a, question(app, other), "")
+	// What a relying party needs to know of that.
+	s, err := a.Standing(t.Context(), question(app, other))
+	if err != nil || !s.Allowed || s.Notice != time.Hour || s.RegistryNotice != 0 || s.Frozen || s.BlockTime.Sub(s.Announced) < 2*time.Hour || s.BlockTime.Sub(s.Announced) > 3*time.Hour {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if s, err := a.Standing(t.Context(), question(frozen, compose)); err != nil || !s.Frozen || s.Announced.IsZero() || s.Block == 0 || s.BlockHash == (common.Hash{}) || s.Threshold != 1 || s.Endpoints != 1 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	// More notice counts when it is final.
+	w.do(registry.AppAt(app).SetNotice(2 * time.Hour))
+	if s, err := a.Standing(t.Context(), question(app, compose)); err != nil || s.Notice != time.Hour {
+		t.Errorf("%+v, %v", s, err)
+	}
 	if _, err := w.sender.Do(t.Context(), registry.AppAt(frozen).AddComposeHash(other)); err == nil {
 		t.Error("a frozen app was changed")
 	}
@@ -279,6 +299,7 @@ type liar struct {
 	mu     sync.Mutex
 	answer func(method string, result json.RawMessage) json.RawMessage
 	before func(http.ResponseWriter) bool
+	ask    func(body []byte) []byte // what the node is asked instead
 }
 
 func newLiar(t *testing.T, node string) *liar {
@@ -290,12 +311,15 @@ func newLiar(t *testing.T, node string) *liar {
 	l := &liar{}
 	l.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		l.mu.Lock()
-		answer, before := l.answer, l.before
+		answer, before, ask := l.answer, l.before, l.ask
 		l.mu.Unlock()
 		if before != nil && before(w) {
 			return
 		}
 		body, _ := io.ReadAll(r.Body)
+		if ask != nil {
+			body = ask(body)
+		}
 		var q struct {
 			Method string `json:"method"`
 		}

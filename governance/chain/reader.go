@@ -35,6 +35,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ethereum/go-ethereum/common"
@@ -55,7 +56,6 @@ import (
 
 // Limits of an endpoint.
 const (
-	askTime   = 10 * time.Second
 	maxAnswer = 4 << 20 // bytes
 	maxNodes  = 64      // of one proof
 	maxNode   = 16 << 10
@@ -79,6 +79,20 @@ type Config struct {
 	// File remembers the highest finalised block, which never falls; required.
 	File string
 	Now  func() time.Time // time.Now if nil
+	// Patience is how long an endpoint is waited for; 4 s. All are waited for, so that a
+	// fast one that is behind does not speak for a slow one that is not.
+	Patience time.Duration
+}
+
+// Endpoints reads a list of endpoints separated by commas.
+func Endpoints(text string) []string {
+	var out []string
+	for url := range strings.SplitSeq(text, ",") {
+		if url = strings.TrimSpace(url); url != "" {
+			out = append(out, url)
+		}
+	}
+	return out
 }
 
 // Reader reads the chain. Make it with Open.
@@ -99,6 +113,8 @@ type endpoint struct {
 	url string
 	rpc *rpc.Client
 	eth *ethclient.Client
+	// failed says that it gave no answer the last time; others are then asked first.
+	failed atomic.Bool
 }
 
 // limited cuts what an endpoint sends.
@@ -134,6 +150,9 @@ func Open(cfg Config) (*Reader, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Patience == 0 {
+		cfg.Patience = 4 * time.Second
+	}
 	r := &Reader{cfg: cfg}
 	switch text, err := os.ReadFile(cfg.File); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -151,14 +170,14 @@ func Open(cfg Config) (*Reader, error) {
 			return bad("endpoint %.100q is no URL of its own: one operator counts once", url)
 		}
 		seen[url] = true
-		client := &http.Client{Timeout: askTime, Transport: limited{http.DefaultTransport.(*http.Transport).Clone()},
+		client := &http.Client{Timeout: cfg.Patience, Transport: limited{http.DefaultTransport.(*http.Transport).Clone()},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("an endpoint may not redirect") }}
 		c, err := rpc.DialOptions(context.Background(), url, rpc.WithHTTPClient(client))
 		if err != nil {
 			r.Close()
 			return nil, fault.Wrap(err, "chain_config", "endpoint %.100q", url)
 		}
-		r.endpoints = append(r.endpoints, &endpoint{url, c, ethclient.NewClient(c)})
+		r.endpoints = append(r.endpoints, &endpoint{url: url, rpc: c, eth: ethclient.NewClient(c)})
 	}
 	return r, nil
 }
@@ -170,16 +189,24 @@ func (r *Reader) Close() {
 	}
 }
 
+// inquiry is one look at the chain. Who gives no answer has no say in the rest of it, so
+// that it costs one patience.
+type inquiry map[*endpoint]error
+
 // each asks all endpoints at once and returns their answers in order; nil where there is
 // none.
-func each[T any](ctx context.Context, r *Reader, ask func(context.Context, *endpoint) (T, error)) ([]*T, []error) {
+func each[T any](ctx context.Context, r *Reader, in inquiry, ask func(context.Context, *endpoint) (T, error)) ([]*T, []error) {
 	out, errs := make([]*T, len(r.endpoints)), make([]error, len(r.endpoints))
-	ctx, cancel := context.WithTimeout(ctx, askTime)
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Patience)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, e := range r.endpoints {
+		if errs[i] = in[e]; errs[i] != nil {
+			continue
+		}
 		wg.Go(func() {
 			v, err := ask(ctx, e)
+			e.failed.Store(err != nil)
 			if err != nil {
 				errs[i] = fmt.Errorf("%s: %w", e.url, err)
 				return
@@ -188,13 +215,31 @@ func each[T any](ctx context.Context, r *Reader, ask func(context.Context, *endp
 		})
 	}
 	wg.Wait()
+	for i, e := range r.endpoints {
+		if errs[i] != nil {
+			in[e] = errs[i]
+		}
+	}
 	return out, errs
+}
+
+// willing are the endpoints, those that answered the last time first.
+func (r *Reader) willing() []*endpoint {
+	var out, last []*endpoint
+	for _, e := range r.endpoints {
+		if e.failed.Load() {
+			last = append(last, e)
+		} else {
+			out = append(out, e)
+		}
+	}
+	return append(out, last...)
 }
 
 // agree returns the header of the highest block, of those that pick names, on whose hash
 // enough endpoints agree. Code chain_no_agreement.
-func (r *Reader) agree(ctx context.Context, pick func(context.Context, *endpoint) (uint64, error)) (*types.Header, error) {
-	numbers, errs := each(ctx, r, pick)
+func (r *Reader) agree(ctx context.Context, in inquiry, pick func(context.Context, *endpoint) (uint64, error)) (*types.Header, error) {
+	numbers, errs := each(ctx, r, in, pick)
 	var list []uint64
 	for _, n := range numbers {
 		if n != nil {
@@ -217,7 +262,7 @@ func (r *Reader) agree(ctx context.Context, pick func(context.Context, *endpoint
 		}
 	}
 	number := list[r.cfg.Threshold-1]
-	headers, failed := each(ctx, r, func(ctx context.Context, e *endpoint) (*types.Header, error) {
+	headers, failed := each(ctx, r, in, func(ctx context.Context, e *endpoint) (*types.Header, error) {
 		h, err := e.eth.HeaderByNumber(ctx, new(big.Int).SetUint64(number))
 		if err == nil && (h == nil || h.Number == nil || h.Number.Cmp(new(big.Int).SetUint64(number)) != 0) {
 			err = errors.New("it shows another block than was asked for")
@@ -269,11 +314,12 @@ func (r *Reader) view(ctx context.Context) (final, head *types.Header, err error
 		}
 		return h.Number.Uint64(), nil
 	}
-	head, err = r.agree(ctx, func(ctx context.Context, e *endpoint) (uint64, error) { return number(ctx, e, rpc.LatestBlockNumber) })
+	in := inquiry{}
+	head, err = r.agree(ctx, in, func(ctx context.Context, e *endpoint) (uint64, error) { return number(ctx, e, rpc.LatestBlockNumber) })
 	if err != nil {
 		return nil, nil, err
 	}
-	final, err = r.agree(ctx, func(ctx context.Context, e *endpoint) (uint64, error) {
+	final, err = r.agree(ctx, in, func(ctx context.Context, e *endpoint) (uint64, error) {
 		if r.cfg.Confirmations == 0 {
 			return number(ctx, e, rpc.FinalizedBlockNumber)
 		}
@@ -382,9 +428,9 @@ func walk(root common.Hash, key []byte, nodes []hexutil.Bytes) ([]byte, error) {
 func (r *Reader) read(ctx context.Context, block *types.Header, at common.Address, slots []common.Hash) (*account, error) {
 	var errs []error
 	slots = append([]common.Hash{}, slots...) // an empty list is written [], not null
-	for _, e := range r.endpoints {
+	for _, e := range r.willing() {
 		a, err := func() (*account, error) {
-			ctx, cancel := context.WithTimeout(ctx, askTime)
+			ctx, cancel := context.WithTimeout(ctx, r.cfg.Patience)
 			defer cancel()
 			var raw json.RawMessage
 			if err := e.rpc.CallContext(ctx, &raw, "eth_getProof", at, slots, hexutil.EncodeBig(block.Number)); err != nil {
@@ -396,6 +442,7 @@ func (r *Reader) read(ctx context.Context, block *types.Header, at common.Addres
 			}
 			return verify(&p, block.Root, at, slots)
 		}()
+		e.failed.Store(err != nil)
 		if err == nil {
 			return a, nil
 		}
@@ -419,7 +466,7 @@ var ours = sync.OnceValues(func() (map[string]*contracts.Artefact, error) {
 })
 
 // known proves that a proxy runs one of our contracts: its own code and its
-// implementation's, but for what a constructor wrote.
+// implementation's, in which the constructor wrote its own address (UUPS's __self).
 func (r *Reader) known(ctx context.Context, block *types.Header, name string, at common.Address, a *account) error {
 	list, err := ours()
 	if err != nil {
@@ -439,10 +486,13 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 	}
 	want := list[name]
 	if len(code) == len(want.DeployedBytecode) {
+		itself := true
 		for _, s := range want.Immutables {
-			clear(code[s.Start : s.Start+s.Length])
+			written := code[s.Start : s.Start+s.Length]
+			itself = itself && bytes.Equal(written, common.LeftPadBytes(to[:], s.Length))
+			clear(written)
 		}
-		if bytes.Equal(code, want.DeployedBytecode) {
+		if itself && bytes.Equal(code, want.DeployedBytecode) {
 			return nil
 		}
 	}
@@ -452,9 +502,9 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 // code returns the code with a hash. Code chain_proof.
 func (r *Reader) code(ctx context.Context, block *types.Header, at common.Address, hash common.Hash) ([]byte, error) {
 	var errs []error
-	for _, e := range r.endpoints {
+	for _, e := range r.willing() {
 		code, err := func() ([]byte, error) {
-			ctx, cancel := context.WithTimeout(ctx, askTime)
+			ctx, cancel := context.WithTimeout(ctx, r.cfg.Patience)
 			defer cancel()
 			return e.eth.CodeAt(ctx, at, block.Number)
 		}()

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack/attest/strictjson"
@@ -37,6 +38,27 @@ type signature struct {
 type Keys struct {
 	Keys      []ed25519.PublicKey
 	Threshold int
+}
+
+// ParseKeys reads public keys of 64 hexadecimal digits each, separated by commas, of
+// which threshold must sign. Code policy_keys.
+func ParseKeys(text string, threshold int) (Keys, error) {
+	k := Keys{Threshold: threshold}
+	for one := range strings.SplitSeq(text, ",") {
+		if one = strings.TrimSpace(one); one == "" {
+			continue
+		}
+		key, err := hex.DecodeString(one)
+		if err != nil || len(key) != ed25519.PublicKeySize {
+			return Keys{}, fault.New("policy_keys", "%.80q is no Ed25519 key of %d hexadecimal digits", one, 2*ed25519.PublicKeySize)
+		}
+		k.Keys = append(k.Keys, key)
+	}
+	if len(k.Keys) == 0 || threshold < 1 || threshold > len(k.Keys) {
+		return Keys{}, fault.New("policy_keys", "%d of %d keys must sign: the threshold is 1 to their number", threshold, len(k.Keys)).
+			WithFix("name the governance keys whose signatures count")
+	}
+	return k, nil
 }
 
 // KeyID names a key: the first 8 bytes of the SHA-256 of its 32 bytes, hexadecimal.

@@ -101,6 +101,9 @@ func (governed) ChangeSlot(c Change) common.Hash {
 	return MappingSlot(MappingSlot(plus(noticeSlot, 1), c.Policy), c.Value)
 }
 
+// AnnouncedSlot holds when an announcement was made, also of a change that was made since.
+func (g governed) AnnouncedSlot(c Change) Field { return Field{g.ChangeSlot(c), 0, 8} }
+
 func (governed) PlatformRequiredSlot() Field { return flag(governedSlot, 0) }
 func (governed) KeyEpochSlot() Field         { return Field{governedSlot, 1, 8} }
 func (governed) OldestKeyEpochSlot() Field   { return Field{governedSlot, 9, 8} }

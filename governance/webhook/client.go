@@ -61,6 +61,9 @@ type info struct {
 	GatewayAppID    *string `json:"gatewayAppId"`
 	ChainID         *uint64 `json:"chainId"`
 	Implementation  *string `json:"appImplementation"`
+	// What follows is told and not read.
+	AppAuthImplementation *string `json:"appAuthImplementation,omitempty"`
+	ETHRPCURL             *string `json:"ethRpcUrl,omitempty"`
 }
 
 var address = regexp.MustCompile(`^(0x[0-9a-fA-F]{40})?$`)

@@ -21,6 +21,18 @@ type Handler struct {
 	Key       ed25519.PrivateKey
 	// Now is the server's clock, by which it decides; nil means time.Now.
 	Now func() time.Time
+	// Upstream, when set, has requests answered that have no nonce.
+	Upstream *Upstream
+	// RPC is the chain's endpoint that GET / tells of; empty: there is none.
+	RPC string
+	// Told, when set, is told each decision. err says why there is none.
+	Told func(role governance.Role, r *governance.Request, d governance.Decision, err error)
+}
+
+func (h *Handler) told(role governance.Role, r *governance.Request, d governance.Decision, err error) {
+	if h.Told != nil {
+		h.Told(role, r, d, err)
+	}
 }
 
 // ServeHTTP serves POST /bootAuth/app, POST /bootAuth/kms and GET /.
@@ -47,19 +59,24 @@ func (h *Handler) decide(w http.ResponseWriter, r *http.Request, role governance
 		refuse(w, status, "invalid authorization request")
 		return
 	}
-	req, err := ParseRequest(role, body)
-	if err != nil {
-		refuse(w, http.StatusBadRequest, "invalid authorization request")
-		return
-	}
 	now := time.Now
 	if h.Now != nil {
 		now = h.Now
 	}
 	at := now()
+	if _, err := nonceOf(body); err != nil && h.Upstream != nil {
+		h.upstream(w, r, role, body, at)
+		return
+	}
+	req, err := ParseRequest(role, body)
+	if err != nil {
+		refuse(w, http.StatusBadRequest, "invalid authorization request")
+		return
+	}
 	// The asker's clock decides nothing here; an answer that does not fit it, it refuses.
 	req.At = at
 	d, err := h.Authority.Decide(r.Context(), req)
+	h.told(role, &req, d, err)
 	if err != nil {
 		code := fault.Code(err)
 		if code == "" {
@@ -82,7 +99,13 @@ func (h *Handler) about(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	status := "ok"
-	out, err := json.Marshal(info{&status, &about.Contract, &about.GatewayAppID, &about.ChainID, &about.Implementation})
+	said := info{Status: &status, KMSContractAddr: &about.Contract, GatewayAppID: &about.GatewayAppID, ChainID: &about.ChainID,
+		Implementation: &about.Implementation, AppAuthImplementation: &about.Implementation}
+	if h.RPC != "" {
+		rpc := ReducedURL(h.RPC)
+		said.ETHRPCURL = &rpc
+	}
+	out, err := json.Marshal(said)
 	if err != nil {
 		reply(w, http.StatusInternalServerError, []byte(`{"status":"error"}`))
 		return

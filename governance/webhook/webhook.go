@@ -51,6 +51,11 @@
 // absent, and otherwise one byte 1 and LP of each name.
 //
 // The request's hash covers its purpose, which belongs to one of the two paths only.
+//
+// # Upstream's nodes
+//
+// A Handler that is told to answers upstream's requests too, which have no nonce, in
+// upstream's form and unsigned. A KMS of ours refuses such an answer.
 package webhook
 
 import (

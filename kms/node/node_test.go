@@ -11,6 +11,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -28,6 +30,7 @@ import (
 	kmsapi "github.com/dstack-go/dstack/api/kms"
 	"github.com/dstack-go/dstack/attest/ratls"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
+	"github.com/dstack-go/dstack/authd"
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/governance/applicant"
 	"github.com/dstack-go/dstack/governance/authority"
@@ -806,4 +809,41 @@ func TestThreat_G04_ANodeBelievesItsWebhooksSignatureAlone(t *testing.T) {
 	wantCode(t, err, "webhook_unreachable")
 	_, err = call[kmsapi.GetMetaResponse](a.client(), "GetMeta", nil)
 	wantCode(t, err, "webhook_unreachable")
+}
+
+// A KMS and the webhook's service, each as its configuration says, over a real listener:
+// what the service's policy lists gets keys, what it does not list gets none.
+func TestThreat_G04_TheServiceDecidesForANode(t *testing.T) {
+	w := newWorld(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "policy.json")
+	w.check(os.WriteFile(file, w.signed(), 0o600))
+	public, err := authd.NewKey(filepath.Join(dir, "key"))
+	w.check(err)
+	conf := authd.DefaultConfig()
+	conf.DataDir, conf.KeyFile, conf.Listen.Socket = filepath.Join(dir, "data"), filepath.Join(dir, "key"), filepath.Join(dir, "auth.sock")
+	conf.Auth.Policy = authority.Policy{Keys: fmt.Sprintf("%x", w.owner.Public()), Threshold: 1, File: file}
+	service, err := authd.Open(conf, slog.New(slog.DiscardHandler), w.clock)
+	w.check(err)
+	ctx, stop := context.WithCancel(t.Context())
+	ready, done := make(chan net.Addr, 1), make(chan error, 1)
+	go func() { done <- service.Run(ctx, func(a net.Addr) { ready <- a }) }()
+	t.Cleanup(func() {
+		stop()
+		w.check(<-done)
+		service.Close()
+	})
+	<-ready
+	config := func(g *tdxtest.Guest) Config {
+		c := w.config(g)
+		c.Core.AuthAPI = authority.Config{Type: authority.TypeWebhook, Webhook: authority.Webhook{URL: "unix://" + conf.Listen.Socket, Key: hex.EncodeToString(public)}}
+		w.check(c.check())
+		return c
+	}
+	w.start(config(w.guest(1))).envKey()
+	g := w.guest(2)
+	g.ComposeHash = dstack.ComposeHash{0xee}
+	n, err := open(t.Context(), config(g), nil, w.clock, w.judge())
+	w.check(err)
+	wantCode(t, n.allowed(t.Context()), "kms_not_allowed")
 }

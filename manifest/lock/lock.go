@@ -19,6 +19,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"regexp"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -48,7 +49,17 @@ type Lock struct {
 	Measurements *measure.TDX       `json:"measurements,omitempty"` // expected launch registers
 	Images       map[string]string  `json:"images"`                 // container image reference -> "sha256:<64 hex>"
 	Created      string             `json:"created"`                // RFC 3339; informative
+	Governance   *Governance        `json:"governance,omitempty"`   // the contracts that allow the app; nil: none
 }
+
+// Governance names the contracts that govern an app, and whom to ask about them.
+type Governance struct {
+	ChainID  uint64   `json:"chain_id"`
+	Registry string   `json:"registry"` // the contract's address, 0x and 40 hexadecimal digits
+	RPC      []string `json:"rpc"`      // JSON-RPC endpoints of the chain
+}
+
+var contractAddress = regexp.MustCompile(`^0x[0-9a-fA-F]{40}$`)
 
 // Parse reads a lock. The code of every error is lock_malformed.
 func Parse(data []byte) (*Lock, error) {
@@ -89,6 +100,14 @@ func (l *Lock) check() error {
 		}
 		if len(m.RTMR0) > 64 {
 			return bad("measurements hold %d events of RTMR0", len(m.RTMR0))
+		}
+	}
+	if g := l.Governance; g != nil {
+		switch {
+		case g.ChainID == 0 || !contractAddress.MatchString(g.Registry):
+			return bad("governance names no contract of a chain")
+		case len(g.RPC) == 0 || len(g.RPC) > 32:
+			return bad("governance names %d endpoints, want 1 to 32", len(g.RPC))
 		}
 	}
 	for ref, digest := range l.Images {

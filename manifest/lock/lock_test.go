@@ -24,6 +24,7 @@ func sample() *Lock {
 		Image: "dstack-sim-0.1", VMConfig: json.RawMessage(`{"cpu_count":1,"memory_size":1073741824}`), TEE: dstack.TDX,
 		Measurements: &measure.TDX{MRTD: one, RTMR1: one, RTMR2: one, RTMR0: []measure.RTMR0Event{{Name: "td-hob", Digest: &one}, {Name: "acpi-loader"}}},
 		Images:       map[string]string{"hello:1": "sha256:" + strings.Repeat("ab", 32)}, Created: "2026-01-02T03:04:05Z",
+		Governance: &Governance{ChainID: 1, Registry: "0x" + strings.Repeat("aa", 20), RPC: []string{"https://node.example"}},
 	}
 }
 
@@ -76,6 +77,9 @@ func TestRefused(t *testing.T) {
 		"a tag for a digest":   replace(`sha256:ab`, `sha512:ab`),
 		"a bad vm_config":      replace(`"cpu_count":1`, `"cpu_count":"x"`),
 		"no time":              replace(`2026-01-02T03:04:05Z`, `yesterday`),
+		"no chain":             replace(`"chain_id":1`, `"chain_id":0`),
+		"no contract":          replace(`"registry":"0xaa`, `"registry":"0x`),
+		"no endpoint":          replace(`["https://node.example"]`, `[]`),
 		"too large":            string(good) + strings.Repeat(" ", MaxSize),
 	} {
 		if l, err := Parse([]byte(text)); fault.Code(err) != "lock_malformed" {
