@@ -111,7 +111,9 @@ type Config struct {
 	Told func(Node) (Node, bool)
 	// Closed says why this gateway takes no instance that it does not know; nil, or nothing:
 	// it does.
-	Closed    func() error
+	Closed func() error
+	// Upstream, if not nil, lets upstream's guests register by certificate.
+	Upstream  *Upstream
 	TXTPrefix string // what guests are told; "" is upstream's
 
 	Lease time.Duration // of a route, at most; 1 h
@@ -134,6 +136,7 @@ type Service struct {
 	// registering keeps what one instance does in order; most others go on.
 	registering [64]sync.Mutex
 	stats       Stats
+	fetches     fetches
 
 	// endpoints are where peers were last heard of; of Restore and then Keep alone.
 	endpoints map[wgconfig.PublicKey]netip.AddrPort
@@ -142,6 +145,7 @@ type Service struct {
 // Stats are counts since the start.
 type Stats struct {
 	Registered, Renewed, Refused, Certificates, Handshakes atomic.Uint64
+	Certified                                              atomic.Uint64 // of the registered and renewed: by certificate only
 }
 
 // New checks what it is given. Code gateway_config.
@@ -164,6 +168,13 @@ func New(c Config) (*Service, error) {
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
+	}
+	s.fetches.init()
+	if u := c.Upstream; u != nil {
+		if len(u.CA) == 0 || u.Certificate == nil || u.Dial == nil {
+			return nil, fault.New("gateway_config", "upstream's guests need the KMS that vouches for them, a certificate of it, and a way to ask them")
+		}
+		s.log.Warn("upstream's guests register by certificate only, which shows no evidence of whoever has its key (core.upstream_guests)")
 	}
 	return s, nil
 }
@@ -200,7 +211,7 @@ func (s *Service) Handler() http.Handler {
 func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	secure, err := channel.NewListener(l, &channel.Config{
 		Appraiser: appraiser{s}, Attester: s.cfg.Self, Now: s.now,
-		Other: &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: s.cfg.Certificate},
+		Other: s.otherTLS(),
 		Refused: func(remote net.Addr, err error) {
 			s.stats.Handshakes.Add(1)
 			s.log.Info("connection refused", "remote", remote.String(), "code", fault.Code(err), "error", err)
@@ -213,7 +224,8 @@ func (s *Service) Serve(ctx context.Context, l net.Listener) error {
 	server := prpc.Server(s.Handler())
 	server.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)
 	server.BaseContext = func(net.Listener) context.Context { return context.WithoutCancel(ctx) }
-	server.ConnContext = channel.ConnContext
+	server.ConnContext = s.connContext
+	defer s.fetches.end()
 	done := make(chan error, 1)
 	go func() { done <- server.Server.Serve(secure) }()
 	select {
@@ -279,7 +291,7 @@ func (s *Service) register(ctx context.Context, r *api.RegisterCvmRequest) (*api
 // admit makes or renews the caller's route. Codes of caller, Admission and route.Table;
 // wg_key, register_manifest, register_addresses (no address is free).
 func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.RegisterCvmResponse, error) {
-	peer, who, err := s.caller(ctx)
+	who, err := s.registrant(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -287,27 +299,29 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	if err != nil {
 		return nil, err
 	}
-	policy, err := measuredPolicy(r.AppCompose, peer.Identity.ComposeHash)
-	if err != nil {
-		return nil, err
+	var policy *portpolicy.Policy
+	if certified := who.info != nil; !certified || len(r.AppCompose) > 0 {
+		if policy, err = measuredPolicy(r.AppCompose, who.identity.ComposeHash); err != nil {
+			return nil, err
+		}
 	}
 	now := s.now()
-	until, err := s.cfg.Admission.Admit(ctx, who, Lease{r.LeaseDocument, r.LeaseSignature}, now)
+	until, err := s.admission(ctx, who, Lease{r.LeaseDocument, r.LeaseSignature}, now)
 	if err != nil {
 		var no *Denied
 		if errors.As(err, &no) {
-			s.revoke(peer.Identity, key)
+			s.revoke(who.identity, key)
 		}
 		return nil, err
 	}
 	// The evidence is the connection's, and as old as it: a guest that keeps one open gets
 	// nothing newer by asking again (threats.md K03).
-	if most := peer.At.Add(s.cfg.Lease); until.After(most) {
+	if most := who.at.Add(s.cfg.Lease); until.After(most) {
 		until = most
 	}
 	rec := route.Record{
-		App: peer.Identity.AppID, Instance: *peer.Identity.InstanceID, Compose: peer.Identity.ComposeHash,
-		Key: key, Policy: policy, Attested: peer.At, Until: until,
+		App: who.identity.AppID, Instance: *who.identity.InstanceID, Compose: who.identity.ComposeHash,
+		Key: key, Policy: policy, Attested: who.at, Until: until, CertificateOnly: who.info != nil,
 	}
 	lock := &s.registering[int(rec.Instance[0])%len(s.registering)]
 	lock.Lock()
@@ -321,6 +335,14 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	var was route.Record
 	if known {
 		was = before.Record()
+	}
+	if rec.CertificateOnly {
+		rec.Attested = later(rec.Attested, was)
+	}
+	if rec.CertificateOnly && rec.Policy == nil {
+		if rec.Policy, err = reportedPolicy(r.PortPolicy, was, rec.Compose); err != nil {
+			return nil, err
+		}
 	}
 	rt, err := s.place(rec, was)
 	if err != nil {
@@ -341,6 +363,13 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 		s.log.Info("route", "app", rec.App.String(), "instance", rec.Instance.String(), "address", rec.Address.String(), "until", rec.Until)
 	} else {
 		s.stats.Renewed.Add(1)
+	}
+	if rec.CertificateOnly {
+		s.stats.Certified.Add(1)
+		s.log.Warn("certificate only: no evidence of this connection was shown", "app", rec.App.String(), "instance", rec.Instance.String(), "until", rec.Until)
+		if rec.Policy == nil {
+			s.fetch(rec)
+		}
 	}
 	return s.reply(rec), nil
 }

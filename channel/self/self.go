@@ -8,8 +8,10 @@ package self
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/dstack-go/dstack"
@@ -60,6 +62,26 @@ func Open(ctx context.Context, socket string) (*App, error) {
 	_ = json.Unmarshal([]byte(info.TcbInfo), &tcb)
 	a.Manifest = tcb.AppCompose
 	return a, nil
+}
+
+// Certificate has a key and a certificate of it issued, for a server and client of these
+// names, with evidence and what the issuer knows of the app: by the KMS, when the app's
+// keys come from one. Code app_self.
+func (a *App) Certificate(ctx context.Context, subject string, names ...string) (*tls.Certificate, error) {
+	var out agentapi.GetTlsKeyResponse
+	err := a.agent.Call(ctx, "GetTlsKey", &agentapi.GetTlsKeyArgs{
+		Subject: subject, AltNames: names, UsageRaTls: true, UsageServerAuth: true, UsageClientAuth: true, WithAppInfo: true,
+	}, &out)
+	if err != nil {
+		return nil, err
+	}
+	key := []byte(out.Key)
+	defer clear(key)
+	cert, err := tls.X509KeyPair([]byte(strings.Join(out.CertificateChain, "\n")), key)
+	if err != nil {
+		return nil, fault.Wrap(err, "app_self", "the certificate that the guest agent returned")
+	}
+	return &cert, nil
 }
 
 // Attest implements channel.Attester.

@@ -3,6 +3,7 @@
 package node
 
 import (
+	"cmp"
 	"encoding/hex"
 	"net/netip"
 	"net/url"
@@ -42,6 +43,12 @@ type CoreConfig struct {
 	NodeID  uint32 `toml:"node_id"`
 	MyURL   string `toml:"my_url"`
 	Domains string `toml:"domains"` // base domains, "name" or "name:port", separated by commas
+
+	// UpstreamGuests lets upstream's guests register, with a certificate of the KMS whose
+	// root CA key (DER SubjectPublicKeyInfo, hexadecimal) is KMSCA; empty: core.auth.kms_root.
+	// Such a certificate proves less than evidence: whoever has its key is believed.
+	UpstreamGuests bool   `toml:"upstream_guests"`
+	KMSCA          string `toml:"kms_ca"`
 
 	WG          WGConfig          `toml:"wg"`
 	Proxy       ProxyConfig       `toml:"proxy"`
@@ -259,11 +266,24 @@ func (c *Config) check() (err error) {
 		return bad("core.auth.type is %q, not lease, policy, webhook, chain or attested", core.Auth.Type).
 			WithFix("lease routes to instances that a KMS authorised; policy, webhook and chain to whom that authority allows; attested to any whose evidence holds, whatever it runs")
 	}
+	if core.UpstreamGuests {
+		if b, err := hex.DecodeString(core.kmsCA()); err != nil || len(b) == 0 {
+			return bad("core.upstream_guests needs core.kms_ca, in hexadecimal").WithFix("give the root CA key of the KMS whose apps register")
+		}
+		if core.Auth.Type == "lease" && core.kmsCA() != core.Auth.KMSRoot {
+			return bad("core.kms_ca is another KMS than core.auth.kms_root, whose instances get routes").WithFix("leave core.kms_ca out")
+		}
+	} else if core.KMSCA != "" {
+		return bad("core.kms_ca is for core.upstream_guests, which is off")
+	}
 	if err := core.Cluster.check(); err != nil {
 		return err
 	}
 	return core.ACME.check()
 }
+
+// kmsCA is the KMS whose certificates count.
+func (c *CoreConfig) kmsCA() string { return cmp.Or(c.KMSCA, c.Auth.KMSRoot) }
 
 // domains are the base domains, the preferred first.
 func (c *Config) domains() ([]gateway.Domain, error) {

@@ -216,8 +216,12 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
+	upstream, forUpstream, err := n.upstream(tn)
+	if err != nil {
+		return err
+	}
 	n.live = n.newLive(agreed, table, manager)
-	service, err := n.service(agreed, table, tn, sign, acmeInfo)
+	service, err := n.service(agreed, table, tn, sign, acmeInfo, upstream)
 	if err != nil {
 		return err
 	}
@@ -288,6 +292,9 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	group.Go(func() error { return service.Serve(ctx, rpc) })
 	group.Go(func() error { return service.Keep(ctx, routes) })
 	group.Go(func() error { return n.together(ctx, agreed, members, table, service.Applied) })
+	if forUpstream != nil {
+		group.Go(func() error { return forUpstream.keep(ctx) })
+	}
 	if plain != nil {
 		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
@@ -302,7 +309,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	return err
 }
 
-func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
+func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error), upstream *gateway.Upstream) (*gateway.Service, error) {
 	c := &n.cfg.Core
 	admission, err := n.admission()
 	if err != nil {
@@ -311,6 +318,7 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 	return gateway.New(gateway.Config{
 		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
 		Domains: n.live.Domains, Told: n.live.told, Closed: n.closed(agreed),
+		Upstream:  upstream,
 		Node:      gatewayNode(agreed.Node()),
 		Peers:     func() []gateway.Node { return n.others(agreed) },
 		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,

@@ -81,6 +81,9 @@ type Record struct {
 	Attested time.Time
 	// Until is when the lease ends.
 	Until time.Time
+	// CertificateOnly says that a KMS's certificate made the record, and no evidence of the
+	// moment: Attested is when it was shown. It replaces no record of evidence.
+	CertificateOnly bool
 }
 
 func (r *Record) equal(o *Record) bool {
@@ -207,7 +210,7 @@ func New(cfg Config) *Table {
 // Codes, also of a record that Merge quarantines: route_identity, route_key, route_key_own,
 // route_address, route_evidence (none), route_future, route_lease (none, or too long),
 // route_ended, route_removed, route_replayed (older evidence than the table's),
-// route_conflict (other values with the same evidence), route_instance_taken,
+// route_conflict (other values with the same evidence), route_downgrade, route_instance_taken,
 // route_key_taken, route_address_taken, route_id_collision, route_full.
 func (t *Table) Register(rec Record) (*Route, error) {
 	now := t.cfg.Now()
@@ -265,6 +268,9 @@ func (t *Table) put(rec *Record, now time.Time) (*Route, error) {
 		switch old := r.record.Load(); {
 		case old.App != rec.App:
 			return nil, fault.New("route_instance_taken", "the instance %s belongs to app %s", rec.Instance, old.App)
+		case rec.CertificateOnly && !old.CertificateOnly && !r.ended(now):
+			return nil, fault.New("route_downgrade", "the instance %s has shown fresh evidence, which a certificate does not replace", rec.Instance)
+		case old.CertificateOnly && !rec.CertificateOnly: // when it was shown is no measure of evidence
 		case rec.Attested.Before(old.Attested):
 			return nil, fault.New("route_replayed", "the evidence of instance %s is older than what is known of it", rec.Instance)
 		case rec.Attested.Equal(old.Attested):

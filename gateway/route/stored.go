@@ -44,6 +44,8 @@ type stored struct {
 	Policy   *storedPolicy     `json:"port_policy"` // null when not known
 	Attested int64             `json:"attested"`    // Unix milliseconds
 	Until    int64             `json:"until"`       // Unix milliseconds
+
+	CertificateOnly bool `json:"certificate_only,omitempty"`
 }
 
 type storedPolicy struct {
@@ -61,7 +63,7 @@ type storedPort struct {
 func (r *Record) Line() ([]byte, error) {
 	s := stored{
 		Version: 1, App: r.App, Instance: r.Instance, Compose: r.Compose.String(), Key: r.Key.String(),
-		Address: r.Address.String(), Attested: r.Attested.UnixMilli(), Until: r.Until.UnixMilli(),
+		Address: r.Address.String(), Attested: r.Attested.UnixMilli(), Until: r.Until.UnixMilli(), CertificateOnly: r.CertificateOnly,
 	}
 	if r.Policy != nil {
 		m := r.Policy.Manifest()
@@ -104,7 +106,7 @@ func parseLine(line []byte) (r Record, err error) {
 	if s.Version != 1 {
 		return r, errors.New("its version is not 1")
 	}
-	r = Record{App: s.App, Instance: s.Instance}
+	r = Record{App: s.App, Instance: s.Instance, CertificateOnly: s.CertificateOnly}
 	if r.Compose, err = dstack.ParseComposeHash(s.Compose); err != nil {
 		return r, err
 	}
