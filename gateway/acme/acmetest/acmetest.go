@@ -235,6 +235,10 @@ type CA struct {
 	APIRoots  *x509.CertPool // of its API
 	Roots     *x509.CertPool // of what it signs
 
+	// Check, when set before the first order, is asked before anything is signed, as a CA
+	// asks CAA, which Pebble does not.
+	Check func(account string, csr *x509.CertificateRequest) error
+
 	mu     sync.Mutex
 	fail   int
 	orders int
@@ -273,6 +277,15 @@ func NewCA(t *testing.T, d *DNS, httpPort, tlsPort int, eab ...[2]string) *CA {
 		if fail != 0 {
 			http.Error(w, "no", fail)
 			return
+		}
+		if c.Check != nil && strings.HasPrefix(r.URL.Path, "/finalize-order/") {
+			account, csr := finalize(t, r)
+			if err := c.Check(account, csr); err != nil {
+				w.Header().Set("Content-Type", "application/problem+json")
+				w.WriteHeader(http.StatusForbidden)
+				json.NewEncoder(w).Encode(map[string]any{"type": "urn:ietf:params:acme:error:caa", "detail": err.Error(), "status": http.StatusForbidden})
+				return
+			}
 		}
 		h.ServeHTTP(w, r)
 	}))
@@ -315,4 +328,39 @@ func (c *CA) SetRenewal(t testing.TB, certificate string, start, end time.Time) 
 	if w.Code != http.StatusOK {
 		t.Fatalf("Pebble does not take the window: %d %s", w.Code, w.Body)
 	}
+}
+
+// finalize reads who asks for what, and leaves the request as it was.
+func finalize(t testing.TB, r *http.Request) (account string, csr *x509.CertificateRequest) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Error(err)
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	var jws struct{ Protected, Payload string }
+	var head struct{ Kid string }
+	var order struct{ CSR string }
+	parts := func(text string, into any) {
+		data, err := base64.RawURLEncoding.DecodeString(text)
+		if err == nil {
+			err = json.Unmarshal(data, into)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if err := json.Unmarshal(body, &jws); err != nil {
+		t.Error(err)
+	}
+	parts(jws.Protected, &head)
+	parts(jws.Payload, &order)
+	der, err := base64.RawURLEncoding.DecodeString(order.CSR)
+	if err == nil {
+		csr, err = x509.ParseCertificateRequest(der)
+	}
+	if err != nil {
+		t.Error(err)
+		return head.Kid, &x509.CertificateRequest{}
+	}
+	return head.Kid, csr
 }
