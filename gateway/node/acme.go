@@ -3,6 +3,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -37,6 +38,15 @@ type ACMEConfig struct {
 	DNSSettings config.Secret `toml:"dns_settings"`
 	// Resolvers (host:port, separated by commas) are asked whether a record is seen.
 	Resolvers string `toml:"resolvers"`
+	// CAA is off, check (say what is wrong with CAA records at the base domains) or set
+	// (make them let these accounts alone issue); check.
+	CAA string `toml:"caa"`
+	// CAAIdentities are what CAA calls the authorities, EABKeyIDs and EABMACKeys their
+	// external accounts (base64url): one for each of Directories, in its order, separated
+	// by commas; empty: as the directory says, and none.
+	CAAIdentities string        `toml:"caa_identities"`
+	EABKeyIDs     string        `toml:"eab_key_ids"`
+	EABMACKeys    config.Secret `toml:"eab_mac_keys"`
 	// Propagation is how long to wait for that; 2 min. Negative: not at all.
 	Propagation config.Duration `toml:"propagation"`
 }
@@ -51,7 +61,52 @@ func list(text string) (out []string) {
 	return out
 }
 
+// each splits at commas into exactly n, or n empty ones.
+func each(key, text string, n int) ([]string, error) {
+	if text == "" {
+		return make([]string, n), nil
+	}
+	parts := strings.Split(text, ",")
+	if len(parts) != n {
+		return nil, bad("%s has %d parts, and core.acme.directories %d", key, len(parts), n).WithFix("separate them by commas, and leave those empty that have none")
+	}
+	for i := range parts {
+		parts[i] = strings.TrimSpace(parts[i])
+	}
+	return parts, nil
+}
+
+// cas are the authorities.
+func (c *ACMEConfig) cas() ([]acme.CA, error) {
+	directories := list(c.Directories)
+	var identities, ids, keys []string
+	for _, part := range []struct {
+		key, text string
+		to        *[]string
+	}{
+		{"core.acme.caa_identities", c.CAAIdentities, &identities}, {"core.acme.eab_key_ids", c.EABKeyIDs, &ids}, {"core.acme.eab_mac_keys", c.EABMACKeys.Reveal(), &keys},
+	} {
+		var err error
+		if *part.to, err = each(part.key, part.text, len(directories)); err != nil {
+			return nil, err
+		}
+	}
+	var out []acme.CA
+	for i, d := range directories {
+		if (ids[i] == "") != (keys[i] == "") {
+			return nil, bad("core.acme.eab_key_ids and core.acme.eab_mac_keys are not both there for %s", d)
+		}
+		out = append(out, acme.CA{Name: caName(d), Directory: d, Contact: c.Contact, Identity: identities[i], KeyID: ids[i], MACKey: keys[i]})
+	}
+	return out, nil
+}
+
 func (c *ACMEConfig) check() error {
+	switch c.CAA {
+	case "", acme.CAAOff, acme.CAACheck, acme.CAASet:
+	default:
+		return bad("core.acme.caa is %q, not %s, %s or %s", c.CAA, acme.CAAOff, acme.CAACheck, acme.CAASet)
+	}
 	if c.Directories == "" {
 		if c.DNSProvider != "" {
 			return bad("core.acme.dns_provider without core.acme.directories").WithFix("name the authorities' directories")
@@ -62,6 +117,9 @@ func (c *ACMEConfig) check() error {
 		if u, err := url.Parse(text); err != nil || u.Scheme != "https" || u.Hostname() == "" {
 			return bad("core.acme.directories: %q is no https URL", text)
 		}
+	}
+	if _, err := c.cas(); err != nil {
+		return err
 	}
 	_, err := c.credential()
 	return err
@@ -107,9 +165,13 @@ func (n *Node) authorities(storage certmagic.Storage, edit ...func(*acme.Config)
 			return nil, bad("core.acme.roots: %s has no certificate", c.Roots)
 		}
 	}
-	cfg := acme.Config{Storage: storage, Resolvers: list(c.Resolvers), Log: n.log}
-	for _, d := range list(c.Directories) {
-		cfg.CAs = append(cfg.CAs, acme.CA{Name: caName(d), Directory: d, Contact: c.Contact, Roots: roots})
+	cfg := acme.Config{Storage: storage, Resolvers: list(c.Resolvers), CAA: cmp.Or(c.CAA, acme.CAACheck), Log: n.log}
+	var err error
+	if cfg.CAs, err = c.cas(); err != nil {
+		return nil, err
+	}
+	for i := range cfg.CAs {
+		cfg.CAs[i].Roots = roots
 	}
 	if n.self != nil {
 		cfg.Attest = func(ctx context.Context, data [64]byte) (quote, attestation string, err error) {

@@ -118,6 +118,13 @@ func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
 	if _, err := load(t, good+acme); err != nil {
 		t.Fatal(err)
 	}
+	c, err := load(t, good+acme+"caa = \"set\"\ncaa_identities = \"ca.example,\"\neab_key_ids = \",b\"\neab_mac_keys = \",secret\"\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cas, err := c.Core.ACME.cas(); err != nil || cas[0].Identity != "ca.example" || cas[0].KeyID != "" || cas[1].Identity != "" || cas[1].KeyID != "b" || cas[1].MACKey != "secret" {
+		t.Errorf("%v", err)
+	}
 	for name, r := range map[string]struct{ old, new, code string }{
 		"no TLS":            {"https://ca.example/dir", "http://ca.example/dir", "gateway_config"},
 		"no provider":       {"hetzner", "", "dns_credential"},
@@ -125,6 +132,10 @@ func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
 		"no parameters":     {"token=secret", "", "dns_credential"},
 		"no directory":      {"https://ca.example/dir, https://other.example/dir", "", "gateway_config"},
 		"another parameter": {"token=secret", "password=secret", "dns_credential"},
+		"CAA sometimes":     {"[core.acme]", "[core.acme]\ncaa = \"sometimes\"", "gateway_config"},
+		"one identity":      {"[core.acme]", "[core.acme]\ncaa_identities = \"ca.example\"", "gateway_config"},
+		"a key id, no key":  {"[core.acme]", "[core.acme]\neab_key_ids = \"a,\"", "gateway_config"},
+		"another's key":     {"[core.acme]", "[core.acme]\neab_key_ids = \"a,\"\neab_mac_keys = \",secret\"", "gateway_config"},
 	} {
 		_, err := load(t, good+strings.Replace(acme, r.old, r.new, 1))
 		if fault.Code(err) != r.code || strings.Contains(err.Error(), "secret") {
