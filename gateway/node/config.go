@@ -48,6 +48,7 @@ type CoreConfig struct {
 	Attestation AttestationConfig `toml:"attestation"`
 	Auth        AuthConfig        `toml:"auth"`
 	ACME        ACMEConfig        `toml:"acme"`
+	CT          CTConfig          `toml:"ct"`
 	Cluster     ClusterConfig     `toml:"cluster"`
 	Admin       AdminConfig       `toml:"admin"`
 }
@@ -238,6 +239,9 @@ func (c *Config) check() (err error) {
 	default:
 		return bad("core.auth.type is %q, not lease or attested", core.Auth.Type).
 			WithFix("lease routes to instances that a KMS authorised; attested to any whose evidence holds, whatever it runs")
+	}
+	if err := core.CT.check(); err != nil {
+		return err
 	}
 	if err := core.Cluster.check(); err != nil {
 		return err

@@ -144,6 +144,20 @@ func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
 	}
 }
 
+func TestCertificateLogsAreNamedWhole(t *testing.T) {
+	const key = "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEOvVMq4yioi4wbRaa9ZY8/XLAlGtjUUJGyvrP3JgfRv23H2xR30Y9UP3EEvC5RIvdahh0Yq9gY1xdw2nImwlA5g=="
+	const ct = "[core.ct]\nlogs = \"https://log.example " + key + "\"\ninterval = \"30s\"\nwebhook = \"https://hook.example/secret\"\n"
+	if _, err := load(t, good+ct); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range [][2]string{{"https://log", "http://log"}, {key, "AAAA"}, {"30s", "1ms"}, {"https://log.example " + key, ""}} {
+		_, err := load(t, good+strings.Replace(ct, r[0], r[1], 1))
+		if fault.Code(err) != "gateway_config" || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%q: %v", r[1], err)
+		}
+	}
+}
+
 func TestAuthoritiesHaveNames(t *testing.T) {
 	if a, b := caName("https://acme-v02.api.example.org/directory"), caName("https://acme-v02.api.example.org:14000/dir"); a != "acme-v02-api-example-org" || a == b {
 		t.Errorf("%s, %s", a, b)

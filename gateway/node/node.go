@@ -211,6 +211,10 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
+	watcher, err := n.watch(manager)
+	if err != nil {
+		return err
+	}
 	n.live = n.newLive(agreed, table, manager)
 	service, err := n.service(agreed, table, tn, sign, acmeInfo)
 	if err != nil {
@@ -281,6 +285,9 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	group.Go(func() error { return service.Serve(ctx, rpc) })
 	group.Go(func() error { return service.Keep(ctx, routes) })
 	group.Go(func() error { return n.together(ctx, agreed, members, table, service.Applied) })
+	if watcher != nil {
+		group.Go(func() error { watcher.Run(ctx); return nil })
+	}
 	if plain != nil {
 		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
