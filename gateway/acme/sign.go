@@ -57,7 +57,41 @@ type signed struct {
 // hour. Codes csr_size, csr_signature, csr_key, csr_names, csr_extension,
 // acme_name, acme_rate, and those of the CAs' orders.
 func (m *Manager) Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error) {
-	s, err := m.signOnce(ctx, csr, names)
+	if err := checkCSR(csr, names); err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	owners := map[string]bool{}
+	for _, name := range names {
+		label, parent := name.Split()
+		m.mu.RLock()
+		known := m.domains[parent] != nil
+		m.mu.RUnlock()
+		if !known {
+			return nil, time.Time{}, time.Time{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
+		}
+		l, err := hostname.ParseLabel(label)
+		if err != nil {
+			return nil, time.Time{}, time.Time{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
+		}
+		owners[string(l.ID)] = true
+	}
+	return m.give(ctx, csr, owners)
+}
+
+// SignCustom is Sign for a custom domain, which is outside the base domains and proven by
+// HTTP-01 or TLS-ALPN-01; its orders count to owner.
+func (m *Manager) SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) (chain []byte, notAfter, renewAt time.Time, err error) {
+	if err := checkCSR(csr, []hostname.Name{name}); err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	if _, parent := name.Split(); parent == "" || m.domainOf(string(name)) != nil {
+		return nil, time.Time{}, time.Time{}, fault.New("acme_name", "%s is no custom domain", clip(string(name)))
+	}
+	return m.give(ctx, csr, map[string]bool{owner: true})
+}
+
+func (m *Manager) give(ctx context.Context, csr *x509.CertificateRequest, owners map[string]bool) (chain []byte, notAfter, renewAt time.Time, err error) {
+	s, err := m.signOnce(ctx, csr, owners)
 	if err != nil {
 		return nil, time.Time{}, time.Time{}, err
 	}
@@ -68,25 +102,7 @@ func (m *Manager) Sign(ctx context.Context, csr *x509.CertificateRequest, names 
 	return s.chain, certs[0].NotAfter, s.renewAt, nil
 }
 
-func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (signed, error) {
-	if err := checkCSR(csr, names); err != nil {
-		return signed{}, err
-	}
-	owners := map[string]bool{}
-	for _, name := range names {
-		label, parent := name.Split()
-		m.mu.RLock()
-		known := m.domains[parent] != nil
-		m.mu.RUnlock()
-		if !known {
-			return signed{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
-		}
-		l, err := hostname.ParseLabel(label)
-		if err != nil {
-			return signed{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
-		}
-		owners[string(l.ID)] = true
-	}
+func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, owners map[string]bool) (signed, error) {
 	key := signedKey(csr)
 	old, err := m.signedRecord(ctx, key, csr)
 	if err == nil && time.Now().Before(old.renewAt) {

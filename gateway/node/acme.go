@@ -208,6 +208,7 @@ const orderTime = 5 * time.Minute
 type orders struct {
 	m interface {
 		Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) ([]byte, time.Time, time.Time, error)
+		SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) ([]byte, time.Time, time.Time, error)
 	}
 	mu      sync.Mutex
 	running map[[sha256.Size]byte]bool
@@ -221,8 +222,24 @@ type signed struct {
 
 // Sign implements gateway.Certificates. Code certificate_pending: it is being ordered.
 func (o *orders) Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) ([]byte, time.Time, time.Time, error) {
+	return o.order(ctx, csr, "", func(ctx context.Context) (s signed) {
+		s.chain, s.notAfter, s.renewAt, s.err = o.m.Sign(ctx, csr, names)
+		return s
+	})
+}
+
+// SignCustom implements gateway.CustomCertificates. Code certificate_pending.
+func (o *orders) SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) ([]byte, time.Time, time.Time, error) {
+	return o.order(ctx, csr, name, func(ctx context.Context) (s signed) {
+		s.chain, s.notAfter, s.renewAt, s.err = o.m.SignCustom(ctx, csr, name, owner)
+		return s
+	})
+}
+
+// order runs one order at a time for a key and a custom domain ("" for the base domains).
+func (o *orders) order(ctx context.Context, csr *x509.CertificateRequest, domain hostname.Name, sign func(context.Context) signed) ([]byte, time.Time, time.Time, error) {
 	pending := fault.New("certificate_pending", "the certificate is being ordered").WithFix("ask again in a while")
-	key := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	key := sha256.Sum256(append([]byte(domain+"\n"), csr.RawSubjectPublicKeyInfo...))
 	o.mu.Lock()
 	if o.running == nil {
 		o.running = map[[sha256.Size]byte]bool{}
@@ -237,8 +254,7 @@ func (o *orders) Sign(ctx context.Context, csr *x509.CertificateRequest, names [
 	go func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), orderTime)
 		defer cancel()
-		var s signed
-		s.chain, s.notAfter, s.renewAt, s.err = o.m.Sign(ctx, csr, names)
+		s := sign(ctx)
 		o.mu.Lock()
 		delete(o.running, key)
 		o.mu.Unlock()

@@ -36,6 +36,7 @@ import (
 	gatewayapi "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/acme"
 	"github.com/dstack-go/dstack/gateway/cluster"
 	"github.com/dstack-go/dstack/gateway/edge"
 	"github.com/dstack-go/dstack/gateway/hostname"
@@ -211,12 +212,14 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
-	watcher, err := n.watch(manager)
+	watcher, err := n.watch(manager, table)
 	if err != nil {
 		return err
 	}
 	n.live = n.newLive(agreed, table, manager)
-	service, err := n.service(agreed, table, tn, sign, acmeInfo)
+	var public *edge.Edge
+	leads := func(ctx context.Context, name hostname.Name) (hostname.Answer, error) { return public.Leads(ctx, name) }
+	service, err := n.service(agreed, table, tn, sign, acmeInfo, leads)
 	if err != nil {
 		return err
 	}
@@ -229,8 +232,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if err := n.live.begin(ctx); err != nil {
 		return err
 	}
-	public, err := n.edge(table, tn, certificate)
-	if err != nil {
+	if public, err = n.edge(table, tn, certificate, manager); err != nil {
 		return err
 	}
 
@@ -302,7 +304,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	return err
 }
 
-func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error)) (*gateway.Service, error) {
+func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error), leads func(context.Context, hostname.Name) (hostname.Answer, error)) (*gateway.Service, error) {
 	c := &n.cfg.Core
 	var admission gateway.Admission
 	switch c.Auth.Type {
@@ -316,8 +318,9 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 		n.log.Warn("every instance whose evidence holds gets a route, whatever it runs (core.auth.type)")
 		admission = gateway.AnyAttested{}
 	}
+	custom, _ := sign.(gateway.CustomCertificates) // the private CA makes none
 	return gateway.New(gateway.Config{
-		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
+		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Custom: custom, Leads: leads, Certificate: n.ca.GetCertificate,
 		Domains: n.live.Domains, Told: n.live.told, Closed: n.live.closed,
 		Node:      gatewayNode(agreed.Node()),
 		Peers:     func() []gateway.Node { return n.others(agreed) },
@@ -325,7 +328,7 @@ func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.T
 	})
 }
 
-func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*edge.Edge, error) {
+func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), manager *acme.Manager) (*edge.Edge, error) {
 	p := &n.cfg.Core.Proxy
 	pages := http.NewServeMux()
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
@@ -339,6 +342,9 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 			Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, DNS: p.Timeouts.DNSResolve.Duration,
 			PROXY: p.Timeouts.PPHeader.Duration, Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration,
 		},
+	}
+	if manager != nil {
+		cfg.Challenge = manager.Challenged
 	}
 	if p.CustomDomains {
 		dns, err := edge.SystemDNS()

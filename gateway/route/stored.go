@@ -16,6 +16,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/strictjson"
+	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/gateway/portpolicy"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -44,6 +45,12 @@ type stored struct {
 	Policy   *storedPolicy     `json:"port_policy"` // null when not known
 	Attested int64             `json:"attested"`    // Unix milliseconds
 	Until    int64             `json:"until"`       // Unix milliseconds
+	Domains  []storedDomain    `json:"custom_domains,omitempty"`
+}
+
+type storedDomain struct {
+	Domain string `json:"domain"`
+	Port   uint16 `json:"port"`
 }
 
 type storedPolicy struct {
@@ -69,6 +76,9 @@ func (r *Record) Line() ([]byte, error) {
 		for _, p := range m.Ports {
 			s.Policy.Ports = append(s.Policy.Ports, storedPort{p.Port, p.PP, p.TLS})
 		}
+	}
+	for _, d := range r.Domains {
+		s.Domains = append(s.Domains, storedDomain{string(d.Name), d.Port})
 	}
 	doc, err := json.Marshal(s)
 	if err != nil {
@@ -124,6 +134,16 @@ func parseLine(line []byte) (r Record, err error) {
 			return r, err
 		}
 		r.Policy = &p
+	}
+	if len(s.Domains) > MaxDomains {
+		return r, errors.New("it has too many custom domains")
+	}
+	for _, d := range s.Domains {
+		name, err := hostname.ParseName(d.Domain)
+		if err != nil || string(name) != d.Domain || d.Port == 0 {
+			return r, errors.New("a custom domain is none")
+		}
+		r.Domains = append(r.Domains, Domain{name, d.Port})
 	}
 	for _, v := range []int64{s.Attested, s.Until} {
 		if v <= 0 || v > maxMillis {
