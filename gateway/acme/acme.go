@@ -114,6 +114,7 @@ type Manager struct {
 	signing  flight.Group[string, signed]
 	rates    *rates
 	slots    chan struct{} // orders of base domains under way
+	minAsk   time.Duration // see there
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -173,7 +174,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{
-		cfg: cfg, secrets: &secrets{}, rates: newRates(cfg.Limits), slots: make(chan struct{}, 4),
+		cfg: cfg, secrets: &secrets{}, rates: newRates(cfg.Limits), slots: make(chan struct{}, 4), minAsk: minAsk,
 		ctx: ctx, cancel: cancel, domains: map[hostname.Name]*domain{}, recheck: make(chan struct{}, 1),
 	}
 	m.log = slog.New(redacting{cfg.Log.Handler(), m.secrets})

@@ -287,6 +287,10 @@ func NewCA(t *testing.T, d *DNS, httpPort, tlsPort int, eab ...[2]string) *CA {
 				return
 			}
 		}
+		if strings.Contains(r.URL.Path, "renewalInfo") {
+			// Pebble has itself asked again in six hours.
+			w = sooner{w}
+		}
 		h.ServeHTTP(w, r)
 	}))
 	s.Config.ErrorLog = quiet
@@ -314,6 +318,19 @@ func (c *CA) Orders() int {
 	return c.orders
 }
 
+// sooner has the CA asked again in a second.
+type sooner struct{ http.ResponseWriter }
+
+func (s sooner) Write(b []byte) (int, error) {
+	s.Header().Set("Retry-After", "1")
+	return s.ResponseWriter.Write(b)
+}
+
+func (s sooner) WriteHeader(code int) {
+	s.Header().Set("Retry-After", "1")
+	s.ResponseWriter.WriteHeader(code)
+}
+
 // SetRenewal says when a certificate (PEM) is to be renewed (RFC 9773).
 func (c *CA) SetRenewal(t testing.TB, certificate string, start, end time.Time) {
 	t.Helper()
@@ -323,6 +340,7 @@ func (c *CA) SetRenewal(t testing.TB, certificate string, start, end time.Time) 
 		t.Fatal(err)
 	}
 	r := httptest.NewRequest(http.MethodPost, "/set-renewal-info/", bytes.NewReader(body))
+	r.Header.Set("User-Agent", "acmetest")
 	w := httptest.NewRecorder()
 	c.manage.ServeHTTP(w, r)
 	if w.Code != http.StatusOK {
