@@ -198,6 +198,9 @@ func TestThreat_C07_CustomDomainsAreForTheirAppAlone(t *testing.T) {
 	if err := s.certificate(i, "c.custom.test"); fault.Code(err) != "acme_rate" {
 		t.Errorf("a third within a day: %v", err)
 	}
+	if names := s.manager.CustomNames(t.Context()); len(names) != 2 || names[0] != "a.custom.test" || names[1] != "b.custom.test" {
+		t.Errorf("certified: %v", names)
+	}
 	if n := s.ca.Orders(); n != 2 {
 		t.Errorf("%d orders", n)
 	}

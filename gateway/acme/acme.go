@@ -38,6 +38,7 @@ import (
 	"github.com/mholt/acmez/v3"
 	"go.uber.org/zap"
 
+	"github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/flight"
@@ -112,6 +113,7 @@ type Manager struct {
 	secrets  *secrets
 	tokens   *tokens
 	signing  flight.Group[string, signed]
+	asking   flight.Group[struct{}, *gateway.AcmeInfoResponse]
 	rates    *rates
 	slots    chan struct{} // orders of base domains under way
 	minAsk   time.Duration // see there
@@ -123,7 +125,13 @@ type Manager struct {
 	mu      sync.RWMutex
 	domains map[hostname.Name]*domain
 	caa     []CAAStatus
-	closed  bool
+	info    *gateway.AcmeInfoResponse // the last answer of AcmeInfo
+	infoAt  time.Time
+	// custom are names outside the base domains, and until when (Unix seconds) they are
+	// certified.
+	custom   map[hostname.Name]int64
+	customAt time.Time // when the log of keys was read for them
+	closed   bool
 
 	recheck chan struct{} // CAA is to be looked at
 }
@@ -247,6 +255,7 @@ func (m *Manager) Close() error {
 	m.cache.Stop()
 	m.work.Wait()
 	m.signing.Wait()
+	m.asking.Wait()
 	for _, i := range m.issuers {
 		i.http.CloseIdleConnections()
 	}

@@ -74,7 +74,7 @@ func config(t testing.TB, l *ctlogtest.Log, tiled bool, k known) Config {
 	t.Helper()
 	return Config{
 		Logs: []Log{{URL: l.URL, Key: l.Key, Tiled: tiled}}, Known: k.is, Dir: t.TempDir(), HTTP: l.Client, Rate: 1e6, Every: 50 * time.Millisecond,
-		Names: func() Names {
+		Names: func(context.Context) Names {
 			return Names{Bases: []hostname.Name{"apps.gw.test"}, Exact: []hostname.Name{"shop.example.com"}}
 		},
 	}

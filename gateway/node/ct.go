@@ -9,7 +9,6 @@ import (
 
 	"github.com/dstack-go/dstack/gateway/acme"
 	"github.com/dstack-go/dstack/gateway/ctwatch"
-	"github.com/dstack-go/dstack/gateway/route"
 	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -39,7 +38,7 @@ func (c *CTConfig) check() error {
 
 // watch opens the watch of certificate logs; nil: none is configured. What is not certified
 // by the manager, which may be nil, has no business in a public log.
-func (n *Node) watch(m *acme.Manager, table *route.Table, edit ...func(*ctwatch.Config)) (*ctwatch.Watcher, error) {
+func (n *Node) watch(m *acme.Manager, edit ...func(*ctwatch.Config)) (*ctwatch.Watcher, error) {
 	c := &n.cfg.Core.CT
 	logs, err := ctwatch.ParseLogs(c.Logs)
 	if err != nil || len(logs) == 0 {
@@ -47,18 +46,13 @@ func (n *Node) watch(m *acme.Manager, table *route.Table, edit ...func(*ctwatch.
 	}
 	cfg := ctwatch.Config{
 		Logs: logs, Every: c.Interval.Duration, Webhook: c.Webhook.Reveal(), Dir: filepath.Join(n.cfg.Core.DataDir, "ct"), Log: n.log,
-		Names: func() ctwatch.Names {
+		Names: func(ctx context.Context) ctwatch.Names {
 			var names ctwatch.Names
 			for _, d := range n.live.Domains() {
 				names.Bases = append(names.Bases, d.Name)
 			}
-			if m == nil {
-				return names
-			}
-			for _, rec := range table.Records() {
-				for _, d := range rec.Domains {
-					names.Exact = append(names.Exact, d.Name)
-				}
+			if m != nil {
+				names.Exact = m.CustomNames(ctx)
 			}
 			return names
 		},

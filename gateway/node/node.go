@@ -212,7 +212,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		certificate, sign, acmeInfo = manager.GetCertificate, &orders{m: manager}, manager.AcmeInfo
 		challenge = manager.HTTPChallenge(http.NotFoundHandler())
 	}
-	watcher, err := n.watch(manager, table)
+	watcher, err := n.watch(manager)
 	if err != nil {
 		return err
 	}
