@@ -342,6 +342,7 @@ func TestDeployRefusesWhatIsUnsafeOrUnclear(t *testing.T) {
 		{"usage", []string{"--no-secure-time", "--time-server", "a:1"}},
 		{"key_scope", []string{"--key-scope", "db=x"}},
 		{"key_scope", []string{"--key-scope", "web"}},
+		{"custom_domain", []string{"--domain", "shop.example.com=80"}},
 		{"usage", []string{"--swap", "lots"}},
 	} {
 		o := d.refused(tc.code, deploy(tc.args...)...)

@@ -13,6 +13,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -63,6 +64,7 @@ type workload struct {
 	LeaseLoss  string   `name:"on-lease-loss" help:"What happens to containers when the KMS no longer authorises the instance: continue, or stop. It gets no new keys or certificates in either case." enum:",continue,stop" default:"" placeholder:"WHAT"`
 	Gateway    string   `help:"Who gives the app a public name: stack (its gateway, if it has one) or none." enum:",stack,none" default:"" placeholder:"WHO"`
 	GatewayTLS []uint16 `name:"gateway-tls" help:"Port of the VM whose TLS ends at the gateway, which then sees plaintext; may be given again. TLS of all others ends in the guest." placeholder:"PORT" sep:"none"`
+	Domain     []string `help:"Domain of your own that leads to a port of the app, with a certificate for a key of the guest's; may be given again. DNS must lead it to the gateway, and a TXT record to the app." placeholder:"NAME=PORT" sep:"none"`
 	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
 }
 
@@ -98,7 +100,7 @@ type plan struct {
 // plan decides and measures what is to run, and changes nothing.
 //
 // Codes: compose_*, image_*, port_*, key_provider_*, env_*, script_*, time_server,
-// key_scope, volume_malformed, usage, manifest_*.
+// key_scope, custom_domain, volume_malformed, usage, manifest_*.
 func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *previous) (*plan, error) {
 	p := &plan{kms: w.KMS}
 	draft := manifest.Draft{SecureTime: new(bool)}
@@ -194,6 +196,9 @@ func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *p
 	if draft.PortPolicy, err = w.portPolicy(p, was); err != nil {
 		return nil, err
 	}
+	if err := w.domains(&draft); err != nil {
+		return nil, err
+	}
 	if p.text, err = manifest.Build(draft); err != nil {
 		return nil, err
 	}
@@ -280,7 +285,7 @@ func (w *workload) stackKeys(a *app, d *manifest.Draft, was *previous) (*stack.K
 // stackGateway makes the stack's gateway the app's, unless another is meant or none.
 func (w *workload) stackGateway(a *app, d *manifest.Draft, was *previous) (*stack.Gateway, error) {
 	if w.Gateway == "none" {
-		d.GatewayEnabled, d.GatewayPolicy = false, nil
+		d.GatewayEnabled, d.GatewayPolicy, d.CustomDomains = false, nil, nil
 		return nil, nil
 	}
 	g, err := a.stack.Gateway()
@@ -479,6 +484,26 @@ func (w *workload) settings(d *manifest.Draft) error {
 	return nil
 }
 
+// domains sets the app's own domains. Code custom_domain.
+func (w *workload) domains(d *manifest.Draft) error {
+	if len(w.Domain) == 0 {
+		return nil
+	}
+	if !d.GatewayEnabled {
+		return fault.New("custom_domain", "the app has no gateway, which its domains could lead to").WithFix("run 'dstack up' without --no-gateway, and leave out --no-instance-id")
+	}
+	d.CustomDomains = nil
+	for _, text := range w.Domain {
+		name, port, ok := strings.Cut(text, "=")
+		n, err := strconv.ParseUint(port, 10, 16)
+		if !ok || err != nil || n == 0 {
+			return fault.New("custom_domain", "%q is not a domain and a port of the app", text).WithFix("write NAME=PORT, such as shop.example.com=8080")
+		}
+		d.CustomDomains = append(d.CustomDomains, manifest.CustomDomain{Domain: strings.ToLower(strings.TrimSuffix(name, ".")), Port: uint16(n)})
+	}
+	return nil
+}
+
 // scopes sets which service may ask for which keys. Code: key_scope.
 func (w *workload) scopes(d *manifest.Draft, compose *lint.Compose) error {
 	if len(w.KeyScope) > 0 {
@@ -509,6 +534,7 @@ func draftOf(m *manifest.Manifest) (manifest.Draft, error) {
 		NoInstanceID: m.NoInstanceID, SecureTime: m.SecureTime, StorageFS: m.StorageFS, SwapSize: m.SwapSize,
 		PortPolicy: &m.PortPolicy, VerityVolumes: m.VerityVolumes, ImagePolicy: m.ImagePolicy, ImageLock: m.ImageLock,
 		KeyScopes: m.KeyScopes, TimeServers: m.TimeServers, EnvSigners: m.EnvSigners, KMSPolicy: m.KMSPolicy, GatewayPolicy: m.GatewayPolicy,
+		CustomDomains: m.CustomDomains,
 	}
 	if m.OnLeaseLoss != manifest.OnLeaseLossContinue {
 		d.OnLeaseLoss = m.OnLeaseLoss

@@ -53,15 +53,17 @@ func udpPort(t *testing.T) uint16 {
 // public is a gateway with its tunnel and its public listener.
 type public struct {
 	*world
-	at  string // of the public listener
-	url string // where guests register
+	edge *edge.Edge
+	at   string // of the public listener
+	url  string // where guests register
 }
 
-func newPublic(t *testing.T, first *public, address string) *public {
+func newPublic(t *testing.T, first *public, address string, edit ...func(*public, *gateway.Config, *edge.Config)) *public {
 	t.Helper()
 	p := new(public)
 	port := udpPort(t)
 	var tn *tunnel.Tunnel
+	public := edge.Config{Rules: func() hostname.Rules { return hostname.Rules{Bases: []hostname.Name{base}} }}
 	p.world = newWorld(t, func(w *world, c *gateway.Config) {
 		w.now = time.Now  // WireGuard knows no other clock
 		if first != nil { // gateways of one domain have one CA
@@ -83,14 +85,18 @@ func newPublic(t *testing.T, first *public, address string) *public {
 		t.Cleanup(func() { tn.Close() })
 		c.Tunnel = tn
 		c.Node.Endpoint = fmt.Sprintf("127.0.0.1:%d", port)
+		p.world, public.Routes, public.Dial, public.GetCertificate = w, w.table, tn.Dial, w.ca.GetCertificate
+		c.Leads = func(ctx context.Context, name hostname.Name) (hostname.Answer, error) { return p.edge.Leads(ctx, name) }
+		for _, e := range edit {
+			e(p, c, &public)
+		}
 	})
 	p.url = "https://" + p.addr
-	e, err := edge.New(edge.Config{
-		Rules: func() hostname.Rules { return hostname.Rules{Bases: []hostname.Name{base}} }, Routes: p.table, Dial: tn.Dial, GetCertificate: p.ca.GetCertificate,
-	})
+	e, err := edge.New(public)
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.edge = e
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -170,8 +176,16 @@ func join(t *testing.T, i *instance, app string, gateways ...*public) {
 		urls = append(urls, g.url)
 	}
 	a := i.w.appraiser()
+	parsed, err := manifest.Parse(i.w.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	domains := map[string]uint16{}
+	for _, d := range parsed.CustomDomains {
+		domains[d.Domain] = d.Port
+	}
 	client, err := gwclient.New(gwclient.Config{
-		URLs: urls, Appraiser: timed{a}, Intended: channel.Intended{AppID: gatewayApp}, Attester: i.guest, Key: i.key, Signer: i.signer,
+		Domains: domains, URLs: urls, Appraiser: timed{a}, Intended: channel.Intended{AppID: gatewayApp}, Attester: i.guest, Key: i.key, Signer: i.signer,
 		App: i.guest.AppID, Instance: i.guest.InstanceID, AppCompose: i.w.manifest, Ports: []uint16{8080, 80}, Tunnel: m.tunnel, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {

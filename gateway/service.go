@@ -31,6 +31,7 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,6 +75,13 @@ type Certificates interface {
 	Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error)
 }
 
+// CustomCertificates makes certificates for keys that are elsewhere and domains that are
+// not the gateway's.
+type CustomCertificates interface {
+	// SignCustom returns what Certificates.Sign does. Orders count to owner.
+	SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) (chain []byte, notAfter, renewAt time.Time, err error)
+}
+
 // Domain is a base domain, and the port at which its names are reached.
 type Domain struct {
 	Name hostname.Name
@@ -99,6 +107,10 @@ type Config struct {
 	Tunnel    Tunnel
 	// Certificates makes those of apps; nil: there are none.
 	Certificates Certificates
+	// Custom makes those of apps' own domains, of which Leads says where TXT leads them
+	// now; nil: there are none.
+	Custom CustomCertificates
+	Leads  func(context.Context, hostname.Name) (hostname.Answer, error)
 	// AcmeInfo tells the accounts and keys at public authorities; nil: there are none.
 	AcmeInfo func(context.Context) (*api.AcmeInfoResponse, error)
 	// Domains are the base domains, the preferred first.
@@ -300,8 +312,9 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 		return nil, err
 	}
 	var policy *portpolicy.Policy
+	var domains []route.Domain
 	if certified := who.info != nil; !certified || len(r.AppCompose) > 0 {
-		if policy, err = measuredPolicy(r.AppCompose, who.identity.ComposeHash); err != nil {
+		if policy, domains, err = measuredPolicy(r.AppCompose, who.identity.ComposeHash); err != nil {
 			return nil, err
 		}
 	}
@@ -321,7 +334,7 @@ func (s *Service) admit(ctx context.Context, r *api.RegisterCvmRequest) (*api.Re
 	}
 	rec := route.Record{
 		App: who.identity.AppID, Instance: *who.identity.InstanceID, Compose: who.identity.ComposeHash,
-		Key: key, Policy: policy, Attested: who.at, Until: until, CertificateOnly: who.info != nil,
+		Key: key, Policy: policy, Domains: domains, Attested: who.at, Until: until, CertificateOnly: who.info != nil,
 	}
 	lock := &s.registering[int(rec.Instance[0])%len(s.registering)]
 	lock.Lock()
@@ -443,25 +456,34 @@ func addressOf(network netip.Prefix, id dstack.InstanceID, n int) (netip.Addr, b
 	return a, wgconfig.Inside(network, a)
 }
 
-// measuredPolicy is the port policy of the manifest with the hash. Code register_manifest.
-func measuredPolicy(text []byte, hash dstack.ComposeHash) (*portpolicy.Policy, error) {
+// measuredPolicy is the port policy, and the custom domains, of the manifest with the
+// hash. Code register_manifest.
+func measuredPolicy(text []byte, hash dstack.ComposeHash) (*portpolicy.Policy, []route.Domain, error) {
 	switch {
 	case len(text) == 0:
-		return nil, fault.New("register_manifest", "the app's manifest is missing: its ports are not known")
+		return nil, nil, fault.New("register_manifest", "the app's manifest is missing: its ports are not known")
 	case len(text) > maxManifest:
-		return nil, fault.New("register_manifest", "the manifest has %d bytes, more than %d", len(text), maxManifest)
+		return nil, nil, fault.New("register_manifest", "the manifest has %d bytes, more than %d", len(text), maxManifest)
 	case sha256.Sum256(text) != hash:
-		return nil, fault.New("register_manifest", "the manifest is not the one that the instance measured (%s)", hash)
+		return nil, nil, fault.New("register_manifest", "the manifest is not the one that the instance measured (%s)", hash)
 	}
 	m, err := manifest.Parse(text)
 	if err != nil {
-		return nil, fault.Wrap(err, "register_manifest", "the app's manifest")
+		return nil, nil, fault.Wrap(err, "register_manifest", "the app's manifest")
 	}
 	p, err := portpolicy.New(m.PortPolicy)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return &p, nil
+	var domains []route.Domain
+	for _, c := range m.CustomDomains {
+		name, err := hostname.ParseName(c.Domain)
+		if err != nil {
+			return nil, nil, fault.Wrap(err, "register_manifest", "the app's custom domains")
+		}
+		domains = append(domains, route.Domain{Name: name, Port: c.Port})
+	}
+	return &p, domains, nil
 }
 
 func (s *Service) reply(rec route.Record) *api.RegisterCvmResponse {
@@ -535,8 +557,9 @@ func (s *Service) peers(context.Context, *emptypb.Empty) (*api.GetPeersResponse,
 }
 
 // certificate gets one for the key of the caller's own channel and names that are its
-// own. Codes of caller; certificate_request, certificate_key, certificate_name,
-// certificate_none (this gateway makes none), those of Certificates.
+// own: on base domains, or one custom domain. Codes of caller; certificate_request,
+// certificate_key, certificate_name, certificate_none (this gateway makes none), those of
+// ownDomain, those of Certificates and CustomCertificates.
 func (s *Service) certificate(ctx context.Context, r *api.GetCertificateRequest) (*api.GetCertificateResponse, error) {
 	peer, _, err := s.caller(ctx)
 	if err != nil {
@@ -558,11 +581,24 @@ func (s *Service) certificate(ctx context.Context, r *api.GetCertificateRequest)
 	if !bytes.Equal(csr.RawSubjectPublicKeyInfo, peer.SPKI) {
 		return nil, fault.New("certificate_key", "the request is for another key than this channel's, which the guest's init committed to")
 	}
-	names, err := s.ownNames(csr, peer.Identity)
-	if err != nil {
+	var chain []byte
+	var notAfter, renewAt time.Time
+	names, custom, err := s.names(csr)
+	switch {
+	case err != nil:
 		return nil, err
+	case custom:
+		if err := s.ownDomain(ctx, names[0], peer.Identity); err != nil {
+			s.log.Info("certificate refused", "app", peer.Identity.AppID.String(), "domain", names[0], "code", fault.Code(err), "error", err)
+			return nil, err
+		}
+		chain, notAfter, renewAt, err = s.cfg.Custom.SignCustom(ctx, csr, names[0], peer.Identity.AppID.String())
+	default:
+		if err := s.ownNames(names, peer.Identity); err != nil {
+			return nil, err
+		}
+		chain, notAfter, renewAt, err = s.cfg.Certificates.Sign(ctx, csr, names)
 	}
-	chain, notAfter, renewAt, err := s.cfg.Certificates.Sign(ctx, csr, names)
 	if err != nil {
 		s.log.Warn("certificate", "app", peer.Identity.AppID.String(), "code", fault.Code(err), "error", err)
 		return nil, err
@@ -572,32 +608,91 @@ func (s *Service) certificate(ctx context.Context, r *api.GetCertificateRequest)
 	return &api.GetCertificateResponse{Chain: string(chain), NotAfter: uint64(notAfter.Unix()), RenewAt: uint64(renewAt.Unix())}, nil
 }
 
-// ownNames are the names of a request, each of which leads to the identity.
-func (s *Service) ownNames(csr *x509.CertificateRequest, id channel.Identity) ([]hostname.Name, error) {
+// names are the names of a request: forms on base domains, or one custom domain.
+func (s *Service) names(csr *x509.CertificateRequest) (names []hostname.Name, custom bool, err error) {
 	if len(csr.DNSNames) == 0 || len(csr.DNSNames) > maxNames || len(csr.IPAddresses)+len(csr.EmailAddresses)+len(csr.URIs) > 0 {
-		return nil, fault.New("certificate_name", "a request names 1 to %d hosts and nothing else", maxNames)
+		return nil, false, fault.New("certificate_name", "a request names 1 to %d hosts and nothing else", maxNames)
 	}
+	rules := s.rules()
+	for _, text := range csr.DNSNames {
+		name, err := hostname.ParseName(text)
+		if err != nil {
+			return nil, false, fault.Wrap(err, "certificate_name", "the request's name %q", text)
+		}
+		if _, parent := name.Split(); parent == "" {
+			return nil, false, fault.New("certificate_name", "the request's name %s lies in no domain", name)
+		}
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+		if !slices.ContainsFunc(rules.Bases, func(base hostname.Name) bool {
+			return name == base || strings.HasSuffix(string(name), "."+string(base))
+		}) {
+			custom = true
+		}
+	}
+	if custom && len(names) > 1 {
+		return nil, false, fault.New("certificate_name", "a certificate for a custom domain is for that alone")
+	}
+	return names, custom, nil
+}
+
+func (s *Service) rules() hostname.Rules {
 	rules := hostname.Rules{}
 	for _, d := range s.cfg.Domains() {
 		rules.Bases = append(rules.Bases, d.Name)
 	}
-	var out []hostname.Name
-	for _, text := range csr.DNSNames {
-		name, err := hostname.ParseName(text)
-		if err != nil {
-			return nil, fault.Wrap(err, "certificate_name", "the request's name %q", text)
-		}
+	return rules
+}
+
+// ownNames reports whether each name leads to the identity. Code certificate_name.
+func (s *Service) ownNames(names []hostname.Name, id channel.Identity) error {
+	rules := s.rules()
+	for _, name := range names {
 		d, err := rules.Resolve(name)
 		if err != nil {
-			return nil, fault.Wrap(err, "certificate_name", "the request's name %s", name)
+			return fault.Wrap(err, "certificate_name", "the request's name %s", name)
 		}
-		b, ok := d.ID.Bytes()
-		if d.Kind != hostname.App || !ok || b != id.AppID && (id.InstanceID == nil || b != *id.InstanceID) {
-			return nil, fault.New("certificate_name", "%s does not lead to app %s", name, id.AppID)
-		}
-		if !slices.Contains(out, name) {
-			out = append(out, name)
+		if d.Kind != hostname.App || !isOf(d.ID, id) {
+			return fault.New("certificate_name", "%s does not lead to app %s", name, id.AppID)
 		}
 	}
-	return out, nil
+	return nil
+}
+
+// isOf reports whether an id of a name is the identity's app or instance.
+func isOf(text hostname.ID, id channel.Identity) bool {
+	b, ok := text.Bytes()
+	return ok && (b == id.AppID || id.InstanceID != nil && b == *id.InstanceID)
+}
+
+// ownDomain reports whether a custom domain is one of the caller's measured manifest, with
+// which it registered here, and leads to the caller. Codes certificate_none,
+// certificate_route (not registered), certificate_domain (not in the list), certificate_txt
+// (it leads elsewhere), those of Leads.
+func (s *Service) ownDomain(ctx context.Context, name hostname.Name, id channel.Identity) error {
+	if s.cfg.Custom == nil || s.cfg.Leads == nil {
+		return fault.New("certificate_none", "this gateway makes no certificates for custom domains")
+	}
+	rt, ok := s.cfg.Routes.Instance(*id.InstanceID)
+	if !ok {
+		return fault.New("certificate_route", "the instance is not registered here")
+	}
+	rec := rt.Record()
+	if rec.App != id.AppID || rec.Compose != id.ComposeHash {
+		return fault.New("certificate_route", "the instance registered with another manifest")
+	}
+	i := slices.IndexFunc(rec.Domains, func(d route.Domain) bool { return d.Name == name })
+	if i < 0 {
+		return fault.New("certificate_domain", "%s is not in custom_domains of the app's manifest", name)
+	}
+	a, err := s.cfg.Leads(ctx, name)
+	if err != nil {
+		return err
+	}
+	if !isOf(a.ID, id) || a.Port != rec.Domains[i].Port {
+		return fault.New("certificate_txt", "the TXT record of %s does not lead to port %d of app %s", name, rec.Domains[i].Port, id.AppID).
+			WithFix("set %s.%s to %s:%d", s.cfg.TXTPrefix, name, id.AppID, rec.Domains[i].Port)
+	}
+	return nil
 }

@@ -48,6 +48,7 @@ type Draft struct {
 	EnvSigners    [][]byte // Ed25519 public keys
 	KMSPolicy     *PeerPolicy
 	GatewayPolicy *PeerPolicy
+	CustomDomains []CustomDomain
 	OnLeaseLoss   string
 }
 
@@ -185,6 +186,13 @@ func Build(d Draft) ([]byte, error) {
 	}
 	if d.GatewayPolicy != nil {
 		o["gateway_policy"] = d.GatewayPolicy.document()
+	}
+	if len(d.CustomDomains) > 0 {
+		domains := make([]any, len(d.CustomDomains))
+		for i, c := range d.CustomDomains {
+			domains[i] = object{"domain": c.Domain, "port": int(c.Port)}
+		}
+		o["custom_domains"] = domains
 	}
 	b, err := appendJCS(nil, o)
 	if err != nil {

@@ -104,6 +104,7 @@ type Manifest struct {
 	EnvSigners    [][]byte            // env_signers (ours): Ed25519 public keys, 32 bytes each
 	KMSPolicy     *PeerPolicy         // kms_policy (ours): nil when absent
 	GatewayPolicy *PeerPolicy         // gateway_policy (ours): nil when absent
+	CustomDomains []CustomDomain      // custom_domains (ours): at most MaxCustomDomains
 	OnLeaseLoss   string              // on_lease_loss (ours): continue or stop
 
 	Raw []byte // the exact bytes that were parsed
@@ -259,6 +260,7 @@ func Parse(raw []byte) (*Manifest, error) {
 	m.TimeServers = d.timeServers()
 	m.EnvSigners = d.envSigners()
 	m.KMSPolicy, m.GatewayPolicy = d.peerPolicy("kms_policy"), d.peerPolicy("gateway_policy")
+	m.CustomDomains = d.customDomains()
 	m.OnLeaseLoss = d.optionalString("on_lease_loss")
 	if d.err != nil {
 		return nil, d.err
@@ -314,6 +316,9 @@ func (m *Manifest) check(top object) error {
 	}
 	if m.GatewayPolicy != nil && !m.GatewayWanted() {
 		return fieldError("gateway_policy", "says which gateway gets the app's traffic, but gateway_enabled is false")
+	}
+	if err := m.checkDomains(); err != nil {
+		return err
 	}
 	if k := m.KeyProviderKind(); m.KMSPolicy != nil && k != KeyProviderKMS {
 		return fieldError("kms_policy", "says which KMS may give keys, but the key provider is %s", k)

@@ -3,6 +3,7 @@
 package acme
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -13,8 +14,10 @@ import (
 	"slices"
 	"time"
 
+	"github.com/caddyserver/certmagic"
 	"github.com/mholt/acmez/v3/acme"
 
+	"github.com/dstack-go/dstack/gateway/caa"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -30,6 +33,9 @@ type accountRecord struct {
 	Key       []byte   `json:"key_pkcs8"`
 	At        int64    `json:"at"` // Unix seconds
 	Old       []string `json:"old"`
+	Identity  string   `json:"identity,omitempty"` // as the directory told it
+	// Retiring is the key of the first of Old until that account is deactivated.
+	Retiring []byte `json:"retiring_pkcs8,omitempty"`
 	// Evidence that this gateway holds the account; empty until it is made.
 	Quote       string `json:"quote"`
 	Attestation string `json:"attestation"`
@@ -93,10 +99,14 @@ func (r *accountRecord) check() (*ecdsa.PrivateKey, error) {
 	if r.Version != 1 {
 		return nil, errors.New("its version is not 1")
 	}
-	if r.URI == "" || len(r.URI) > 2048 || len(r.Old) > maxOldAccounts {
+	if r.URI == "" || len(r.URI) > 2048 || len(r.Old) > maxOldAccounts || len(r.Identity) > 253 || len(r.Retiring) > 0 && len(r.Old) == 0 {
 		return nil, errors.New("it has no URI, or too long ones")
 	}
-	parsed, err := x509.ParsePKCS8PrivateKey(r.Key)
+	return parseKey(r.Key)
+}
+
+func parseKey(pkcs8 []byte) (*ecdsa.PrivateKey, error) {
+	parsed, err := x509.ParsePKCS8PrivateKey(pkcs8)
 	if err != nil {
 		return nil, errors.New("its key does not parse")
 	}
@@ -126,7 +136,11 @@ func (i *caIssuer) register(ctx context.Context, client *acme.Client, before *ac
 		return nil, nil, fault.Wrap(err, "acme_account", "making an account at the CA %s", i.ca.Name)
 	}
 	r := &accountRecord{Version: 1, CA: i.ca.Name, Directory: i.ca.Directory, URI: account.Location, At: time.Now().Unix(), Old: []string{}}
+	if r.Identity, err = i.identity(ctx, client); err != nil {
+		return nil, nil, err
+	}
 	if before != nil {
+		r.Retiring = before.Key
 		r.Old = append(r.Old, before.URI)
 		r.Old = append(r.Old, before.Old[:min(len(before.Old), maxOldAccounts-1)]...)
 	}
@@ -164,7 +178,7 @@ func (i *caIssuer) attestAccount(ctx context.Context, r *accountRecord) error {
 func (i *caIssuer) public(r *accountRecord, key *ecdsa.PrivateKey) (Account, error) {
 	spki, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
 	return Account{
-		CA: i.ca.Name, Identity: i.ca.Identity, URI: r.URI, SPKI: spki, Old: slices.Clone(r.Old),
+		CA: i.ca.Name, Identity: cmp.Or(i.ca.Identity, r.Identity), URI: r.URI, SPKI: spki, Old: slices.Clone(r.Old),
 		Quote: r.Quote, Attestation: r.Attestation,
 	}, err
 }
@@ -211,61 +225,145 @@ func (m *Manager) Register(ctx context.Context) ([]Account, error) {
 		if list[n].Identity != "" {
 			continue
 		}
-		dir, err := i.client().GetDirectory(ctx)
+		list[n].Identity, err = i.identity(ctx, i.client().Client)
 		if err = i.settle(err); err != nil {
 			return nil, err
 		}
-		if dir.Meta == nil || len(dir.Meta.CAAIdentities) == 0 {
-			return nil, fault.New("acme_ca", "the CA %s does not say what CAA calls it", i.ca.Name).WithFix("configure its identity")
-		}
-		list[n].Identity = clip(dir.Meta.CAAIdentities[0])
 	}
 	return list, nil
 }
 
-// Rotate replaces the account at a CA by one with a new key. pin is called with the new
-// account before it is used, so that CAA records can name it beside the old; when it fails,
-// the old account stays. The caller removes the old account from CAA afterwards. Codes
-// acme_ca, acme_ca_down, acme_order, acme_account, acme_attest, acme_pin.
-func (m *Manager) Rotate(ctx context.Context, ca string, pin func(ctx context.Context, next Account) error) (Account, error) {
-	n := slices.IndexFunc(m.issuers, func(i *caIssuer) bool { return i.ca.Name == ca })
-	if n < 0 {
-		return Account{}, fault.New("acme_ca", "this gateway has no CA %q", clip(ca))
+// identity is what CAA calls the CA. Code acme_ca: nobody says.
+func (i *caIssuer) identity(ctx context.Context, client *acme.Client) (string, error) {
+	if i.ca.Identity != "" {
+		return i.ca.Identity, nil
 	}
-	i := m.issuers[n]
+	dir, err := client.GetDirectory(ctx)
+	if err != nil {
+		return "", err
+	}
+	if dir.Meta == nil || len(dir.Meta.CAAIdentities) == 0 || len(dir.Meta.CAAIdentities[0]) > 253 {
+		return "", fault.New("acme_ca", "the CA %s does not say what CAA calls it", i.ca.Name).WithFix("configure its identity")
+	}
+	return dir.Meta.CAAIdentities[0], nil
+}
+
+// RotateAccount replaces the account at each CA by one with a new key: the new account is
+// named by CAA beside the old, attested, and used; then CAA names it alone, and the old one
+// is deactivated. It returns the accounts there are then. An account whose successor CAA
+// cannot be made to name stays. Codes acme_ca_down, acme_order, acme_account, acme_attest,
+// acme_pin, and those of SetCAA and acme_deactivate, with which the new account is in use.
+func (m *Manager) RotateAccount(ctx context.Context) ([]Account, error) {
+	if _, err := m.Register(ctx); err != nil {
+		return nil, err
+	}
+	for _, i := range m.issuers {
+		err := locked(ctx, m.cfg.Storage, i.accountKey(), func() error { return i.rotate(ctx) })
+		if err != nil {
+			return nil, err
+		}
+	}
+	accounts, err := m.Accounts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	if m.cfg.CAA != CAAOff {
+		errs = append(errs, m.pin(ctx, pins(accounts)))
+	}
+	for _, i := range m.issuers {
+		errs = append(errs, i.retire(ctx))
+	}
+	return accounts, errors.Join(errs...)
+}
+
+// rotate makes the next account the one in use. The caller holds the account's lock.
+func (i *caIssuer) rotate(ctx context.Context) error {
 	if err := i.rest(); err != nil {
-		return Account{}, err
+		return err
 	}
-	var next Account
-	err := locked(ctx, m.cfg.Storage, i.accountKey(), func() error {
-		old, _, err := i.stored(ctx)
-		if errors.Is(err, errAbsent) {
-			return fault.New("acme_account", "there is no account at the CA %s to replace", ca)
+	old, _, err := i.stored(ctx)
+	if err != nil {
+		return err
+	}
+	if len(old.Retiring) > 0 {
+		// Two keys cannot wait; the one before goes first.
+		if err := i.deactivate(ctx, old); err != nil {
+			return err
+		}
+	}
+	r, key, err := i.register(ctx, i.client().Client, old)
+	if err = i.settle(err); err != nil {
+		return err
+	}
+	next, err := i.public(r, key)
+	if err != nil {
+		return err
+	}
+	if err := i.m.pinNext(ctx, next); err != nil {
+		return fault.Wrap(err, "acme_pin", "the new account %s at the CA %s is not named by CAA; the old one stays", r.URI, i.ca.Name).
+			WithFix("give the gateway a DNS credential for the domains' own zones, or name both accounts by hand until it is done")
+	}
+	if i.m.cfg.Attest != nil {
+		return i.attestAccount(ctx, r)
+	}
+	return store(ctx, i.m.cfg.Storage, i.accountKey(), r)
+}
+
+// pinNext lets CAA name an account beside those in use, or sees that it lets it issue.
+func (m *Manager) pinNext(ctx context.Context, next Account) error {
+	if m.cfg.CAA == CAAOff {
+		return nil
+	}
+	accounts, err := m.Accounts(ctx)
+	if err != nil {
+		return err
+	}
+	err = m.pin(ctx, pins(append(accounts, next)))
+	if err == nil {
+		return nil
+	}
+	for _, d := range m.managedDomains() {
+		_, set, bad := caa.Lookup(ctx, certmagic.RecursiveNameservers(m.cfg.Resolvers), string(d.Name))
+		for _, wildcard := range []bool{false, true} {
+			if bad != nil || !caa.Permits(set, caa.Request{Issuer: next.Identity, Account: next.URI, Method: string(DNS01), Wildcard: wildcard}) {
+				return errors.Join(err, bad)
+			}
+		}
+	}
+	m.log.Warn("CAA is not ours to set, and lets the new account issue", "error", err)
+	return nil
+}
+
+// retire deactivates the account before, if that is still to be done. Code acme_deactivate.
+func (i *caIssuer) retire(ctx context.Context) error {
+	return locked(ctx, i.m.cfg.Storage, i.accountKey(), func() error {
+		r, _, err := i.stored(ctx)
+		if errors.Is(err, errAbsent) || err == nil && len(r.Retiring) == 0 {
+			return nil
 		}
 		if err != nil {
 			return err
 		}
-		r, key, err := i.register(ctx, i.client().Client, old)
-		if err = i.settle(err); err != nil {
-			return err
-		}
-		if next, err = i.public(r, key); err != nil {
-			return err
-		}
-		if pin != nil {
-			if err := pin(ctx, next); err != nil {
-				return fault.Wrap(err, "acme_pin", "the new account %s at the CA %s is not named by CAA; the old one stays", r.URI, ca)
-			}
-		}
-		if m.cfg.Attest != nil {
-			if err := i.attestAccount(ctx, r); err != nil {
-				return err
-			}
-		} else if err := store(ctx, m.cfg.Storage, i.accountKey(), r); err != nil {
-			return err
-		}
-		next, err = i.public(r, key)
-		return err
+		return i.deactivate(ctx, r)
 	})
-	return next, err
+}
+
+func (i *caIssuer) deactivate(ctx context.Context, r *accountRecord) error {
+	key, err := parseKey(r.Retiring)
+	if err == nil {
+		client := i.client().Client
+		if _, err = client.GetDirectory(ctx); err == nil {
+			_, err = client.UpdateAccount(ctx, acme.Account{Status: acme.StatusDeactivated, Location: r.Old[0], PrivateKey: key})
+		}
+		var problem acme.Problem
+		if errors.As(err, &problem) && (problem.Type == acme.ProblemTypeUnauthorized || problem.Type == acme.ProblemTypeAccountDoesNotExist) {
+			err = nil // it is already
+		}
+	}
+	if err != nil {
+		return fault.Wrap(i.m.secrets.error(err), "acme_deactivate", "deactivating the old account %s at the CA %s; it is tried again", clip(r.Old[0]), i.ca.Name)
+	}
+	r.Retiring = nil
+	return store(ctx, i.m.cfg.Storage, i.accountKey(), r)
 }

@@ -38,6 +38,7 @@ import (
 	"github.com/mholt/acmez/v3"
 	"go.uber.org/zap"
 
+	"github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/internal/fault"
 	"github.com/dstack-go/dstack/internal/flight"
@@ -71,6 +72,9 @@ type Config struct {
 	// Allowed says whether a certificate may be ordered for a name outside the base
 	// domains, at the time of a handshake. Nil refuses all.
 	Allowed func(ctx context.Context, name hostname.Name) error
+	// CAA is what is done about CAA records of the base domains: CAACheck, CAASet, or
+	// nothing; "" is CAAOff.
+	CAA string
 	// Attest makes the evidence that binds report data to this gateway. Nil: no key is
 	// attested (development). When it fails, no certificate is ordered for the key.
 	Attest func(ctx context.Context, reportData [64]byte) (quote, attestation string, err error)
@@ -109,8 +113,10 @@ type Manager struct {
 	secrets  *secrets
 	tokens   *tokens
 	signing  flight.Group[string, signed]
+	asking   flight.Group[struct{}, *gateway.AcmeInfoResponse]
 	rates    *rates
 	slots    chan struct{} // orders of base domains under way
+	minAsk   time.Duration // see there
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -118,7 +124,16 @@ type Manager struct {
 
 	mu      sync.RWMutex
 	domains map[hostname.Name]*domain
-	closed  bool
+	caa     []CAAStatus
+	info    *gateway.AcmeInfoResponse // the last answer of AcmeInfo
+	infoAt  time.Time
+	// custom are names outside the base domains, and until when (Unix seconds) they are
+	// certified.
+	custom   map[hostname.Name]int64
+	customAt time.Time // when the log of keys was read for them
+	closed   bool
+
+	recheck chan struct{} // CAA is to be looked at
 }
 
 // domain is a base domain under management.
@@ -154,14 +169,21 @@ func New(cfg Config) (*Manager, error) {
 			return nil, fault.New("acme_config", "%q is no challenge", method).WithFix("use %s, %s or %s", DNS01, TLSALPN01, HTTP01)
 		}
 	}
+	switch cfg.CAA {
+	case "":
+		cfg.CAA = CAAOff
+	case CAAOff, CAACheck, CAASet:
+	default:
+		return nil, fault.New("acme_config", "CAA is to be %s, %s or %s, not %q", CAAOff, CAACheck, CAASet, clip(cfg.CAA))
+	}
 	if len(cfg.CAs) == 0 {
 		return nil, fault.New("acme_config", "no CA is configured, and none is assumed").
 			WithFix("name the directory of an ACME CA, better of two")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{
-		cfg: cfg, secrets: &secrets{}, rates: newRates(cfg.Limits), slots: make(chan struct{}, 4),
-		ctx: ctx, cancel: cancel, domains: map[hostname.Name]*domain{},
+		cfg: cfg, secrets: &secrets{}, rates: newRates(cfg.Limits), slots: make(chan struct{}, 4), minAsk: minAsk,
+		ctx: ctx, cancel: cancel, domains: map[hostname.Name]*domain{}, recheck: make(chan struct{}, 1),
 	}
 	m.log = slog.New(redacting{cfg.Log.Handler(), m.secrets})
 	m.zap = zaplog.New(m.log.Handler())
@@ -190,6 +212,7 @@ func New(cfg Config) (*Manager, error) {
 	if cfg.Allowed != nil {
 		m.onDemand = m.config(&certmagic.OnDemandConfig{DecisionFunc: m.decide})
 	}
+	m.work.Go(m.keepRecords)
 	return m, nil
 }
 
@@ -232,6 +255,7 @@ func (m *Manager) Close() error {
 	m.cache.Stop()
 	m.work.Wait()
 	m.signing.Wait()
+	m.asking.Wait()
 	for _, i := range m.issuers {
 		i.http.CloseIdleConnections()
 	}
@@ -294,6 +318,10 @@ func (m *Manager) SetDomains(_ context.Context, list []Domain) error {
 	}
 	m.mu.Unlock()
 	m.cache.RemoveManaged(gone)
+	select {
+	case m.recheck <- struct{}{}:
+	default:
+	}
 	return nil
 }
 

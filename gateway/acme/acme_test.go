@@ -73,14 +73,21 @@ func caOf(name string, c *acmetest.CA) CA {
 // open starts a manager of base on a directory.
 func open(t *testing.T, dir string, d *acmetest.DNS, cas ...CA) (*Manager, *lines) {
 	t.Helper()
+	return openWith(t, dir, d, func(*Config) {}, cas...)
+}
+
+func openWith(t *testing.T, dir string, d *acmetest.DNS, edit func(*Config), cas ...CA) (*Manager, *lines) {
+	t.Helper()
 	log := &lines{}
-	m, err := New(Config{
+	cfg := Config{
 		Storage: &certmagic.FileStorage{Path: dir}, CAs: cas, Resolvers: []string{d.Addr},
 		Log: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Attest: func(_ context.Context, data [64]byte) (string, string, error) {
 			return "quote " + hex.EncodeToString(data[:]), "attestation", nil
 		},
-	})
+	}
+	edit(&cfg)
+	m, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

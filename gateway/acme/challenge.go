@@ -101,6 +101,13 @@ func (t *tokens) certificate(ctx context.Context, name hostname.Name) (*tls.Cert
 	})
 }
 
+// Challenged reports whether a name is being proven by TLS-ALPN-01, by any node on the
+// storage.
+func (m *Manager) Challenged(ctx context.Context, name hostname.Name) bool {
+	_, ok := m.tokens.find(ctx, acme.ChallengeTypeTLSALPN01, name)
+	return ok
+}
+
 const challengePath = "/.well-known/acme-challenge/"
 
 // HTTPChallenge answers HTTP-01 challenges of any node on the storage and passes everything

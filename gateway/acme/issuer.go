@@ -295,15 +295,6 @@ func (i *caIssuer) GetRenewalInfo(ctx context.Context, cert certmagic.Certificat
 	return info, i.settle(err)
 }
 
-func (i *caIssuer) renewAt(ctx context.Context, leaf *x509.Certificate) time.Time {
-	own := twoThirds(leaf)
-	info, err := i.GetRenewalInfo(ctx, certmagic.Certificate{Certificate: tls.Certificate{Leaf: leaf}})
-	if err != nil || info.SelectedTime.IsZero() || info.SelectedTime.After(leaf.NotAfter) {
-		return own
-	}
-	return info.SelectedTime
-}
-
 // twoThirds is when a certificate is due without the CA's word, spread over a twentieth of
 // its lifetime, earlier.
 func twoThirds(leaf *x509.Certificate) time.Time {
@@ -380,10 +371,10 @@ func isECDSA(key any) bool {
 	return ok && (k.Curve.Params().BitSize == 256 || k.Curve.Params().BitSize == 384)
 }
 
-// metadataRenewal is when the CA wants a certificate renewed, if it came with it.
-func metadataRenewal(metadata any) time.Time {
-	if cert, ok := metadata.(acme.Certificate); ok && cert.RenewalInfo != nil {
-		return cert.RenewalInfo.SelectedTime
+// metadataRenewal is when the CA wants a certificate renewed, if that came with it.
+func metadataRenewal(metadata any) *acme.RenewalInfo {
+	if cert, ok := metadata.(acme.Certificate); ok {
+		return cert.RenewalInfo
 	}
-	return time.Time{}
+	return nil
 }

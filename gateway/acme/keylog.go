@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack/api/gateway"
+	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -24,8 +25,12 @@ import (
 const (
 	keyGrace = 90 * 24 * time.Hour
 	maxKeys  = 20_000
+	// maxKeyNames is the most names that are noted of a key.
+	maxKeyNames = 128
 	// MaxInfoKeys is the most keys that one answer of AcmeInfo holds.
 	MaxInfoKeys = 200
+	// infoLife is how long an answer is given again: anyone asks.
+	infoLife = 5 * time.Second
 )
 
 // keyRecord is a key that this gateway ordered certificates for.
@@ -91,7 +96,66 @@ func (m *Manager) certified(ctx context.Context, leaf *x509.Certificate) error {
 		return err
 	}
 	r.Until = max(r.Until, leaf.NotAfter.Unix())
+	for _, name := range leaf.DNSNames { // one key has certificates for several sets of names
+		if !slices.Contains(r.Names, name) && len(r.Names) < maxKeyNames {
+			r.Names = append(r.Names, name)
+		}
+	}
+	m.addCustom(r)
 	return store(ctx, m.cfg.Storage, key, r)
+}
+
+// customEvery is how often the log of keys is read for what other nodes certified.
+const customEvery = 10 * time.Minute
+
+// addCustom notes names outside the base domains whose control was proven: a key is in the
+// log before that, for no longer than an order takes.
+func (m *Manager) addCustom(r *keyRecord) {
+	if r.Until-r.At <= int64(orderTime/time.Second) {
+		return
+	}
+	for _, text := range r.Names {
+		if name, err := hostname.ParseName(text); err == nil && m.domainOf(string(name)) == nil {
+			m.mu.Lock()
+			if m.custom == nil {
+				m.custom = map[hostname.Name]int64{}
+			}
+			m.custom[name] = max(m.custom[name], r.Until)
+			m.mu.Unlock()
+		}
+	}
+}
+
+// CustomNames are the names outside the base domains that a certificate is good for which
+// this gateway, or another on its storage, ordered; those of others may be ten minutes late.
+func (m *Manager) CustomNames(ctx context.Context) []hostname.Name {
+	m.mu.Lock()
+	read := time.Since(m.customAt) > customEvery
+	if read {
+		m.customAt = time.Now()
+	}
+	m.mu.Unlock()
+	if read {
+		records, err := m.keyRecords(ctx)
+		if err != nil {
+			m.log.Warn("reading what custom domains were certified", "error", err)
+		}
+		for _, r := range records {
+			m.addCustom(r)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []hostname.Name
+	for name, until := range m.custom {
+		if until < time.Now().Unix() {
+			delete(m.custom, name)
+			continue
+		}
+		out = append(out, name)
+	}
+	slices.Sort(out)
+	return out
 }
 
 // KnownKey reports whether a certificate with this key may exist: it is in the log of keys
@@ -182,8 +246,20 @@ func (m *Manager) Prune(ctx context.Context) (int, error) {
 }
 
 // AcmeInfo is what anyone may ask: the account of the first CA that has one, and the newest
-// keys, with evidence for each. It holds at most MaxInfoKeys keys.
+// keys, with evidence for each. It holds at most MaxInfoKeys keys, and may be some seconds
+// old; it is not to be changed.
 func (m *Manager) AcmeInfo(ctx context.Context) (*gateway.AcmeInfoResponse, error) {
+	m.mu.RLock()
+	info, at := m.info, m.infoAt
+	m.mu.RUnlock()
+	if info != nil && time.Since(at) < infoLife {
+		return info, nil
+	}
+	info, _, err := m.asking.Do(ctx, m.ctx, struct{}{}, m.makeInfo)
+	return info, err
+}
+
+func (m *Manager) makeInfo(ctx context.Context) (*gateway.AcmeInfoResponse, error) {
 	accounts, err := m.Accounts(ctx)
 	if err != nil {
 		return nil, err
@@ -200,5 +276,8 @@ func (m *Manager) AcmeInfo(ctx context.Context) (*gateway.AcmeInfoResponse, erro
 	for _, k := range keys {
 		info.QuotedHistKeys = append(info.QuotedHistKeys, &gateway.QuotedPublicKey{PublicKey: k.SPKI, Quote: k.Quote, Attestation: k.Attestation})
 	}
+	m.mu.Lock()
+	m.info, m.infoAt = info, time.Now()
+	m.mu.Unlock()
 	return info, nil
 }

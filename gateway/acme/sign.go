@@ -5,6 +5,7 @@ package acme
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -13,6 +14,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/caddyserver/certmagic"
+	"github.com/mholt/acmez/v3/acme"
 	"golang.org/x/time/rate"
 
 	"github.com/dstack-go/dstack/gateway/hostname"
@@ -43,34 +46,76 @@ type signedRecord struct {
 	Names   []string `json:"names"`
 	Chain   string   `json:"chain"`    // PEM
 	RenewAt int64    `json:"renew_at"` // Unix seconds
+	// AskAt is when the CA is asked again when to renew (RFC 9773 §4.3), Unix seconds; 0:
+	// not at all. Window is what it said: start and end, Unix seconds.
+	AskAt  int64    `json:"ask_at,omitempty"`
+	Window [2]int64 `json:"window,omitempty"`
 }
 
 type signed struct {
-	chain   []byte
-	renewAt time.Time
+	chain          []byte
+	renewAt, askAt time.Time // askAt zero: never
+}
+
+// next is when whoever has the chain is to ask again: when it is due, or may have become so.
+func (s signed) next() time.Time {
+	if s.askAt.IsZero() || s.askAt.After(s.renewAt) {
+		return s.renewAt
+	}
+	return s.askAt
+}
+
+// Bounds of when a CA is asked again when to renew (RFC 9773 §4.3.2 and §4.3.3).
+const (
+	minAsk = time.Minute
+	maxAsk = 24 * time.Hour
+	askErr = 6 * time.Hour // without its word
+)
+
+// schedule makes the times of a record what the CA says, nil if it says nothing. A window
+// that stays keeps the time that was chosen in it.
+func (r *signedRecord) schedule(leaf *x509.Certificate, least time.Duration, info *acme.RenewalInfo, err error) {
+	now := time.Now()
+	if r.RenewAt == 0 {
+		r.RenewAt = twoThirds(leaf).Unix()
+	}
+	switch {
+	case errors.Is(err, acme.ErrUnsupported):
+		r.AskAt = 0
+	case err != nil || info == nil || !info.HasWindow():
+		r.AskAt = now.Add(askErr).Unix()
+	default:
+		wait := askErr
+		if info.RetryAfter != nil {
+			wait = min(max(time.Until(*info.RetryAfter), least), maxAsk)
+		}
+		r.AskAt = now.Add(wait).Unix()
+		window := [2]int64{info.SuggestedWindow.Start.Unix(), info.SuggestedWindow.End.Unix()}
+		if window != r.Window && !info.SelectedTime.IsZero() && info.SelectedTime.Before(leaf.NotAfter) {
+			r.Window, r.RenewAt = window, info.SelectedTime.Unix()
+		}
+	}
+}
+
+func (r *signedRecord) signed() signed {
+	s := signed{chain: []byte(r.Chain), renewAt: time.Unix(r.RenewAt, 0)}
+	if r.AskAt != 0 {
+		s.askAt = time.Unix(r.AskAt, 0)
+	}
+	return s
 }
 
 // Sign returns a chain in PEM for the key of a CSR and exactly the given names, which lie
-// directly in a base domain, and when it ends and is due. Whether the caller may have these names, and whether the key is
-// its own, is for our caller to know. Asking again gives the same chain until it is due.
+// directly in a base domain, when it ends, and when to ask again: it is due then, or the CA
+// may have changed its mind (RFC 9773). Whether the caller may have these names, and whether
+// the key is its own, is for our caller to know. Asking again gives the same chain until it
+// is due.
 // When renewing fails, a chain that is still good is returned, to be asked for again in an
 // hour. Codes csr_size, csr_signature, csr_key, csr_names, csr_extension,
 // acme_name, acme_rate, and those of the CAs' orders.
 func (m *Manager) Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (chain []byte, notAfter, renewAt time.Time, err error) {
-	s, err := m.signOnce(ctx, csr, names)
-	if err != nil {
-		return nil, time.Time{}, time.Time{}, err
-	}
-	certs, err := parseChain(s.chain)
-	if err != nil {
-		return nil, time.Time{}, time.Time{}, err
-	}
-	return s.chain, certs[0].NotAfter, s.renewAt, nil
-}
-
-func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) (signed, error) {
 	if err := checkCSR(csr, names); err != nil {
-		return signed{}, err
+		return nil, time.Time{}, time.Time{}, err
 	}
 	owners := map[string]bool{}
 	for _, name := range names {
@@ -79,17 +124,45 @@ func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, na
 		known := m.domains[parent] != nil
 		m.mu.RUnlock()
 		if !known {
-			return signed{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
+			return nil, time.Time{}, time.Time{}, fault.New("acme_name", "%s does not lie directly in a base domain of this gateway", clip(string(name)))
 		}
 		l, err := hostname.ParseLabel(label)
 		if err != nil {
-			return signed{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
+			return nil, time.Time{}, time.Time{}, fault.Wrap(err, "acme_name", "the name %s", clip(string(name)))
 		}
 		owners[string(l.ID)] = true
 	}
+	return m.give(ctx, csr, owners)
+}
+
+// SignCustom is Sign for a custom domain, which is outside the base domains and proven by
+// HTTP-01 or TLS-ALPN-01; its orders count to owner.
+func (m *Manager) SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) (chain []byte, notAfter, renewAt time.Time, err error) {
+	if err := checkCSR(csr, []hostname.Name{name}); err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	if _, parent := name.Split(); parent == "" || m.domainOf(string(name)) != nil {
+		return nil, time.Time{}, time.Time{}, fault.New("acme_name", "%s is no custom domain", clip(string(name)))
+	}
+	return m.give(ctx, csr, map[string]bool{owner: true})
+}
+
+func (m *Manager) give(ctx context.Context, csr *x509.CertificateRequest, owners map[string]bool) (chain []byte, notAfter, renewAt time.Time, err error) {
+	s, err := m.signOnce(ctx, csr, owners)
+	if err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	certs, err := parseChain(s.chain)
+	if err != nil {
+		return nil, time.Time{}, time.Time{}, err
+	}
+	return s.chain, certs[0].NotAfter, s.next(), nil
+}
+
+func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, owners map[string]bool) (signed, error) {
 	key := signedKey(csr)
 	old, err := m.signedRecord(ctx, key, csr)
-	if err == nil && time.Now().Before(old.renewAt) {
+	if err == nil && time.Now().Before(old.next()) {
 		return old, nil
 	}
 	if err != nil && !errors.Is(err, errAbsent) {
@@ -105,7 +178,7 @@ func (m *Manager) signOnce(ctx context.Context, csr *x509.CertificateRequest, na
 	if err != nil && old.chain != nil && ctx.Err() == nil {
 		if chain, bad := parseChain(old.chain); bad == nil && time.Now().Before(chain[0].NotAfter) {
 			m.log.Warn("an app's certificate is not renewed; the old one is given", "names", csr.DNSNames, "error", err)
-			return signed{old.chain, time.Now().Add(time.Hour)}, nil
+			return signed{chain: old.chain, renewAt: time.Now().Add(time.Hour)}, nil
 		}
 	}
 	return s, err
@@ -180,14 +253,36 @@ func (m *Manager) signedRecord(ctx context.Context, key string, csr *x509.Certif
 	if err != nil || !slices.ContainsFunc(m.issuers, func(i *caIssuer) bool { return i.IssuerKey() == r.CA }) {
 		return signed{}, errAbsent
 	}
-	return signed{[]byte(r.Chain), time.Unix(r.RenewAt, 0)}, nil
+	return r.signed(), nil
+}
+
+// asked is a stored chain after its CA was asked again when to renew it.
+func (m *Manager) asked(ctx context.Context, key string) (signed, error) {
+	var r signedRecord
+	if err := load(ctx, m.cfg.Storage, key, &r); err != nil {
+		return signed{}, err
+	}
+	chain, err := parseChain([]byte(r.Chain))
+	if err != nil {
+		return signed{}, err
+	}
+	for _, i := range m.issuers {
+		if i.IssuerKey() == r.CA {
+			info, err := i.GetRenewalInfo(ctx, certmagic.Certificate{Certificate: tls.Certificate{Leaf: chain[0]}})
+			r.schedule(chain[0], m.minAsk, &info, err)
+		}
+	}
+	return r.signed(), store(ctx, m.cfg.Storage, key, r)
 }
 
 // sign orders; the caller holds the lock of key.
 func (m *Manager) sign(ctx context.Context, key string, csr *x509.CertificateRequest, owners map[string]bool) (signed, error) {
 	old, err := m.signedRecord(ctx, key, csr)
+	if err == nil && time.Now().Before(old.renewAt) && !time.Now().Before(old.next()) {
+		old, err = m.asked(ctx, key)
+	}
 	if err == nil && time.Now().Before(old.renewAt) {
-		return old, nil // another node, or the run before, was first
+		return old, nil // it is not due, or another node, or the run before, was first
 	}
 	if err != nil && !errors.Is(err, errAbsent) {
 		return signed{}, err
@@ -216,12 +311,15 @@ func (m *Manager) sign(ctx context.Context, key string, csr *x509.CertificateReq
 		if err != nil {
 			return signed{}, err
 		}
-		renewAt := metadataRenewal(issued.Metadata)
-		if renewAt.IsZero() || renewAt.After(chain[0].NotAfter) {
-			renewAt = i.renewAt(ctx, chain[0])
+		r := signedRecord{Version: 1, CA: i.IssuerKey(), Names: csr.DNSNames, Chain: string(issued.Certificate)}
+		info, err := metadataRenewal(issued.Metadata), error(nil)
+		if info == nil {
+			var asked acme.RenewalInfo
+			asked, err = i.GetRenewalInfo(ctx, certmagic.Certificate{Certificate: tls.Certificate{Leaf: chain[0]}})
+			info = &asked
 		}
-		r := signedRecord{1, i.IssuerKey(), csr.DNSNames, string(issued.Certificate), renewAt.Unix()}
-		return signed{issued.Certificate, time.Unix(r.RenewAt, 0)}, store(ctx, m.cfg.Storage, key, r)
+		r.schedule(chain[0], m.minAsk, info, err)
+		return r.signed(), store(ctx, m.cfg.Storage, key, r)
 	}
 	return signed{}, fault.Wrap(failed, "acme_order", "no CA gives a certificate for %s", clip(strings.Join(csr.DNSNames, ", ")))
 }

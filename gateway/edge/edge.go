@@ -58,6 +58,9 @@ type Config struct {
 	// TicketKeys returns the session ticket keys, the first for new tickets; they are asked
 	// for every second. Keys of one process alone if nil.
 	TicketKeys func() [][32]byte
+	// Challenge reports whether a custom domain is being proven by TLS-ALPN-01 here, with
+	// GetCertificate; nil for never. Other challenges are the app's own.
+	Challenge func(context.Context, hostname.Name) bool
 	// Pages answers for gateway.<base> and health.<base>.
 	Pages http.Handler
 	// Evidence answers a POST to [channel.EvidencePath], the first request of a connection
@@ -415,6 +418,9 @@ func (e *Edge) join(o *opening) (*relay, error) {
 		return nil, err
 	}
 	if acmeChallenge(o.hello) && d.Kind != hostname.Custom && d.Mode != hostname.Passthrough {
+		return nil, e.answerACME(o)
+	}
+	if acmeChallenge(o.hello) && d.Kind == hostname.Custom && e.cfg.Challenge != nil && e.cfg.Challenge(e.ctx, o.hello.ServerName) {
 		return nil, e.answerACME(o)
 	}
 	switch d.Kind {

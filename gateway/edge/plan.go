@@ -71,9 +71,11 @@ func (e *Edge) plan(d hostname.Destination) (plan, error) {
 			continue
 		}
 		t := target{route: r, id: rec.Instance, addr: netip.AddrPortFrom(rec.Address, d.Port), proxy: got.PROXY}
-		if got.Reason == portpolicy.ByApp && d.Mode != hostname.Passthrough {
-			// The name asks for an end of TLS that the gateway may not be: the guest's
-			// agent is it, and is told the client whatever the port's policy says.
+		own := d.Kind == hostname.Custom && rec.Leads(route.Domain{Name: d.Name, Port: d.Port})
+		if got.Reason == portpolicy.ByApp && (d.Mode != hostname.Passthrough || own) {
+			// The name asks for an end of TLS that the gateway may not be, or is a domain
+			// that the manifest lists: the guest's agent is that end, and is told the
+			// client whatever the port's policy says.
 			t.addr, t.proxy = netip.AddrPortFrom(rec.Address, manifest.TLSPort), true
 		}
 		p.targets = append(p.targets, t)

@@ -68,6 +68,12 @@ func (r *resolver) wait() {
 	r.runs.Wait()
 }
 
+// Leads returns where a custom domain leads, by its TXT record. Codes edge_no_txt, host_txt,
+// host_port, edge_dns, edge_dns_budget.
+func (e *Edge) Leads(ctx context.Context, name hostname.Name) (hostname.Answer, error) {
+	return e.custom.lookup(ctx, nil, name)
+}
+
 // lookup returns where a custom domain leads. Codes edge_no_txt (no record), host_txt and
 // host_port (a record that leads nowhere), edge_dns (no answer), edge_dns_budget,
 // edge_dns_source_budget.

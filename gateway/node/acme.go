@@ -3,6 +3,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -37,6 +38,15 @@ type ACMEConfig struct {
 	DNSSettings config.Secret `toml:"dns_settings"`
 	// Resolvers (host:port, separated by commas) are asked whether a record is seen.
 	Resolvers string `toml:"resolvers"`
+	// CAA is off, check (say what is wrong with CAA records at the base domains) or set
+	// (make them let these accounts alone issue); check.
+	CAA string `toml:"caa"`
+	// CAAIdentities are what CAA calls the authorities, EABKeyIDs and EABMACKeys their
+	// external accounts (base64url): one for each of Directories, in its order, separated
+	// by commas; empty: as the directory says, and none.
+	CAAIdentities string        `toml:"caa_identities"`
+	EABKeyIDs     string        `toml:"eab_key_ids"`
+	EABMACKeys    config.Secret `toml:"eab_mac_keys"`
 	// Propagation is how long to wait for that; 2 min. Negative: not at all.
 	Propagation config.Duration `toml:"propagation"`
 }
@@ -51,7 +61,52 @@ func list(text string) (out []string) {
 	return out
 }
 
+// each splits at commas into exactly n, or n empty ones.
+func each(key, text string, n int) ([]string, error) {
+	if text == "" {
+		return make([]string, n), nil
+	}
+	parts := strings.Split(text, ",")
+	if len(parts) != n {
+		return nil, bad("%s has %d parts, and core.acme.directories %d", key, len(parts), n).WithFix("separate them by commas, and leave those empty that have none")
+	}
+	for i := range parts {
+		parts[i] = strings.TrimSpace(parts[i])
+	}
+	return parts, nil
+}
+
+// cas are the authorities.
+func (c *ACMEConfig) cas() ([]acme.CA, error) {
+	directories := list(c.Directories)
+	var identities, ids, keys []string
+	for _, part := range []struct {
+		key, text string
+		to        *[]string
+	}{
+		{"core.acme.caa_identities", c.CAAIdentities, &identities}, {"core.acme.eab_key_ids", c.EABKeyIDs, &ids}, {"core.acme.eab_mac_keys", c.EABMACKeys.Reveal(), &keys},
+	} {
+		var err error
+		if *part.to, err = each(part.key, part.text, len(directories)); err != nil {
+			return nil, err
+		}
+	}
+	var out []acme.CA
+	for i, d := range directories {
+		if (ids[i] == "") != (keys[i] == "") {
+			return nil, bad("core.acme.eab_key_ids and core.acme.eab_mac_keys are not both there for %s", d)
+		}
+		out = append(out, acme.CA{Name: caName(d), Directory: d, Contact: c.Contact, Identity: identities[i], KeyID: ids[i], MACKey: keys[i]})
+	}
+	return out, nil
+}
+
 func (c *ACMEConfig) check() error {
+	switch c.CAA {
+	case "", acme.CAAOff, acme.CAACheck, acme.CAASet:
+	default:
+		return bad("core.acme.caa is %q, not %s, %s or %s", c.CAA, acme.CAAOff, acme.CAACheck, acme.CAASet)
+	}
 	if c.Directories == "" {
 		if c.DNSProvider != "" {
 			return bad("core.acme.dns_provider without core.acme.directories").WithFix("name the authorities' directories")
@@ -62,6 +117,9 @@ func (c *ACMEConfig) check() error {
 		if u, err := url.Parse(text); err != nil || u.Scheme != "https" || u.Hostname() == "" {
 			return bad("core.acme.directories: %q is no https URL", text)
 		}
+	}
+	if _, err := c.cas(); err != nil {
+		return err
 	}
 	_, err := c.credential()
 	return err
@@ -107,9 +165,13 @@ func (n *Node) authorities(storage certmagic.Storage, edit ...func(*acme.Config)
 			return nil, bad("core.acme.roots: %s has no certificate", c.Roots)
 		}
 	}
-	cfg := acme.Config{Storage: storage, Resolvers: list(c.Resolvers), Log: n.log}
-	for _, d := range list(c.Directories) {
-		cfg.CAs = append(cfg.CAs, acme.CA{Name: caName(d), Directory: d, Contact: c.Contact, Roots: roots})
+	cfg := acme.Config{Storage: storage, Resolvers: list(c.Resolvers), CAA: cmp.Or(c.CAA, acme.CAACheck), Log: n.log}
+	var err error
+	if cfg.CAs, err = c.cas(); err != nil {
+		return nil, err
+	}
+	for i := range cfg.CAs {
+		cfg.CAs[i].Roots = roots
 	}
 	if n.self != nil {
 		cfg.Attest = func(ctx context.Context, data [64]byte) (quote, attestation string, err error) {
@@ -146,6 +208,7 @@ const orderTime = 5 * time.Minute
 type orders struct {
 	m interface {
 		Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) ([]byte, time.Time, time.Time, error)
+		SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) ([]byte, time.Time, time.Time, error)
 	}
 	mu      sync.Mutex
 	running map[[sha256.Size]byte]bool
@@ -159,8 +222,24 @@ type signed struct {
 
 // Sign implements gateway.Certificates. Code certificate_pending: it is being ordered.
 func (o *orders) Sign(ctx context.Context, csr *x509.CertificateRequest, names []hostname.Name) ([]byte, time.Time, time.Time, error) {
+	return o.order(ctx, csr, "", func(ctx context.Context) (s signed) {
+		s.chain, s.notAfter, s.renewAt, s.err = o.m.Sign(ctx, csr, names)
+		return s
+	})
+}
+
+// SignCustom implements gateway.CustomCertificates. Code certificate_pending.
+func (o *orders) SignCustom(ctx context.Context, csr *x509.CertificateRequest, name hostname.Name, owner string) ([]byte, time.Time, time.Time, error) {
+	return o.order(ctx, csr, name, func(ctx context.Context) (s signed) {
+		s.chain, s.notAfter, s.renewAt, s.err = o.m.SignCustom(ctx, csr, name, owner)
+		return s
+	})
+}
+
+// order runs one order at a time for a key and a custom domain ("" for the base domains).
+func (o *orders) order(ctx context.Context, csr *x509.CertificateRequest, domain hostname.Name, sign func(context.Context) signed) ([]byte, time.Time, time.Time, error) {
 	pending := fault.New("certificate_pending", "the certificate is being ordered").WithFix("ask again in a while")
-	key := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
+	key := sha256.Sum256(append([]byte(domain+"\n"), csr.RawSubjectPublicKeyInfo...))
 	o.mu.Lock()
 	if o.running == nil {
 		o.running = map[[sha256.Size]byte]bool{}
@@ -175,8 +254,7 @@ func (o *orders) Sign(ctx context.Context, csr *x509.CertificateRequest, names [
 	go func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), orderTime)
 		defer cancel()
-		var s signed
-		s.chain, s.notAfter, s.renewAt, s.err = o.m.Sign(ctx, csr, names)
+		s := sign(ctx)
 		o.mu.Lock()
 		delete(o.running, key)
 		o.mu.Unlock()

@@ -117,6 +117,10 @@ func (s *slow) Sign(ctx context.Context, _ *x509.CertificateRequest, _ []hostnam
 	}
 }
 
+func (s *slow) SignCustom(ctx context.Context, csr *x509.CertificateRequest, _ hostname.Name, _ string) ([]byte, time.Time, time.Time, error) {
+	return s.Sign(ctx, csr, nil)
+}
+
 func TestAnOrderOutlivesWhoAsked(t *testing.T) {
 	s := &slow{go_: make(chan struct{})}
 	o := &orders{m: s}

@@ -56,6 +56,7 @@ type CoreConfig struct {
 	Attestation AttestationConfig `toml:"attestation"`
 	Auth        AuthConfig        `toml:"auth"`
 	ACME        ACMEConfig        `toml:"acme"`
+	CT          CTConfig          `toml:"ct"`
 	Cluster     ClusterConfig     `toml:"cluster"`
 	Admin       AdminConfig       `toml:"admin"`
 }
@@ -275,6 +276,9 @@ func (c *Config) check() (err error) {
 		}
 	} else if core.KMSCA != "" {
 		return bad("core.kms_ca is for core.upstream_guests, which is off")
+	}
+	if err := core.CT.check(); err != nil {
+		return err
 	}
 	if err := core.Cluster.check(); err != nil {
 		return err

@@ -124,6 +124,13 @@ func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
 	if _, err := load(t, good+acme); err != nil {
 		t.Fatal(err)
 	}
+	c, err := load(t, good+acme+"caa = \"set\"\ncaa_identities = \"ca.example,\"\neab_key_ids = \",b\"\neab_mac_keys = \",secret\"\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cas, err := c.Core.ACME.cas(); err != nil || cas[0].Identity != "ca.example" || cas[0].KeyID != "" || cas[1].Identity != "" || cas[1].KeyID != "b" || cas[1].MACKey != "secret" {
+		t.Errorf("%v", err)
+	}
 	for name, r := range map[string]struct{ old, new, code string }{
 		"no TLS":            {"https://ca.example/dir", "http://ca.example/dir", "gateway_config"},
 		"no provider":       {"hetzner", "", "dns_credential"},
@@ -131,10 +138,28 @@ func TestPublicAuthoritiesAreNamedWhole(t *testing.T) {
 		"no parameters":     {"token=secret", "", "dns_credential"},
 		"no directory":      {"https://ca.example/dir, https://other.example/dir", "", "gateway_config"},
 		"another parameter": {"token=secret", "password=secret", "dns_credential"},
+		"CAA sometimes":     {"[core.acme]", "[core.acme]\ncaa = \"sometimes\"", "gateway_config"},
+		"one identity":      {"[core.acme]", "[core.acme]\ncaa_identities = \"ca.example\"", "gateway_config"},
+		"a key id, no key":  {"[core.acme]", "[core.acme]\neab_key_ids = \"a,\"", "gateway_config"},
+		"another's key":     {"[core.acme]", "[core.acme]\neab_key_ids = \"a,\"\neab_mac_keys = \",secret\"", "gateway_config"},
 	} {
 		_, err := load(t, good+strings.Replace(acme, r.old, r.new, 1))
 		if fault.Code(err) != r.code || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: %v, want %s", name, err, r.code)
+		}
+	}
+}
+
+func TestCertificateLogsAreNamedWhole(t *testing.T) {
+	const key = "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEOvVMq4yioi4wbRaa9ZY8/XLAlGtjUUJGyvrP3JgfRv23H2xR30Y9UP3EEvC5RIvdahh0Yq9gY1xdw2nImwlA5g=="
+	const ct = "[core.ct]\nlogs = \"https://log.example " + key + "\"\ninterval = \"30s\"\nwebhook = \"https://hook.example/secret\"\n"
+	if _, err := load(t, good+ct); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range [][2]string{{"https://log", "http://log"}, {key, "AAAA"}, {"30s", "1ms"}, {"https://log.example " + key, ""}} {
+		_, err := load(t, good+strings.Replace(ct, r[0], r[1], 1))
+		if fault.Code(err) != "gateway_config" || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%q: %v", r[1], err)
 		}
 	}
 }

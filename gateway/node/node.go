@@ -36,6 +36,7 @@ import (
 	gatewayapi "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/channel/self"
 	"github.com/dstack-go/dstack/gateway"
+	"github.com/dstack-go/dstack/gateway/acme"
 	"github.com/dstack-go/dstack/gateway/cluster"
 	"github.com/dstack-go/dstack/gateway/edge"
 	"github.com/dstack-go/dstack/gateway/hostname"
@@ -220,8 +221,14 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if err != nil {
 		return err
 	}
+	watcher, err := n.watch(manager)
+	if err != nil {
+		return err
+	}
 	n.live = n.newLive(agreed, table, manager)
-	service, err := n.service(agreed, table, tn, sign, acmeInfo, upstream)
+	var public *edge.Edge
+	leads := func(ctx context.Context, name hostname.Name) (hostname.Answer, error) { return public.Leads(ctx, name) }
+	service, err := n.service(agreed, gateway.Config{Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Leads: leads, Upstream: upstream})
 	if err != nil {
 		return err
 	}
@@ -235,8 +242,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		return err
 	}
 	common := n.newShared(agreed)
-	public, err := n.edge(table, tn, certificate, common.tickets)
-	if err != nil {
+	if public, err = n.edge(table, tn, certificate, common.tickets, manager); err != nil {
 		return err
 	}
 
@@ -295,6 +301,9 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if forUpstream != nil {
 		group.Go(func() error { return forUpstream.keep(ctx) })
 	}
+	if watcher != nil {
+		group.Go(func() error { watcher.Run(ctx); return nil })
+	}
 	if plain != nil {
 		group.Go(func() error { return serve(ctx, plain, public.Redirect(challenge)) })
 	}
@@ -309,23 +318,24 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	return err
 }
 
-func (n *Node) service(agreed *cluster.Cluster, table *route.Table, tn *tunnel.Tunnel, sign gateway.Certificates, acmeInfo func(context.Context) (*gatewayapi.AcmeInfoResponse, error), upstream *gateway.Upstream) (*gateway.Service, error) {
+// service makes the service of a configuration that has what is made at its start.
+func (n *Node) service(agreed *cluster.Cluster, cfg gateway.Config) (*gateway.Service, error) {
 	c := &n.cfg.Core
 	admission, err := n.admission()
 	if err != nil {
 		return nil, err
 	}
-	return gateway.New(gateway.Config{
-		Judge: n.judge, Self: n.self, Admission: admission, Routes: table, Tunnel: tn, Certificates: sign, AcmeInfo: acmeInfo, Certificate: n.ca.GetCertificate,
-		Domains: n.live.Domains, Told: n.live.told, Closed: n.closed(agreed),
-		Upstream:  upstream,
-		Node:      gatewayNode(agreed.Node()),
-		Peers:     func() []gateway.Node { return n.others(agreed) },
-		TXTPrefix: c.Proxy.AppAddressNSPrefix, Lease: c.Auth.Lease.Duration, Version: n.Version, Log: n.log,
-	})
+	cfg.Judge, cfg.Self, cfg.Admission = n.judge, n.self, admission
+	cfg.Custom, _ = cfg.Certificates.(gateway.CustomCertificates) // the private CA makes none
+	cfg.Certificate = n.ca.GetCertificate
+	cfg.Domains, cfg.Told, cfg.Closed = n.live.Domains, n.live.told, n.closed(agreed)
+	cfg.Node = gatewayNode(agreed.Node())
+	cfg.Peers = func() []gateway.Node { return n.others(agreed) }
+	cfg.TXTPrefix, cfg.Lease, cfg.Version, cfg.Log = c.Proxy.AppAddressNSPrefix, c.Auth.Lease.Duration, n.Version, n.log
+	return gateway.New(cfg)
 }
 
-func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), tickets func() [][32]byte) (*edge.Edge, error) {
+func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), tickets func() [][32]byte, manager *acme.Manager) (*edge.Edge, error) {
 	p := &n.cfg.Core.Proxy
 	pages := http.NewServeMux()
 	pages.HandleFunc("GET /health", func(http.ResponseWriter, *http.Request) {})
@@ -340,6 +350,9 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 			Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, DNS: p.Timeouts.DNSResolve.Duration,
 			PROXY: p.Timeouts.PPHeader.Duration, Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration,
 		},
+	}
+	if manager != nil {
+		cfg.Challenge = manager.Challenged
 	}
 	if p.CustomDomains {
 		dns, err := edge.SystemDNS()

@@ -41,9 +41,11 @@ import (
 	"time"
 
 	"github.com/dstack-go/dstack"
+	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/gateway/portpolicy"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/manifest"
 )
 
 // Config is the table's. Zero durations and numbers stand for the defaults.
@@ -77,6 +79,8 @@ type Record struct {
 	Address  netip.Addr // in the tunnel
 	// Policy is the measured one; nil when it is not known.
 	Policy *portpolicy.Policy
+	// Domains are the measured custom domains of which TLS ends in the guest.
+	Domains []Domain
 	// Attested is when the evidence was appraised whose nonce was the appraiser's.
 	Attested time.Time
 	// Until is when the lease ends.
@@ -86,13 +90,35 @@ type Record struct {
 	CertificateOnly bool
 }
 
+// Domain is a custom domain and the port that it leads to.
+type Domain struct {
+	Name hostname.Name
+	Port uint16
+}
+
+// MaxDomains is the most custom domains of a record.
+const MaxDomains = manifest.MaxCustomDomains
+
+// Leads reports whether a custom domain may lead to a port as the instance's own: its
+// guest ends TLS for it.
+func (r *Record) Leads(d Domain) bool { return slices.Contains(r.Domains, d) }
+
 func (r *Record) equal(o *Record) bool {
 	if (r.Policy == nil) != (o.Policy == nil) || r.Policy != nil && !r.Policy.Equal(*o.Policy) {
 		return false
 	}
-	a, b := *r, *o
-	a.Policy, b.Policy, a.Attested, b.Attested, a.Until, b.Until = nil, nil, time.Time{}, time.Time{}, time.Time{}, time.Time{}
-	return a == b && r.Attested.Equal(o.Attested) && r.Until.Equal(o.Until)
+	return r.scalars() == o.scalars() && slices.Equal(r.Domains, o.Domains) && r.Attested.Equal(o.Attested) && r.Until.Equal(o.Until)
+}
+
+// scalars is what can be compared of a record.
+func (r *Record) scalars() any {
+	return struct {
+		app      dstack.AppID
+		instance dstack.InstanceID
+		compose  dstack.ComposeHash
+		key      wgconfig.PublicKey
+		address  netip.Addr
+	}{r.App, r.Instance, r.Compose, r.Key, r.Address}
 }
 
 // Route is an instance in the table.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/strictjson"
+	"github.com/dstack-go/dstack/gateway/hostname"
 	"github.com/dstack-go/dstack/gateway/portpolicy"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/internal/fault"
@@ -35,17 +36,22 @@ const maxMillis = 253402300799999
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 type stored struct {
-	Version  int               `json:"version"` // 1
-	App      dstack.AppID      `json:"app_id"`
-	Instance dstack.InstanceID `json:"instance_id"`
-	Compose  string            `json:"compose_hash"`
-	Key      string            `json:"key"` // base64
-	Address  string            `json:"address"`
-	Policy   *storedPolicy     `json:"port_policy"` // null when not known
-	Attested int64             `json:"attested"`    // Unix milliseconds
-	Until    int64             `json:"until"`       // Unix milliseconds
+	Version         int               `json:"version"` // 1
+	App             dstack.AppID      `json:"app_id"`
+	Instance        dstack.InstanceID `json:"instance_id"`
+	Compose         string            `json:"compose_hash"`
+	Key             string            `json:"key"` // base64
+	Address         string            `json:"address"`
+	Policy          *storedPolicy     `json:"port_policy"` // null when not known
+	Attested        int64             `json:"attested"`    // Unix milliseconds
+	Until           int64             `json:"until"`       // Unix milliseconds
+	CertificateOnly bool              `json:"certificate_only,omitempty"`
+	Domains         []storedDomain    `json:"custom_domains,omitempty"`
+}
 
-	CertificateOnly bool `json:"certificate_only,omitempty"`
+type storedDomain struct {
+	Domain string `json:"domain"`
+	Port   uint16 `json:"port"`
 }
 
 type storedPolicy struct {
@@ -71,6 +77,9 @@ func (r *Record) Line() ([]byte, error) {
 		for _, p := range m.Ports {
 			s.Policy.Ports = append(s.Policy.Ports, storedPort{p.Port, p.PP, p.TLS})
 		}
+	}
+	for _, d := range r.Domains {
+		s.Domains = append(s.Domains, storedDomain{string(d.Name), d.Port})
 	}
 	doc, err := json.Marshal(s)
 	if err != nil {
@@ -126,6 +135,16 @@ func parseLine(line []byte) (r Record, err error) {
 			return r, err
 		}
 		r.Policy = &p
+	}
+	if len(s.Domains) > MaxDomains {
+		return r, errors.New("it has too many custom domains")
+	}
+	for _, d := range s.Domains {
+		name, err := hostname.ParseName(d.Domain)
+		if err != nil || string(name) != d.Domain || d.Port == 0 {
+			return r, errors.New("a custom domain is none")
+		}
+		r.Domains = append(r.Domains, Domain{name, d.Port})
 	}
 	for _, v := range []int64{s.Attested, s.Until} {
 		if v <= 0 || v > maxMillis {

@@ -38,9 +38,13 @@ func newGateways(a *Agent, cfg *initrpc.Config) (*gwclient.Client, error) {
 			ports = append(ports, port.Port)
 		}
 	}
+	domains := map[string]uint16{}
+	for _, d := range a.manifest.CustomDomains {
+		domains[d.Domain] = d.Port
+	}
 	return gwclient.New(gwclient.Config{
 		URLs: cfg.GatewayURLs, Appraiser: appraiser, Intended: intended, Attester: channel.AttesterFunc(a.kmsEvidence), Key: key, Signer: signer,
-		App: a.identity.AppID, Instance: dstack.InstanceID(a.identity.InstanceID), AppCompose: a.manifest.Raw, Ports: ports,
+		App: a.identity.AppID, Instance: dstack.InstanceID(a.identity.InstanceID), AppCompose: a.manifest.Raw, Ports: ports, Domains: domains,
 		Lease: func() (document, signature []byte) {
 			if l := a.lease.Load(); l != nil {
 				return l.Document, l.Signature

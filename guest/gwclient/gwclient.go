@@ -77,6 +77,8 @@ type Config struct {
 
 	// Ports are those of which TLS ends in this guest.
 	Ports []uint16
+	// Domains are the app's own, and the port of Ports that each leads to.
+	Domains map[string]uint16
 	// Lease returns the KMS's lease, if there is one.
 	Lease func() (document, signature []byte)
 	// Tunnel changes the tunnel to the gateways.
@@ -102,27 +104,31 @@ type gateway struct {
 	url     string
 	addr    string // host:port
 	now     *registered
-	cert    *served // for the names under its domain; of no other gateway's word
+	certs   map[string]*due // by custom domain, "" for the names under the gateway's
 	failure string
 	poke    chan struct{}
 }
 
 // registered is what a gateway answered.
 type registered struct {
-	address  netip.Addr // of this guest
-	peer     initrpc.TunnelPeer
-	until    time.Time
-	domain   string
-	renewAt  time.Time // of its certificate
+	address netip.Addr // of this guest
+	peer    initrpc.TunnelPeer
+	until   time.Time
+	domain  string
+}
+
+// due is a certificate, of no other gateway's word, and when it is asked for again.
+type due struct {
+	have     *served // nil: none yet
+	at       time.Time
 	attempts int
 }
 
 // served is a certificate, and where its names lead.
 type served struct {
-	cert   *tls.Certificate
-	domain string
-	ports  map[string]uint16
-	until  time.Time
+	cert  *tls.Certificate
+	ports map[string]uint16
+	until time.Time
 }
 
 // New returns a client. Code gateway_url.
@@ -156,7 +162,7 @@ func (c *Client) add(text string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.gateways[addr] == nil && len(c.gateways) < initrpc.MaxPeers {
-		c.gateways[addr] = &gateway{url: text, addr: addr, poke: make(chan struct{}, 1)}
+		c.gateways[addr] = &gateway{url: text, addr: addr, certs: map[string]*due{}, poke: make(chan struct{}, 1)}
 		select {
 		case c.more <- struct{}{}:
 		default:
@@ -243,8 +249,8 @@ func (c *Client) keep(ctx context.Context, g *gateway) {
 		} else {
 			g.failure, failed = "", 0
 			wait = min(Refresh, time.Until(g.now.until)/2)
-			if r := time.Until(g.now.renewAt); !g.now.renewAt.IsZero() && r < wait {
-				wait = max(r, first)
+			for _, d := range g.certs {
+				wait = min(wait, max(time.Until(d.at), first))
 			}
 		}
 		g.mayForget()
@@ -296,9 +302,7 @@ func (c *Client) once(ctx context.Context, g *gateway) error {
 		return err
 	}
 	c.mu.Lock()
-	if old := g.now; old != nil && old.domain == now.domain {
-		now.renewAt, now.attempts = old.renewAt, old.attempts
-	} else {
+	if old := g.now; old == nil || old.domain != now.domain {
 		c.cfg.Log.Info("registered", "gateway", g.url, "address", now.address.String(), "domain", now.domain, "until", now.until)
 	}
 	g.now = now
@@ -312,7 +316,15 @@ func (c *Client) once(ctx context.Context, g *gateway) error {
 	if err := c.apply(ctx); err != nil {
 		return err
 	}
-	return c.certify(ctx, client, g, now)
+	if err := c.certify(ctx, client, g, "", c.names(now.domain)); err != nil {
+		return err
+	}
+	for domain, port := range c.cfg.Domains {
+		if err := c.certify(ctx, client, g, domain, map[string]uint16{domain: port}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // over returns a client that speaks over one connection and no other.
@@ -429,6 +441,9 @@ func (c *Client) wanted() initrpc.TunnelChange {
 // names are the hosts under a domain that lead to ports of which TLS ends here.
 func (c *Client) names(domain string) map[string]uint16 {
 	out := map[string]uint16{}
+	if domain == "" {
+		return out
+	}
 	for _, port := range c.cfg.Ports {
 		for _, id := range []string{c.cfg.App.String(), c.cfg.Instance.String()} {
 			forms := []string{fmt.Sprintf("%s-%d", id, port)}
@@ -445,18 +460,23 @@ func (c *Client) names(domain string) map[string]uint16 {
 	return out
 }
 
-// certify gets a certificate for the names under a gateway's domain, if one is due.
-// Codes gateway_certificate, those of the gateway.
-func (c *Client) certify(ctx context.Context, client *prpc.Client, g *gateway, now *registered) error {
+// certify gets a certificate for names that lead here, if one is due: of a custom domain,
+// or ("") those under a gateway's. That there is none is no error: the route holds.
+func (c *Client) certify(ctx context.Context, client *prpc.Client, g *gateway, domain string, names map[string]uint16) error {
 	c.mu.Lock()
-	have := g.cert
-	if have != nil && have.domain != now.domain {
-		have, g.cert = nil, nil
+	if len(names) == 0 {
+		delete(g.certs, domain)
+		c.mu.Unlock()
+		return nil
 	}
-	due := now.renewAt.IsZero() || time.Now().After(now.renewAt)
+	d := g.certs[domain]
+	if d == nil || d.have != nil && !maps.Equal(d.have.ports, names) {
+		d = &due{}
+		g.certs[domain] = d
+	}
+	wait := time.Until(d.at)
 	c.mu.Unlock()
-	names := c.names(now.domain)
-	if now.domain == "" || len(names) == 0 || have != nil && !due {
+	if wait > 0 {
 		return nil
 	}
 	template := &x509.CertificateRequest{}
@@ -477,18 +497,20 @@ func (c *Client) certify(ctx context.Context, client *prpc.Client, g *gateway, n
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil {
-		// The route holds; the certificate is asked for again, less and less often.
-		now.renewAt = time.Now().Add(min(first<<min(now.attempts+2, 12), 10*time.Minute))
-		now.attempts++
-		c.cfg.Log.Warn("certificate", "gateway", g.url, "code", fault.Code(err), "error", err)
+		// It is asked for again, less and less often.
+		d.at = time.Now().Add(min(first<<min(d.attempts+2, 12), 10*time.Minute))
+		d.attempts++
+		c.cfg.Log.Warn("certificate", "gateway", g.url, "domain", domain, "code", fault.Code(err), "error", err)
 		return nil
 	}
-	now.attempts, now.renewAt = 0, time.Unix(int64(min(resp.RenewAt, 1<<40)), 0)
-	if !now.renewAt.Before(s.until) || now.renewAt.Before(time.Now()) {
-		now.renewAt = time.Now().Add(time.Until(s.until) / 2)
+	d.attempts, d.at = 0, time.Unix(int64(min(resp.RenewAt, 1<<40)), 0)
+	if !d.at.Before(s.until) || d.at.Before(time.Now()) {
+		d.at = time.Now().Add(time.Until(s.until) / 2)
 	}
-	s.domain, g.cert = now.domain, s
-	c.cfg.Log.Info("certificate", "gateway", g.url, "names", len(names), "until", s.until)
+	if d.have == nil || !bytes.Equal(d.have.cert.Certificate[0], s.cert.Certificate[0]) {
+		c.cfg.Log.Info("certificate", "gateway", g.url, "domain", domain, "names", len(names), "until", s.until)
+	}
+	d.have = s
 	return nil
 }
 
@@ -537,8 +559,13 @@ func (c *Client) Certificate(host string, from netip.Addr) (*tls.Certificate, ui
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, g := range c.gateways {
-		if g.now != nil && g.now.peer.Address == from && g.cert != nil && g.cert.ports[host] != 0 && time.Now().Before(g.cert.until) {
-			return g.cert.cert, g.cert.ports[host], nil
+		if g.now == nil || g.now.peer.Address != from {
+			continue
+		}
+		for _, d := range g.certs {
+			if d.have != nil && d.have.ports[host] != 0 && time.Now().Before(d.have.until) {
+				return d.have.cert, d.have.ports[host], nil
+			}
 		}
 	}
 	return nil, 0, fault.New("gateway_name", "%.100q is no name of this instance with a certificate at the gateway %s", host, from)

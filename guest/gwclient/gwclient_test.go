@@ -142,7 +142,7 @@ func TestCertificatesOfGateways(t *testing.T) {
 		t.Fatal(err)
 	}
 	here, there := netip.MustParseAddr("100.96.0.1"), netip.MustParseAddr("100.96.0.2")
-	c.gateways["g"] = &gateway{now: &registered{peer: initrpc.TunnelPeer{Address: here}}, cert: s}
+	c.gateways["g"] = &gateway{now: &registered{peer: initrpc.TunnelPeer{Address: here}}, certs: map[string]*due{"": {have: s}}}
 	if _, port, err := c.Certificate(dstack.AppID{1}.String()+"-8080.APPS.example.", here); err != nil || port != 8080 {
 		t.Errorf("%d, %v", port, err)
 	}

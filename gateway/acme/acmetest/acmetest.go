@@ -6,9 +6,11 @@
 package acmetest
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"io"
 	"log"
 	"net"
@@ -18,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/letsencrypt/pebble/v2/ca"
 	"github.com/letsencrypt/pebble/v2/db"
@@ -136,6 +139,13 @@ func (d *DNS) ServeDNS(w dns.ResponseWriter, r *dns.Msg) {
 	switch {
 	case len(r.Question) != 1:
 		m.Rcode = dns.RcodeFormatError
+	case r.Question[0].Qtype == dns.TypeAXFR:
+		if r.IsTsig() == nil || w.TsigStatus() != nil {
+			m.Rcode = dns.RcodeNotAuth
+			break
+		}
+		d.transfer(m)
+		m.SetTsig(KeyName, KeyAlg, 300, int64(r.IsTsig().TimeSigned))
 	case r.Opcode == dns.OpcodeUpdate:
 		if r.IsTsig() == nil || w.TsigStatus() != nil {
 			m.Rcode = dns.RcodeNotAuth
@@ -167,16 +177,36 @@ func (d *DNS) update(rr dns.RR) {
 	}
 }
 
+func soaOf(zone string) *dns.SOA {
+	return &dns.SOA{
+		Hdr: dns.RR_Header{Name: zone, Rrtype: dns.TypeSOA, Class: dns.ClassINET, Ttl: 1},
+		Ns:  "ns." + zone, Mbox: "hostmaster." + zone, Serial: 1, Refresh: 1, Retry: 1, Expire: 1, Minttl: 1,
+	}
+}
+
+// transfer answers with a whole zone (RFC 5936).
+func (d *DNS) transfer(m *dns.Msg) {
+	zone := dns.CanonicalName(m.Question[0].Name)
+	if !slices.Contains(d.zones, zone) {
+		m.Rcode = dns.RcodeNotAuth
+		return
+	}
+	m.Answer = append(m.Answer, soaOf(zone))
+	for _, rr := range d.records {
+		if d.zone(rr.Header().Name) == zone {
+			m.Answer = append(m.Answer, rr)
+		}
+	}
+	m.Answer = append(m.Answer, soaOf(zone))
+}
+
 func (d *DNS) answer(m *dns.Msg, q dns.Question) {
 	zone := d.zone(q.Name)
 	if zone == "" {
 		m.Rcode = dns.RcodeRefused
 		return
 	}
-	soa := &dns.SOA{
-		Hdr: dns.RR_Header{Name: zone, Rrtype: dns.TypeSOA, Class: dns.ClassINET, Ttl: 1},
-		Ns:  "ns." + zone, Mbox: "hostmaster." + zone, Serial: 1, Refresh: 1, Retry: 1, Expire: 1, Minttl: 1,
-	}
+	soa := soaOf(zone)
 	if q.Qtype == dns.TypeSOA && strings.EqualFold(q.Name, zone) {
 		m.Answer = []dns.RR{soa}
 		return
@@ -205,23 +235,38 @@ type CA struct {
 	APIRoots  *x509.CertPool // of its API
 	Roots     *x509.CertPool // of what it signs
 
+	// Check, when set before the first order, is asked before anything is signed, as a CA
+	// asks CAA, which Pebble does not.
+	Check func(account string, csr *x509.CertificateRequest) error
+
 	mu     sync.Mutex
 	fail   int
 	orders int
+	manage http.Handler
 }
+
+// Identity is what CAA calls the CA.
+const Identity = "pebble.test"
 
 // NewCA starts a Pebble that asks the DNS server, and looks for HTTP-01 and TLS-ALPN-01 at
 // the given ports of loopback. Pebble has no end to its goroutines; leak checks ignore them.
-func NewCA(t *testing.T, d *DNS, httpPort, tlsPort int) *CA {
+// Accounts must be bound to one of eab, pairs of a key id and a MAC key, if there are any.
+func NewCA(t *testing.T, d *DNS, httpPort, tlsPort int, eab ...[2]string) *CA {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	t.Setenv("PEBBLE_WFE_NONCEREJECT", "0")
 	quiet := log.New(io.Discard, "", 0)
 	store := db.NewMemoryStore()
+	for _, e := range eab {
+		if err := store.AddExternalAccountKeyByID(e[0], e[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
 	authority := ca.New(quiet, store, "", "ecdsa", 0, 1, map[string]ca.Profile{"default": {Description: "default"}})
-	front := wfe.New(quiet, store, va.New(quiet, httpPort, tlsPort, false, d.Addr, store), authority, []string{"pebble.test"}, false, false, 1, 1)
+	front := wfe.New(quiet, store, va.New(quiet, httpPort, tlsPort, false, d.Addr, store), authority, []string{Identity}, false, len(eab) > 0, 1, 1)
 	c := &CA{Roots: x509.NewCertPool()}
 	h := front.Handler()
+	c.manage = front.ManagementHandler()
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c.mu.Lock()
 		fail := c.fail
@@ -232,6 +277,19 @@ func NewCA(t *testing.T, d *DNS, httpPort, tlsPort int) *CA {
 		if fail != 0 {
 			http.Error(w, "no", fail)
 			return
+		}
+		if c.Check != nil && strings.HasPrefix(r.URL.Path, "/finalize-order/") {
+			account, csr := finalize(t, r)
+			if err := c.Check(account, csr); err != nil {
+				w.Header().Set("Content-Type", "application/problem+json")
+				w.WriteHeader(http.StatusForbidden)
+				json.NewEncoder(w).Encode(map[string]any{"type": "urn:ietf:params:acme:error:caa", "detail": err.Error(), "status": http.StatusForbidden})
+				return
+			}
+		}
+		if strings.Contains(r.URL.Path, "renewalInfo") {
+			// Pebble has itself asked again in six hours.
+			w = sooner{w}
 		}
 		h.ServeHTTP(w, r)
 	}))
@@ -258,4 +316,69 @@ func (c *CA) Orders() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.orders
+}
+
+// sooner has the CA asked again in a second.
+type sooner struct{ http.ResponseWriter }
+
+func (s sooner) Write(b []byte) (int, error) {
+	s.Header().Set("Retry-After", "1")
+	return s.ResponseWriter.Write(b)
+}
+
+func (s sooner) WriteHeader(code int) {
+	s.Header().Set("Retry-After", "1")
+	s.ResponseWriter.WriteHeader(code)
+}
+
+// SetRenewal says when a certificate (PEM) is to be renewed (RFC 9773).
+func (c *CA) SetRenewal(t testing.TB, certificate string, start, end time.Time) {
+	t.Helper()
+	window := `{"suggestedWindow":{"start":"` + start.UTC().Format(time.RFC3339) + `","end":"` + end.UTC().Format(time.RFC3339) + `"}}`
+	body, err := json.Marshal(map[string]string{"Certificate": certificate, "ARIResponse": window})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := httptest.NewRequest(http.MethodPost, "/set-renewal-info/", bytes.NewReader(body))
+	r.Header.Set("User-Agent", "acmetest")
+	w := httptest.NewRecorder()
+	c.manage.ServeHTTP(w, r)
+	if w.Code != http.StatusOK {
+		t.Fatalf("Pebble does not take the window: %d %s", w.Code, w.Body)
+	}
+}
+
+// finalize reads who asks for what, and leaves the request as it was.
+func finalize(t testing.TB, r *http.Request) (account string, csr *x509.CertificateRequest) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Error(err)
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	var jws struct{ Protected, Payload string }
+	var head struct{ Kid string }
+	var order struct{ CSR string }
+	parts := func(text string, into any) {
+		data, err := base64.RawURLEncoding.DecodeString(text)
+		if err == nil {
+			err = json.Unmarshal(data, into)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if err := json.Unmarshal(body, &jws); err != nil {
+		t.Error(err)
+	}
+	parts(jws.Protected, &head)
+	parts(jws.Payload, &order)
+	der, err := base64.RawURLEncoding.DecodeString(order.CSR)
+	if err == nil {
+		csr, err = x509.ParseCertificateRequest(der)
+	}
+	if err != nil {
+		t.Error(err)
+		return head.Kid, &x509.CertificateRequest{}
+	}
+	return head.Kid, csr
 }
