@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -86,6 +87,33 @@ func (s *sealedApp) public(t *testing.T) {
 		resp.Body.Close()
 		t.Error("an app that nobody deployed answers")
 	}
+
+	// What an operator asks by the stack's own socket: a port that he closes leads nowhere
+	// until he opens it, whoever ends TLS there.
+	var routes struct {
+		Hosts []struct {
+			App      string `json:"app_id"`
+			Instance string `json:"instance_id"`
+		}
+	}
+	if err := json.Unmarshal([]byte(dstack(t, "--json", "gateway", "routes").must(t).stdout), &routes); err != nil {
+		t.Fatal(err)
+	}
+	instance := ""
+	for _, h := range routes.Hosts {
+		if h.App == u.Host[:40] {
+			instance = h.Instance
+		}
+	}
+	dstack(t, "gateway", "policy", "set", instance).must(t)
+	until("a port that the operator closed", 10*time.Second, func() error {
+		if reach() == nil {
+			return errors.New("it is open")
+		}
+		return nil
+	})
+	dstack(t, "gateway", "policy", "clear", instance).must(t)
+	until("a port that is open again", 10*time.Second, reach)
 
 	// One probe a second, as a user would come, while the gateway is killed and comes back.
 	time.Sleep(3 * time.Second) // it keeps its routes every two

@@ -58,8 +58,10 @@ func (s *Stack) gatewayDir() string        { return filepath.Join(s.Dir, "gatewa
 func (s *Stack) gatewayPIDFile() string    { return filepath.Join(s.Dir, "gateway.pid") }
 func (s *Stack) gatewayIDPIDFile() string  { return filepath.Join(s.Dir, "gateway-identity.pid") }
 func (s *Stack) gatewayConfigFile() string { return filepath.Join(s.Dir, "gateway.toml") }
-func (s *Stack) GatewayAdmin() string      { return filepath.Join(s.gatewayDir(), "admin.sock") }
 func (s *Stack) GatewayLogFile() string    { return filepath.Join(s.Dir, "gateway.log") }
+
+// GatewayAdmin is the socket of the gateway's administrators.
+func (s *Stack) GatewayAdmin() string { return filepath.Join(s.gatewayDir(), "admin.sock") }
 
 // Gateway returns the stack's gateway. Code gateway_absent.
 func (s *Stack) Gateway() (*Gateway, error) {
@@ -165,7 +167,13 @@ dev_roots = %q
 [core.auth]
 type = %q
 kms_root = %q
-`, g.RPC, s.gatewayDir(), g.GuestURL, g.Domain, g.Port, g.WG, GuestHost, g.WG, g.Port, socket, s.DevRoots(), auth, root)
+
+# Of this user alone, by the socket's mode: dstack gateway.
+[core.admin]
+enabled = true
+address = %q
+insecure_no_auth = true
+`, g.RPC, s.gatewayDir(), g.GuestURL, g.Domain, g.Port, g.WG, GuestHost, g.WG, g.Port, socket, s.DevRoots(), auth, root, "unix:"+s.GatewayAdmin())
 	if err := durable.WriteFile(s.gatewayConfigFile(), []byte(text), 0o600); err != nil {
 		return nil, err
 	}
