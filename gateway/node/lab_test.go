@@ -289,8 +289,18 @@ address = "%[1]s:8003"
 	h.order = []string{asGateway + "=" + string(order)}
 }
 
-// guest starts an instance that registers at gateways.
+// instance starts an instance that registers at gateways.
 func (l *lab) instance(app, n byte, says string, gateways ...*host) *host {
+	l.t.Helper()
+	var o guestOrder
+	for _, g := range gateways {
+		o.Gateways = append(o.Gateways, "https://"+g.ip+":8000")
+	}
+	return l.ordered(app, n, says, o)
+}
+
+// ordered starts an instance that is told more than whose it is and what it says.
+func (l *lab) ordered(app, n byte, says string, o guestOrder) *host {
 	l.t.Helper()
 	signer, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	l.must(err)
@@ -304,10 +314,8 @@ func (l *lab) instance(app, n byte, says string, gateways ...*host) *host {
 	l.must(err)
 	h := l.host(&tdxtest.Guest{AppID: dstack.AppID{app}, InstanceID: dstack.InstanceID{app, n}, ComposeHash: m.Hash(), ChannelSPKI: key.SPKI()})
 	l.serveAgent(h.guest, h.agent)
-	o := guestOrder{Agent: h.agent, App: labApp.String(), Compose: labHash.String(), Key: pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), DevRoots: l.roots, Manifest: text, Says: says}
-	for _, g := range gateways {
-		o.Gateways = append(o.Gateways, "https://"+g.ip+":8000")
-	}
+	o.Agent, o.App, o.Compose, o.DevRoots, o.Manifest, o.Says = h.agent, labApp.String(), labHash.String(), l.roots, text, says
+	o.Key = pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})
 	order, err := json.Marshal(o)
 	l.must(err)
 	h.order = []string{asGuest + "=" + string(order)}

@@ -208,6 +208,7 @@ type status struct {
 type guestOrder struct {
 	Agent    string // socket of what makes its evidence
 	Gateways []string
+	DNS      string // server that names are asked of, ip:port; empty: the machine's
 	App      string // the gateways' app, hexadecimal
 	Compose  string // and manifest
 	Key      []byte // the channel key, PEM
@@ -224,6 +225,11 @@ func guestProcess(order string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	if o.DNS != "" {
+		net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, o.DNS)
+		}}
+	}
 	agent, err := self.Open(ctx, o.Agent)
 	if err != nil {
 		return err
