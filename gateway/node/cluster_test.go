@@ -345,7 +345,7 @@ func TestClusterContract_G_GrowsAndIsUpgraded(t *testing.T) {
 	}
 	for _, h := range g {
 		h.kill()
-		h.guest.ComposeHash = next
+		h.upgrade(next)
 		h.start()
 		l.eventually("it is back with the next manifest", func() bool { return h.status().Quorum })
 	}

@@ -60,6 +60,7 @@ type lab struct {
 	visitor  netns.NsHandle
 	hosts    int
 	gateways []*host
+	mu       sync.Mutex // what guests are
 }
 
 // host is a gateway's or guest's machine and its process.
@@ -133,8 +134,10 @@ func (l *lab) must(err error) {
 	}
 }
 
+// newLab lets its test run beside others: they mostly wait.
 func newLab(t *testing.T) *lab {
 	t.Helper()
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "lab") // sockets' paths are short
 	if err != nil {
 		t.Fatal(err)
@@ -201,15 +204,22 @@ func (l *lab) attach() (netns.NsHandle, string) {
 // serveAgent is the guest agent of a machine.
 func (l *lab) serveAgent(g *tdxtest.Guest, path string) {
 	l.t.Helper()
+	now := func() *tdxtest.Guest { // as it is, since it may be upgraded
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		c := *g
+		return &c
+	}
 	s := prpc.Server(prpc.NewMux(nil,
 		prpc.Unary("Info", func(context.Context, *emptypb.Empty) (*agentapi.AppInfo, error) {
+			g := now()
 			return &agentapi.AppInfo{AppId: g.AppID[:], InstanceId: g.InstanceID[:], ComposeHash: g.ComposeHash[:], VmConfig: g.Config}, nil
 		}),
 		prpc.Unary("Attest", func(ctx context.Context, r *agentapi.RawQuoteArgs) (*agentapi.AttestResponse, error) {
 			if len(r.ReportData) != dstack.ReportDataSize {
 				return nil, fmt.Errorf("report data of %d bytes", len(r.ReportData))
 			}
-			raw, err := g.Attest(ctx, dstack.ReportData(r.ReportData))
+			raw, err := now().Attest(ctx, dstack.ReportData(r.ReportData))
 			return &agentapi.AttestResponse{Attestation: raw}, err
 		}),
 	))
@@ -334,6 +344,13 @@ func (h *host) start() {
 	h.l.must(inNS(h.ns, cmd.Start))
 	h.cmd, h.ended = cmd, make(chan struct{})
 	go func(ended chan struct{}) { defer close(ended); cmd.Wait() }(h.ended)
+}
+
+// upgrade gives a machine another manifest.
+func (h *host) upgrade(to dstack.ComposeHash) {
+	h.l.mu.Lock()
+	defer h.l.mu.Unlock()
+	h.guest.ComposeHash = to
 }
 
 // supervise starts a process again that has ended by itself.

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -58,6 +59,10 @@ func TestMain(m *testing.M) {
 	case os.Getenv(asGuest) != "":
 		err = guestProcess(os.Getenv(asGuest))
 	default:
+		flag.Parse()
+		if err := flag.Set("test.parallel", "4"); err != nil { // the tests in labs mostly wait
+			panic(err)
+		}
 		os.Exit(m.Run())
 	}
 	if err != nil {
