@@ -14,6 +14,7 @@ import (
 	"net/http/httputil"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -234,8 +235,12 @@ func (c *Cluster) member(ctx context.Context) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A member that has just joined knows the others by what it was told.
-	for _, n := range append(nodes, c.state.Members...) {
+	// A member whose store has not caught up yet knows the others by what it was told when
+	// it joined. Afterwards that counts no more: it still names who was removed since.
+	if !slices.ContainsFunc(nodes, func(n Node) bool { return n.UUID == c.cfg.Node.UUID }) {
+		nodes = append(nodes, c.state.Members...)
+	}
+	for _, n := range nodes {
 		if peer.Identity.InstanceID != nil && n.Instance == *peer.Identity.InstanceID {
 			return &n, nil
 		}

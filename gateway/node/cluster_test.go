@@ -307,6 +307,8 @@ func TestClusterContract_F_MembersOnly(t *testing.T) {
 	l.eventually("it knows", func() bool { return g[2].status().Removed })
 	first := g[0].status().Own.UUID
 	wantCode(t, g[2].ask("call", url.Values{"uuid": {first}, "name": {exchange.Call}}, nil, nil), "cluster_stranger")
+	// One that was told of it at its own join has forgotten it too.
+	wantCode(t, g[2].ask("call", url.Values{"uuid": {late.status().Own.UUID}, "name": {exchange.Call}}, nil, nil), "cluster_stranger")
 	g[2].kill()
 	g[2].start()
 	time.Sleep(2 * time.Second)
