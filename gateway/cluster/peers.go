@@ -221,13 +221,17 @@ func (c *Cluster) Serve(ctx context.Context, l net.Listener, handlers Handlers) 
 	return nil
 }
 
-// member is the member that a request came from. Codes cluster_stranger,
-// cluster_evidence_old.
+// member is the member that a request came from. Codes channel_no_peer,
+// cluster_stranger, cluster_evidence_old.
 func (c *Cluster) member(ctx context.Context) (*Node, error) {
 	peer, err := channel.PeerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
+	return c.memberOf(ctx, peer)
+}
+
+func (c *Cluster) memberOf(ctx context.Context, peer *channel.Peer) (*Node, error) {
 	if time.Since(peer.At) > longest+time.Minute {
 		return nil, fault.New("cluster_evidence_old", "the evidence of this connection is from %s", peer.At)
 	}
