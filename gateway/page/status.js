@@ -6,6 +6,7 @@
 const EVERY = 5000; // ms between questions
 const ROWS = 500; // rows of a table, at most
 const WORDS = 300; // characters of a value, at most
+const WAIT = 20000; // ms for an answer
 const SURE = 6000; // ms in which a second press counts
 
 const byId = (id) => document.getElementById(id);
@@ -70,17 +71,51 @@ function table(caption, heads, rows) {
 const col = (name) => ({ name });
 const num = (name) => ({ name, number: true });
 
-class Failure extends Error {}
+// Failure is an answer that is none. It is no fault where the gateway was not given what
+// was asked for.
+class Failure extends Error {
+  constructor(text, code) {
+    super(text);
+    this.code = code;
+  }
+}
+
+// known is an answer, or nothing of one that failed.
+const known = (a) => (a === undefined || a instanceof Failure ? {} : a);
+
+// beside is what lies beside the page, without a name and password that its address may have.
+const beside = (path) => new URL(path, location.origin + location.pathname);
 
 async function call(method, request) {
-  const reply = await fetch("prpc/Admin." + method, {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request ?? {}), redirect: "error",
+  const reply = await fetch(beside("prpc/Admin." + method), {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request ?? {}), redirect: "error", signal: AbortSignal.timeout(WAIT),
   });
   const text = await reply.text();
   let data = null;
   try { data = JSON.parse(text); } catch { /* a refusal in words */ }
-  if (!reply.ok) throw new Failure(data && typeof data.error === "string" ? data.error : "the answer is " + reply.status);
-  return data ?? {};
+  if (!reply.ok || data === null || typeof data !== "object") {
+    throw new Failure(data && typeof data.error === "string" ? data.error : "the answer is " + reply.status, data?.code);
+  }
+  return data;
+}
+
+// series reads the gateway's own lines of the metrics: name, labels as they stand, value.
+async function series() {
+  const reply = await fetch(beside("metrics"), { redirect: "error", signal: AbortSignal.timeout(WAIT) });
+  if (!reply.ok) throw new Failure("the answer is " + reply.status);
+  const lines = [];
+  for (const line of (await reply.text()).split("\n")) {
+    const m = /^dstack_gateway_([a-z0-9_]+)(?:\{(.*)\})? (\S+)$/.exec(line);
+    if (m) lines.push({ name: m[1], labels: m[2] ?? "", value: seconds(m[3]) });
+  }
+  return lines;
+}
+
+function size(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let i = 0;
+  for (; bytes >= 1024 && i < units.length - 1; i++) bytes /= 1024;
+  return (i === 0 ? String(bytes) : bytes.toFixed(1)) + " " + units[i];
 }
 
 // pressed are buttons that wait for their second press, by key.
@@ -105,9 +140,9 @@ function drain(key, what, request, on) {
     b.disabled = true;
     try {
       await call("Drain", { ...request, on });
-      byId("message").textContent = verb + " " + what + ": done.";
+      byId("message").replaceChildren(verb + " ", said(what), ": done.");
     } catch (e) {
-      byId("message").replaceChildren(verb + " " + what + ": ", said(e.message));
+      byId("message").replaceChildren(verb + " ", said(what), ": ", said(e.message));
     }
     await ask();
   });
@@ -116,9 +151,9 @@ function drain(key, what, request, on) {
 
 // answers are the latest, or Failures, by method.
 const answers = {};
-const asked = ["Status", "GetMeta", "ListZtDomains", "ListMembers", "ListQuarantine", "CtStatus", "GetGlobalConnections"];
+const asked = ["Status", "GetMeta", "ListZtDomains", "ListMembers", "ListQuarantine", "CtStatus", "metrics"];
 
-const list = (v) => (Array.isArray(v) ? v : []);
+const list = (v) => (Array.isArray(v) ? v.filter((x) => x !== null) : []);
 
 function facts(...pairs) {
   const dl = el("dl", "");
@@ -128,16 +163,30 @@ function facts(...pairs) {
 
 const views = {
   node: ["Status", (s) => {
-    const meta = answers.GetMeta instanceof Failure ? {} : answers.GetMeta;
-    const all = answers.GetGlobalConnections instanceof Failure ? {} : answers.GetGlobalConnections;
+    const meta = known(answers.GetMeta);
+    const unready = list(s.unready);
     return [
       facts(
-        ["Address for guests", said(s.url, "id")], ["Id", said(s.uuid, "id")],
-        ["Trust", said(s.trust, s.trust === "development" ? "warn" : "")], ["Tunnel", said(s.tunnel)],
-        ["Connections", said(seconds(s.num_connections) + " here, " + seconds(all.total_connections) + " at all members")],
+        ["Health", unready.length ? said("not ready: " + unready.join(", "), "bad") : el("span", "good", "ready")],
+        ["Trust", said(s.trust, s.trust === "production" ? "" : "bad")],
+        ["Address for guests", said(s.url, "id")], ["Id", said(s.uuid, "id")], ["Tunnel", said(s.tunnel)],
         ["Instances", said(seconds(meta.registered) + ", of which " + seconds(meta.online) + " were heard lately")],
         ["State", s.draining ? el("span", "warn", "draining: takes no new connections") : el("span", "good", "takes connections")]),
       drain("node", "this gateway", { instance_id: "" }, !s.draining),
+    ];
+  }],
+  connections: ["metrics", (m) => {
+    const all = (name) => m.filter((x) => x.name === name);
+    const sum = (name, has) => all(name).reduce((n, x) => n + (!has || x.labels.includes(has) ? x.value : 0), 0);
+    const refused = all("connections_refused_total").filter((x) => x.value > 0).sort((a, b) => b.value - a.value);
+    return [
+      facts(
+        ["Open", said(sum("connections_open") + ", of which " + sum("app_connections") + " are joined to an app")],
+        ["Accepted", said(sum("connections_accepted_total"))], ["Names that lead nowhere", said(sum("names_unknown_total"))],
+        ["Instances not reached", said(sum("dials_failed_total"))],
+        ["Relayed", said(size(sum("app_bytes_total", 'direction="up"')) + " to apps, " + size(sum("app_bytes_total", 'direction="down"')) + " to clients")]),
+      refused.length ? table("Refused since the start", [col("Code"), num("Connections")], refused.map((x) => [said(x.labels.replace(/^code="(.*)"$/, "$1"), "id"), said(x.value)]))
+        : el("p", "soft", "None was refused."),
     ];
   }],
   members: ["ListMembers", (m) => [
@@ -149,12 +198,17 @@ const views = {
   domains: ["ListZtDomains", (d) => {
     const rows = list(d.domains).map((x) => {
       const c = x.cert_status ?? {};
+      const life = seconds(c.not_after) - seconds(c.issued_at);
       const left = seconds(c.not_after) - Date.now() / 1000;
       const state = !c.has_cert ? el("span", "warn", "no certificate") : left <= 0 ? el("span", "bad", "expired")
-        : left < 7 * 86400 ? el("span", "warn", "ends soon") : el("span", "good", "valid");
-      return [said(x.config?.domain, "id"), said(x.config?.port), state, when(c.not_after, "–"), when(c.issued_at, "–")];
+        : seconds(c.issued_at) && left < life / 6 ? el("span", "warn", "ends soon") : el("span", "good", "valid");
+      return [said(x.config?.domain, "id"), said(x.config?.port), state, when(c.not_after, "–"), said(c.error, c.error ? "warn" : "soft")];
     });
-    return [rows.length ? table("Base domains", [col("Domain"), num("Port"), col("Certificate"), col("Ends"), col("Issued")], rows) : el("p", "soft", "No base domain.")];
+    const authority = known(answers.Status).authority;
+    return [
+      el("p", authority === "public" ? "" : "warn", authority === "public" ? "Public authorities certify, by ACME." : "A private authority certifies, which no public client trusts."),
+      rows.length ? table("Base domains", [col("Domain"), num("Port"), col("Certificate"), col("Ends"), col("Last error")], rows) : el("p", "soft", "No base domain."),
+    ];
   }],
   instances: ["Status", (s) => {
     const filter = byId("filter").value.trim().toLowerCase();
@@ -200,20 +254,17 @@ function alarmTexts() {
   if (m && !(m instanceof Failure) && !m.quorum) out.push(["alarm", "There is no quorum."]);
   const s = answers.Status;
   if (s && !(s instanceof Failure)) {
-    if (s.trust === "development") out.push(["caution", "Trust is development: evidence here protects nothing."]);
+    if (list(s.unready).length) out.push(["caution", "This gateway is not ready: " + list(s.unready).map((x) => String(x).slice(0, WORDS)).join(", ") + "."]);
     if (s.draining) out.push(["caution", "This gateway is draining."]);
   }
   return out;
 }
 
-const last = {};
-
 // place replaces what an element has, if it is other than before, and keeps the focus.
 function place(id, children) {
   const box = el("div", "", ...children);
-  const now = box.outerHTML;
-  if (last[id] === now) return;
-  last[id] = now;
+  const now = byId(id).childNodes;
+  if (box.childNodes.length === now.length && [...now].every((n, i) => n.isEqualNode(box.childNodes[i]))) return;
   const key = document.activeElement?.dataset?.key;
   byId(id).replaceChildren(...box.childNodes);
   if (key !== undefined && document.activeElement?.dataset?.key !== key) {
@@ -221,12 +272,29 @@ function place(id, children) {
   }
 }
 
+// failed says why there is no answer.
+function failed(f) {
+  const meant = f.code === "admin_unavailable";
+  return el("p", meant ? "soft" : "warn", meant ? "" : "Not known: ", said(f.message));
+}
+
+// trust puts up what nobody may overlook: that nothing here is protected. Who does not know
+// what the trust is, knows no better.
+function trust(s) {
+  if (s instanceof Failure) return;
+  const production = s.trust === "production";
+  byId("trust").hidden = production;
+  byId("trust").textContent = production ? "" : "DEVELOPMENT TRUST: evidence under roots that no vendor stands for counts here, so nothing that apps do is protected from this machine's owner.";
+  document.title = (production ? "" : "[development] ") + "dstack gateway " + seconds(s.id);
+}
+
 function show() {
-  if (!answers.Status) return;
+  if (!asked.every((m) => answers[m])) return;
   for (const [id, [method, view]] of Object.entries(views)) {
     const a = answers[method];
-    place(id, a instanceof Failure ? [el("p", "warn", "Not known: ", said(a.message))] : view(a));
+    place(id, a instanceof Failure ? [failed(a)] : view(a));
   }
+  trust(answers.Status);
   place("alarms", alarmTexts().map(([cls, text]) => el("p", cls, text)));
   const s = answers.Status;
   place("name", s instanceof Failure ? [] : [said(s.id)]);
@@ -240,7 +308,7 @@ async function ask() {
   running = true;
   clearTimeout(timer);
   await Promise.all(asked.map(async (m) => {
-    try { answers[m] = await call(m); } catch (e) { answers[m] = e instanceof Failure ? e : new Failure("the gateway does not answer"); }
+    try { answers[m] = await (m === "metrics" ? series() : call(m)); } catch (e) { answers[m] = e instanceof Failure ? e : new Failure("the gateway does not answer"); }
   }));
   running = false;
   const lost = asked.every((m) => answers[m] instanceof Failure);
