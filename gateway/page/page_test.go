@@ -115,7 +115,7 @@ func (r refusal) Error() string { return string(r) }
 
 // Whatever names, domains, addresses and errors are, the page shows them as text: in a real
 // browser.
-func TestThreat_K02_HostileTextIsTextOnThePage(t *testing.T) {
+func TestHostileTextIsTextOnThePage(t *testing.T) {
 	b := chromium.Start(t)
 	evil := func(where string) string {
 		return "<img src=x onerror=\"window.pwned='" + where + "'\"><script>window.pwned='" + where + "'</script>&lt;b&gt;\u202egpj\u0000\u001b[31m " + where
