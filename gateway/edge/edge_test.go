@@ -275,7 +275,7 @@ func (r *rig) wantRefused(code string, n uint64) {
 
 func (r *rig) eventually(ok func() bool, say func() string) {
 	r.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			r.t.Fatal(say())
 		}
