@@ -1001,7 +1001,11 @@ type StatusResponse struct {
 	// Ours: this node takes no new connections.
 	Draining bool `protobuf:"varint,1001,opt,name=draining,proto3" json:"draining,omitempty"`
 	// Ours: how packets reach instances: kernel, tun or netstack.
-	Tunnel        string `protobuf:"bytes,1002,opt,name=tunnel,proto3" json:"tunnel,omitempty"`
+	Tunnel string `protobuf:"bytes,1002,opt,name=tunnel,proto3" json:"tunnel,omitempty"`
+	// Ours: who certifies names of the base domains: public or private.
+	Authority string `protobuf:"bytes,1003,opt,name=authority,proto3" json:"authority,omitempty"`
+	// Ours: why a balancer should send no connections here; none: it may.
+	Unready       []string `protobuf:"bytes,1004,rep,name=unready,proto3" json:"unready,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1111,6 +1115,20 @@ func (x *StatusResponse) GetTunnel() string {
 		return x.Tunnel
 	}
 	return ""
+}
+
+func (x *StatusResponse) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetUnready() []string {
+	if x != nil {
+		return x.Unready
+	}
+	return nil
 }
 
 type HostInfo struct {
@@ -2959,8 +2977,10 @@ type ZtDomainCertStatus struct {
 	IssuedBy       uint32                 `protobuf:"varint,3,opt,name=issued_by,json=issuedBy,proto3" json:"issued_by,omitempty"`
 	IssuedAt       uint64                 `protobuf:"varint,4,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
 	LoadedInMemory bool                   `protobuf:"varint,5,opt,name=loaded_in_memory,json=loadedInMemory,proto3" json:"loaded_in_memory,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Ours: of the last try to get one.
+	Error         string `protobuf:"bytes,1000,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ZtDomainCertStatus) Reset() {
@@ -3026,6 +3046,13 @@ func (x *ZtDomainCertStatus) GetLoadedInMemory() bool {
 		return x.LoadedInMemory
 	}
 	return false
+}
+
+func (x *ZtDomainCertStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
 }
 
 type ListZtDomainsResponse struct {
@@ -4679,7 +4706,7 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\x16GetCertificateResponse\x12\x14\n" +
 	"\x05chain\x18\x01 \x01(\tR\x05chain\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x04R\bnotAfter\x12\x19\n" +
-	"\brenew_at\x18\x03 \x01(\x04R\arenewAt\"\xe9\x02\n" +
+	"\brenew_at\x18\x03 \x01(\x04R\arenewAt\"\xa3\x03\n" +
 	"\x0eStatusResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x10\n" +
 	"\x03url\x18\x02 \x01(\tR\x03url\x12!\n" +
@@ -4691,7 +4718,9 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\x05accel\x18\b \x01(\v2\x19.gateway.ProxyAccelStatusR\x05accel\x12\x15\n" +
 	"\x05trust\x18\xe8\a \x01(\tR\x05trust\x12\x1b\n" +
 	"\bdraining\x18\xe9\a \x01(\bR\bdraining\x12\x17\n" +
-	"\x06tunnel\x18\xea\a \x01(\tR\x06tunnel\"\xc7\x02\n" +
+	"\x06tunnel\x18\xea\a \x01(\tR\x06tunnel\x12\x1d\n" +
+	"\tauthority\x18\xeb\a \x01(\tR\tauthority\x12\x19\n" +
+	"\aunready\x18\xec\a \x03(\tR\aunready\"\xc7\x02\n" +
 	"\bHostInfo\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x0e\n" +
@@ -4871,13 +4900,14 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\fZtDomainInfo\x12/\n" +
 	"\x06config\x18\x01 \x01(\v2\x17.gateway.ZtDomainConfigR\x06config\x12<\n" +
 	"\vcert_status\x18\x02 \x01(\v2\x1b.gateway.ZtDomainCertStatusR\n" +
-	"certStatus\"\xb0\x01\n" +
+	"certStatus\"\xc7\x01\n" +
 	"\x12ZtDomainCertStatus\x12\x19\n" +
 	"\bhas_cert\x18\x01 \x01(\bR\ahasCert\x12\x1b\n" +
 	"\tnot_after\x18\x02 \x01(\x04R\bnotAfter\x12\x1b\n" +
 	"\tissued_by\x18\x03 \x01(\rR\bissuedBy\x12\x1b\n" +
 	"\tissued_at\x18\x04 \x01(\x04R\bissuedAt\x12(\n" +
-	"\x10loaded_in_memory\x18\x05 \x01(\bR\x0eloadedInMemory\"H\n" +
+	"\x10loaded_in_memory\x18\x05 \x01(\bR\x0eloadedInMemory\x12\x15\n" +
+	"\x05error\x18\xe8\a \x01(\tR\x05error\"H\n" +
 	"\x15ListZtDomainsResponse\x12/\n" +
 	"\adomains\x18\x01 \x03(\v2\x15.gateway.ZtDomainInfoR\adomains\",\n" +
 	"\x12GetZtDomainRequest\x12\x16\n" +

@@ -417,6 +417,20 @@ func (m *Manager) Status() []NameStatus {
 	return list
 }
 
+// Outcome is what became of the orders at a CA since the start.
+type Outcome struct {
+	CA             string
+	Issued, Failed uint64
+}
+
+// Outcomes returns them in the order of the CAs.
+func (m *Manager) Outcomes() (out []Outcome) {
+	for _, i := range m.issuers {
+		out = append(out, Outcome{CA: i.ca.Name, Issued: i.issued.Load(), Failed: i.failed.Load()})
+	}
+	return out
+}
+
 // GetCertificate is for [tls.Config]: it serves the certificate of a name, and answers
 // TLS-ALPN-01 challenges of any node on the storage. It returns no certificate that has
 // expired, is not yet valid or is not for the name. Codes cert_name, cert_none, cert_expired.

@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/certmagic"
@@ -74,6 +75,8 @@ type caIssuer struct {
 	until    time.Time // before which the CA is left alone
 	failures int       // in a row
 	outage   *outage   // what the last calls met
+
+	issued, failed atomic.Uint64 // orders
 }
 
 // outage is an answer that says the CA, not the request, is the trouble.
@@ -206,6 +209,16 @@ func (i *caIssuer) Issue(ctx context.Context, csr *x509.CertificateRequest) (*ce
 	}
 	ctx, cancel := context.WithTimeout(ctx, orderTime)
 	defer cancel()
+	out, err := i.issue(ctx, csr)
+	if err != nil {
+		i.failed.Add(1)
+		return nil, err
+	}
+	i.issued.Add(1)
+	return out, nil
+}
+
+func (i *caIssuer) issue(ctx context.Context, csr *x509.CertificateRequest) (*certmagic.IssuedCertificate, error) {
 	if err := i.m.attestKey(ctx, csr); err != nil {
 		return nil, err
 	}

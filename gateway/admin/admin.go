@@ -123,6 +123,12 @@ type Config struct {
 	// Exit ends the gateway, at once when forced.
 	Exit func(force bool)
 
+	// Private tells of the certificate of the base domains where no public authority is;
+	// nil: there is none.
+	Private func() CertificateStatus
+	// Unready says why a balancer should send no connections here.
+	Unready func() []string
+
 	Guard *admintoken.Guard // required
 	// Pages answers what is no call, behind the guard; may be nil.
 	Pages   http.Handler

@@ -233,11 +233,16 @@ func (s *Service) domainInfo(name hostname.Name, d settings.Domain) *api.ZtDomai
 	if d.Node != 0 {
 		c.Node = &d.Node
 	}
-	out := &api.ZtDomainInfo{Config: c, CertStatus: &api.ZtDomainCertStatus{}}
-	if s.cfg.Certificates != nil {
-		if st := s.cfg.Certificates.Status(name); !st.NotAfter.IsZero() {
-			out.CertStatus = &api.ZtDomainCertStatus{HasCert: true, NotAfter: seconds(st.NotAfter), IssuedAt: seconds(st.NotBefore), LoadedInMemory: st.Served}
-		}
+	var st CertificateStatus
+	switch {
+	case s.cfg.Certificates != nil:
+		st = s.cfg.Certificates.Status(name)
+	case s.cfg.Private != nil:
+		st = s.cfg.Private()
+	}
+	out := &api.ZtDomainInfo{Config: c, CertStatus: &api.ZtDomainCertStatus{Error: st.Err}}
+	if !st.NotAfter.IsZero() {
+		out.CertStatus.HasCert, out.CertStatus.NotAfter, out.CertStatus.IssuedAt, out.CertStatus.LoadedInMemory = true, seconds(st.NotAfter), seconds(st.NotBefore), st.Served
 	}
 	return out
 }

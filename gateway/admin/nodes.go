@@ -48,7 +48,13 @@ func (s *Service) status(context.Context, *empty) (*api.StatusResponse, error) {
 	own, domain := s.cfg.Node(), s.bestDomain()
 	out := &api.StatusResponse{
 		Id: own.ID, Url: own.URL, Uuid: own.UUID[:], Trust: s.cfg.Trust, Tunnel: s.cfg.Tunnel,
-		Accel: &api.ProxyAccelStatus{KtlsMode: "off", SpliceMode: "immediate"},
+		Accel: &api.ProxyAccelStatus{KtlsMode: "off", SpliceMode: "immediate"}, Authority: "private",
+	}
+	if s.cfg.Certificates != nil {
+		out.Authority = "public"
+	}
+	if s.cfg.Unready != nil {
+		out.Unready = s.cfg.Unready()
 	}
 	for _, rec := range s.cfg.Routes.Records() {
 		if rt, ok := s.cfg.Routes.Instance(rec.Instance); ok {

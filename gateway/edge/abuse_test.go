@@ -3,13 +3,17 @@
 package edge
 
 import (
+	"bufio"
 	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -41,47 +45,255 @@ func from(c net.Conn, source string) {
 	c.Write(b)
 }
 
-func TestThreat_K08_IdleConnectionsHoldTwoDescriptorsAndLittleMemory(t *testing.T) {
+// asStrangers is the variable by which this test's program is told to be the clients and
+// the app, so that what the gateway holds is counted alone, and its descriptors are its own.
+const asStrangers = "DSTACK_TEST_STRANGERS"
+
+// crowd is what the strangers do: N clients send Hello, behind a PROXY header each if Own, so
+// that each is a source of its own, and every fourth a Burst more; then they say nothing.
+type crowd struct {
+	Addr  string
+	N     int
+	Hello []byte
+	Burst int
+	Own   bool
+	// Each is how long they wait between the bytes of Hello; 0: it is sent at once.
+	Each time.Duration
+}
+
+// descriptorsHere raises the limit of this process as far as it may.
+func descriptorsHere() (int, error) {
 	var lim syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err != nil {
+	err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim)
+	if lim.Cur = lim.Max; err == nil {
+		err = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lim)
+	}
+	return int(min(lim.Cur, 1<<30)), err
+}
+
+// strangers is the other process: it prints where the app listens, and begins when its
+// standard input says so; at its end it ends.
+func strangers(order string) error {
+	var c crowd
+	if err := json.Unmarshal([]byte(order), &c); err != nil {
+		return err
+	}
+	if _, err := descriptorsHere(); err != nil {
+		return err
+	}
+	app, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			conn, err := app.Accept()
+			if err != nil {
+				return
+			}
+			go io.Copy(io.Discard, conn)
+		}
+	}()
+	fmt.Println(app.Addr())
+	in := bufio.NewReader(os.Stdin)
+	if _, err := in.ReadString('\n'); err != nil {
+		return err
+	}
+	burst := make([]byte, c.Burst)
+	conns := make([]net.Conn, c.N) // or the collector would close them
+	for i := range conns {
+		conn, err := net.Dial("tcp", c.Addr)
+		if err != nil {
+			return err
+		}
+		conns[i] = conn
+		if c.Own {
+			from(conn, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 1).String())
+		}
+		if c.Each > 0 {
+			go func() {
+				for k := range c.Hello {
+					if _, err := conn.Write(c.Hello[k : k+1]); err != nil {
+						return
+					}
+					time.Sleep(c.Each)
+				}
+			}()
+			continue
+		}
+		conn.Write(c.Hello)
+		if c.Burst > 0 && i%4 == 0 {
+			conn.Write(burst)
+		}
+	}
+	io.Copy(io.Discard, in)
+	runtime.KeepAlive(conns)
+	return nil
+}
+
+// crowd starts the strangers and tells where their app is; begin lets them begin.
+func (r *rig) crowd(c crowd) (app string, begin func()) {
+	r.t.Helper()
+	c.Addr = r.addr
+	order, err := json.Marshal(c)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env, cmd.Stderr = append(os.Environ(), asStrangers+"="+string(order)), os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return strings.TrimSpace(line), func() { io.WriteString(in, "begin\n") }
+}
+
+// held is the heap in use and the stacks of this process.
+func held() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // what pools kept goes with the second one
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc + m.StackInuse)
+}
+
+// bounded checks what n connections hold of this process.
+func bounded(t *testing.T, before int64, n, each int) {
+	t.Helper()
+	got := (held() - before) / int64(n)
+	t.Logf("%d connections, %d bytes of heap and stack each", n, got)
+	if got > int64(each) {
+		t.Errorf("%d bytes of heap and stack a connection, more than %d", got, each)
+	}
+}
+
+// many is how many connections a test may have, at two descriptors each here and with the
+// strangers: as many as it wants, or what the limit of descriptors lets be.
+func many(t *testing.T, want int) int {
+	t.Helper()
+	limit, err := descriptorsHere()
+	if err != nil {
 		t.Fatal(err)
 	}
-	// The test holds four descriptors a connection: the client's, the gateway's two, the app's.
-	n := min(10_000, (int(lim.Cur)-500)/4)
+	n := min(want, (limit-500)/2)
+	if n < want {
+		t.Logf("the limit of %d descriptors lets %d connections be, not %d", limit, n, want)
+	}
 	if testing.Short() {
 		n = min(n, 500)
 	}
-	r := newRig(t, func(c *Config) { c.Limits = Limits{Rate: -1, PerSource: -1, PendingPerSource: -1} })
+	return n
+}
+
+func TestThreat_K08_IdleConnectionsHoldTwoDescriptorsAndLittleMemory(t *testing.T) {
+	n := many(t, 10_000)
+	r := newRig(t, func(c *Config) {
+		c.Limits = Limits{Rate: -1, PerSource: -1, PendingPerSource: -1}
+		c.Timeouts.Handshake, c.Timeouts.Connect = time.Minute, time.Minute // the machine may be slow
+	})
 	r.instance(1, 1)
 	raw := rawHello(t, host(appID(1), "-s"))
-	r.serve(1, 443, func(c net.Conn) { io.Copy(io.Discard, c) })
-	// As much as makes a flow bulk, so that what a splice leaves behind would count.
-	burst := make([]byte, 64<<10)
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
-	fds := descriptors(t)
-	for i := range n {
-		c := r.tcp()
-		c.Write(raw)
-		if i%4 == 0 {
-			c.Write(burst)
-		}
-	}
+	// The burst makes a flow bulk, so that what a splice leaves behind would count.
+	const burst = 64 << 10
+	app, begin := r.crowd(crowd{N: n, Hello: raw, Burst: burst})
+	r.mu.Lock()
+	r.where[netip.AddrPortFrom(address(1), 443)] = app
+	r.mu.Unlock()
+	fds, before := descriptors(t), held()
+	begin()
 	r.eventually(func() bool { return r.edge.Stats().Relaying[hostname.Passthrough] == int64(n) }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
-	r.eventually(func() bool { return r.edge.Stats().BytesUp == uint64(n*len(raw)+(n+3)/4*len(burst)) }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
-	s := r.edge.Stats()
-	if got := descriptors(t) - fds; got > 4*n+2*keptPipes+16 || s.Pipes > keptPipes {
-		t.Errorf("%d descriptors for %d idle connections, %d pipes", got, n, s.Pipes)
+	r.eventually(func() bool { return r.edge.Stats().BytesUp == uint64(n*len(raw)+(n+3)/4*burst) }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
+	if got, pipes := descriptors(t)-fds, r.edge.Stats().Pipes; got > 2*n+2*keptPipes+16 || pipes > keptPipes {
+		t.Errorf("%d descriptors for %d idle connections, %d pipes", got, n, pipes)
 	}
-	runtime.GC()
-	runtime.ReadMemStats(&after)
-	// Heap and stacks of the gateway, its clients and the app together.
-	each := (int64(after.HeapAlloc+after.StackInuse) - int64(before.HeapAlloc+before.StackInuse)) / int64(n)
-	t.Logf("%d connections, %d bytes each, with the test's own", n, each)
-	if each > 40<<10 {
-		t.Errorf("%d bytes of heap and stack for an idle connection", each)
+	bounded(t, before, n, 15<<10)
+	// Others are served beside them.
+	r.instance(2, 2)
+	r.serve(2, 443, tlsEcho)
+	conn, err := r.tls(host(appID(2), "-s"))
+	if err != nil {
+		t.Fatal(err)
 	}
+	echoes(t, conn, 1000)
+}
+
+// Slow clients, each a source of its own, hold little, are cut off and counted, and keep
+// nobody else out.
+func TestThreat_K08_SlowClientsHoldLittleAndOthersAreServed(t *testing.T) {
+	n := many(t, 1000)
+	r := newRig(t, func(c *Config) {
+		asBalancer(c)
+		c.Limits, c.Timeouts.Handshake = Limits{Rate: -1}, 6*time.Second
+	})
+	r.instance(1, 1)
+	r.serve(1, 80, echo)
+	_, begin := r.crowd(crowd{N: n, Hello: rawHello(t, host(appID(1), "")), Own: true, Each: 100 * time.Millisecond})
+	before := held()
+	begin()
+	r.eventually(func() bool { return r.edge.Stats().Open >= int64(n)*9/10 }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
+	bounded(t, before, n, 24<<10)
+	served := 0
+	for r.edge.Stats().Refused["hello_read"] == 0 {
+		conn := r.tcp()
+		from(conn, "192.0.2.2:1")
+		s, err := r.handshake(conn, clientConfig(host(appID(1), "")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		echoes(t, s, 100)
+		s.Close()
+		served++
+	}
+	t.Logf("%d connections of another were served meanwhile", served)
+	if served == 0 {
+		t.Error("nobody was served while they were slow")
+	}
+	r.eventually(func() bool { return r.edge.Stats().Refused["hello_read"] == uint64(n) }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
+}
+
+// The largest hellos that are taken, all but their last byte, hold no more than they are.
+func TestThreat_K08_GiantHellosHoldWhatTheyAre(t *testing.T) {
+	n := many(t, 1000)
+	r := newRig(t, func(c *Config) {
+		asBalancer(c)
+		c.Limits, c.Timeouts.Handshake = Limits{Rate: -1}, 20*time.Second
+	})
+	r.instance(1, 1)
+	r.serve(1, 80, echo)
+	record := []byte{22, 3, 1, 0x40, 0}
+	giant := append(record, 1, 0, 0x3f, 0xfc)
+	giant = append(giant, make([]byte, 16<<10-5)...) // a record of 16 KiB, but for its last byte
+	_, begin := r.crowd(crowd{N: n, Hello: giant, Own: true})
+	before := held()
+	begin()
+	r.eventually(func() bool { return r.edge.Stats().Open == int64(n) }, func() string { return fmt.Sprintf("%+v", r.edge.Stats()) })
+	time.Sleep(500 * time.Millisecond) // all of them have been read
+	if s := r.edge.Stats(); s.Open != int64(n) {
+		t.Fatalf("they do not wait: %+v", s)
+	}
+	bounded(t, before, n, 56<<10)
+	conn := r.tcp()
+	from(conn, "192.0.2.2:1")
+	s, err := r.handshake(conn, clientConfig(host(appID(1), "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	echoes(t, s, 100)
 }
 
 func clientConfig(name string) *tls.Config {

@@ -86,7 +86,7 @@ type administration struct {
 }
 
 // administer opens the administrators' listener; nil: there is none.
-func (n *Node) administer(agreed *cluster.Cluster, l *live, proxy *gate, tunnel string, applied func()) (*administration, error) {
+func (n *Node) administer(agreed *cluster.Cluster, l *live, proxy *gate, tunnel string, applied func(), watch watching) (*administration, error) {
 	c := &n.cfg.Core.Admin
 	if !c.Enabled {
 		return nil, nil
@@ -123,13 +123,14 @@ func (n *Node) administer(agreed *cluster.Cluster, l *live, proxy *gate, tunnel 
 			return err
 		},
 		Directories: list(n.cfg.Core.ACME.Directories), Cluster: membership{agreed}, Public: proxy, Applied: applied,
-		Exit:  a.exit,
+		Exit:     a.exit,
+		CtStatus: watch.logs, Unready: watch.metrics.Unready, Pages: watch.pages,
 		Guard: guard, Trust: trust, Tunnel: tunnel, Version: n.Version, Log: n.log,
 	}
 	if l.manager != nil {
 		cfg.Certificates = certificates{l.manager}
 	} else {
-		cfg.CheckDomain = n.ca.Admits
+		cfg.CheckDomain, cfg.Private = n.ca.Admits, n.privateStatus
 	}
 	if a.service, err = admin.New(cfg); err != nil {
 		return nil, err

@@ -283,7 +283,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 		}
 	}
 	apps := newGate(public, proxy)
-	administrators, err := n.administer(agreed, n.live, apps, string(tn.Mode()), service.Applied)
+	administrators, err := n.administer(agreed, n.live, apps, string(tn.Mode()), service.Applied, n.watching(agreed, apps, tn, service, watcher))
 	if err != nil {
 		return err
 	}

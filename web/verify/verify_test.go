@@ -29,6 +29,7 @@ import (
 	"github.com/dstack-go/dstack/cmd/dstack-wasm/page"
 	"github.com/dstack-go/dstack/cmd/dstack-wasm/page/pagetest"
 	"github.com/dstack-go/dstack/internal/testkit"
+	"github.com/dstack-go/dstack/internal/testkit/chromium"
 	"github.com/dstack-go/dstack/verifier/verifiertest"
 	"github.com/dstack-go/dstack/web/verify"
 )
@@ -170,15 +171,15 @@ type shown struct {
 
 // visit is one use of the page.
 type visit struct {
-	*browser
+	*chromium.Browser
 	t       *testing.T
 	address string
 }
 
 func (v visit) fresh() {
 	v.t.Helper()
-	v.open(v.address)
-	v.wait("a loaded verifier", `return document.getElementById("status").textContent === "Ready.";`)
+	v.Open(v.address)
+	v.Wait("a loaded verifier", `return document.getElementById("status").textContent === "Ready.";`)
 }
 
 func (v visit) file(id, name string, data []byte) {
@@ -188,34 +189,34 @@ func (v visit) file(id, name string, data []byte) {
 		v.t.Fatal(err)
 	}
 	v.open1(id)
-	v.keys("#"+id, path)
+	v.Keys("#"+id, path)
 }
 
 // field fills one in.
 func (v visit) field(id, text string) {
 	v.t.Helper()
 	v.open1(id)
-	v.keys("#"+id, text)
+	v.Keys("#"+id, text)
 }
 
 // open1 unfolds what hides a field.
 func (v visit) open1(id string) {
 	v.t.Helper()
-	v.script(`document.getElementById(arguments[0]).closest("details")?.setAttribute("open", "");`, nil, id)
+	v.Script(`document.getElementById(arguments[0]).closest("details")?.setAttribute("open", "");`, nil, id)
 }
 
 func (v visit) paste(text string) {
 	v.t.Helper()
-	v.click("input[name=source][value=report]")
-	v.script(`document.getElementById("report").value = arguments[0];`, nil, text)
+	v.Click("input[name=source][value=report]")
+	v.Script(`document.getElementById("report").value = arguments[0];`, nil, text)
 }
 
 func (v visit) verify() shown {
 	v.t.Helper()
-	v.click("#verify")
-	v.wait("an outcome", `return document.getElementById("result").dataset.outcome;`)
+	v.Click("#verify")
+	v.Wait("an outcome", `return document.getElementById("result").dataset.outcome;`)
 	var s shown
-	v.script(`
+	v.Script(`
 		const r = document.getElementById("result");
 		return {
 			Outcome: r.dataset.outcome, Code: r.dataset.code, Word: r.querySelector("h2").textContent, Text: r.textContent,
@@ -224,7 +225,7 @@ func (v visit) verify() shown {
 		};`, &s)
 	if *screenshots != "" {
 		name := strings.NewReplacer(" ", "-", "/", "-").Replace(strings.SplitN(v.t.Name(), "/", 2)[1])
-		v.screenshot(filepath.Join(*screenshots, name))
+		v.Screenshot(filepath.Join(*screenshots, name))
 	}
 	return s
 }
@@ -251,7 +252,7 @@ func (s shown) says(t *testing.T, words ...string) {
 }
 
 func TestThePageInChromium(t *testing.T) {
-	b := chromium(t)
+	b := chromium.Start(t)
 	dir, wasm := site(t)
 	hash := sha256.Sum256(wasm)
 
@@ -272,9 +273,9 @@ func TestThePageInChromium(t *testing.T) {
 
 	run := func(name string, f func(t *testing.T, v visit)) {
 		t.Run(name, func(t *testing.T) {
-			old := b.t
-			b.t = t
-			defer func() { b.t = old }()
+			old := b.T
+			b.T = t
+			defer func() { b.T = old }()
 			v := visit{b, t, origin + "/some/path/"}
 			v.fresh()
 			f(t, v)
@@ -288,7 +289,7 @@ func TestThePageInChromium(t *testing.T) {
 		v.field("at", at)
 	}
 	from := func(v visit, h http.Handler) {
-		v.script(`document.getElementById("url").value = arguments[0];`, nil, serve(v.t, h))
+		v.Script(`document.getElementById("url").value = arguments[0];`, nil, serve(v.t, h))
 	}
 
 	run("what was expected is accepted, as development", func(t *testing.T, v visit) {
@@ -329,9 +330,9 @@ func TestThePageInChromium(t *testing.T) {
 		v.field("at", at)
 		s := v.verify()
 		s.check(t, "refused", "Refused", "workload_not_specified")
-		v.click(".findings .error button.link")
+		v.Click(".findings .error button.link")
 		var focus string
-		v.script(`return document.activeElement.id;`, &focus)
+		v.Script(`return document.activeElement.id;`, &focus)
 		if focus != "compose_hash" {
 			t.Errorf("the fix leads to %q", focus)
 		}
@@ -406,7 +407,7 @@ func TestThePageInChromium(t *testing.T) {
 		}
 	})
 	run("a file that is too large is not read", func(t *testing.T, v visit) {
-		v.click("input[name=source][value=report]")
+		v.Click("input[name=source][value=report]")
 		v.file("report-file", "huge.bin", make([]byte, 17<<20))
 		if s := v.verify(); s.Outcome != "error" || s.Code != "evidence_too_large" {
 			t.Errorf("%+v", s)
@@ -427,7 +428,7 @@ func TestThePageInChromium(t *testing.T) {
 			t.Error("an instance's advice is shown as this page's")
 		}
 		var markup bool
-		v.script(`return window.pwned !== undefined || document.querySelector("#result img, #result a, #result b") !== null;`, &markup)
+		v.Script(`return window.pwned !== undefined || document.querySelector("#result img, #result a, #result b") !== null;`, &markup)
 		if markup || s.Code != "evidence_refused" {
 			t.Errorf("text of an instance became markup, code %q", s.Code)
 		}
@@ -446,7 +447,7 @@ func TestThePageInChromium(t *testing.T) {
 			t.Errorf("redirect: %+v", s)
 		}
 		for _, bad := range []string{"ftp://x", "https://a:b@c", "https://x/?q=1", "::"} {
-			v.script(`document.getElementById("url").value = arguments[0];`, nil, bad)
+			v.Script(`document.getElementById("url").value = arguments[0];`, nil, bad)
 			if s := v.verify(); s.Outcome != "error" || s.Code != "evidence_url" {
 				t.Errorf("%s: %+v", bad, s)
 			}
@@ -475,7 +476,7 @@ func TestThePageInChromium(t *testing.T) {
 		}
 		v.paste(hex.EncodeToString(quote))
 		v.file("collateral", "collateral.json", collateral)
-		v.script(`document.getElementById("policy").value = "signature-only";`, nil)
+		v.Script(`document.getElementById("policy").value = "signature-only";`, nil)
 		v.field("at", pagetest.VectorAt)
 		s := v.verify()
 		s.check(t, "accepted", "Signature holds")
@@ -494,21 +495,21 @@ func TestThePageInChromium(t *testing.T) {
 			t.Skip("SKIP: no shared vectors")
 		}
 		v.paste(base64.StdEncoding.EncodeToString(quote))
-		v.script(`document.getElementById("policy").value = "signature-only";`, nil)
+		v.Script(`document.getElementById("policy").value = "signature-only";`, nil)
 		s := v.verify()
 		s.check(t, "undecided", "Undecided", "collateral_missing")
 	})
 	run("the page shows what it is", func(t *testing.T, v visit) {
 		var text, origins string
-		v.script(`return document.getElementById("page-hash").textContent;`, &text)
-		v.script(`return document.getElementById("page-origin").textContent;`, &origins)
+		v.Script(`return document.getElementById("page-hash").textContent;`, &text)
+		v.Script(`return document.getElementById("page-origin").textContent;`, &origins)
 		if text != hex.EncodeToString(hash[:]) || origins != origin {
 			t.Errorf("hash %s, origin %s", text, origins)
 		}
 	})
 	run("the browser enforces the page's policy", func(t *testing.T, v visit) {
 		var got map[string]string
-		v.script(`
+		v.Script(`
 			// In a task of its own: WebDriver lifts the policy for the script that it runs.
 			const attempt = (f) => new Promise((resolve) => setTimeout(() => { try { f(); resolve("allowed"); } catch (e) { resolve(e.name); } }));
 			return {
@@ -525,23 +526,23 @@ func TestThePageInChromium(t *testing.T) {
 	})
 	run("every field has a label, and keys suffice", func(t *testing.T, v visit) {
 		var unlabelled []string
-		v.script(`return [...document.querySelectorAll("input, select, textarea, button")].filter((e) => e.labels?.length === 0 && !e.textContent).map((e) => e.id);`, &unlabelled)
+		v.Script(`return [...document.querySelectorAll("input, select, textarea, button")].filter((e) => e.labels?.length === 0 && !e.textContent).map((e) => e.id);`, &unlabelled)
 		if len(unlabelled) > 0 {
 			t.Errorf("no label: %v", unlabelled)
 		}
 		v.field("url", instance+"\ue007") // Enter
-		v.wait("an outcome", `return document.getElementById("result").dataset.outcome;`)
+		v.Wait("an outcome", `return document.getElementById("result").dataset.outcome;`)
 		var focus string
-		v.script(`return document.activeElement.tagName;`, &focus)
+		v.Script(`return document.activeElement.tagName;`, &focus)
 		if focus != "H2" {
 			t.Errorf("after an answer the focus is on %s", focus)
 		}
 	})
 
 	t.Run("a verifier that is missing or broken is no verdict", func(t *testing.T) {
-		old := b.t
-		b.t = t
-		defer func() { b.t = old }()
+		old := b.T
+		b.T = t
+		defer func() { b.T = old }()
 		for _, c := range []struct {
 			code string
 			h    http.HandlerFunc
@@ -553,8 +554,8 @@ func TestThePageInChromium(t *testing.T) {
 			mux.Handle("/", http.FileServer(http.Dir(dir)))
 			mux.Handle("/dstack.wasm.gz", c.h)
 			v := visit{b, t, serve(t, mux)}
-			v.open(v.address)
-			v.wait("a word on the verifier", `return document.getElementById("result").dataset.outcome;`)
+			v.Open(v.address)
+			v.Wait("a word on the verifier", `return document.getElementById("result").dataset.outcome;`)
 			v.field("url", instance)
 			if s := v.verify(); s.Outcome != "error" || s.Code != c.code {
 				t.Errorf("%+v, want %s", s, c.code)
@@ -569,9 +570,9 @@ func TestThePageInChromium(t *testing.T) {
 		http.FileServer(http.Dir(dir)).ServeHTTP(w, r)
 	}))
 	t.Run("TestThreat_F03 the later of two clocks counts, from any path", func(t *testing.T) {
-		old := b.t
-		b.t = t
-		defer func() { b.t = old }()
+		old := b.T
+		b.T = t
+		defer func() { b.T = old }()
 		v := visit{b, t, ahead + "/index.html"}
 		v.fresh()
 		v.field("url", instance)
@@ -587,7 +588,7 @@ func TestThePageInChromium(t *testing.T) {
 		bare(t, b, dir)
 		for _, c := range pagetest.Cases(t) {
 			var answer string
-			b.script(`return ask(...arguments);`, &answer, base64.StdEncoding.EncodeToString(c.Input), c.Text, c.Options)
+			b.Script(`return ask(...arguments);`, &answer, base64.StdEncoding.EncodeToString(c.Input), c.Text, c.Options)
 			c.Check(t, []byte(answer))
 			if native := c.Native(); answer != string(native) {
 				t.Errorf("%s: Chromium says\n%s\nthe native code\n%s", c.Name, answer, native)
@@ -597,15 +598,15 @@ func TestThePageInChromium(t *testing.T) {
 }
 
 // bare is a page without policy that has the module's functions.
-func bare(t testing.TB, b *browser, dir string) {
+func bare(t testing.TB, b *chromium.Browser, dir string) {
 	t.Helper()
 	mux := http.NewServeMux()
 	mux.Handle("/", http.FileServer(http.Dir(dir)))
 	mux.HandleFunc("/bare", func(w http.ResponseWriter, _ *http.Request) {
 		io.WriteString(w, `<!doctype html><title>bare</title><script src="wasm_exec.js"></script>`)
 	})
-	b.open(serve(t, mux) + "/bare")
-	b.script(`
+	b.Open(serve(t, mux) + "/bare")
+	b.Script(`
 		const stream = (await fetch("dstack.wasm.gz")).body.pipeThrough(new DecompressionStream("gzip"));
 		const go = new Go();
 		const { instance } = await WebAssembly.instantiate(await new Response(stream).arrayBuffer(), go.importObject);
@@ -643,7 +644,7 @@ func BenchmarkVerify(b *testing.B) {
 		median(b, ms)
 	})
 	b.Run("chromium", func(b *testing.B) {
-		c := chromium(b)
+		c := chromium.Start(b)
 		dir, _ := site(b)
 		bare(b, c, dir)
 		const measure = `
@@ -655,10 +656,10 @@ func BenchmarkVerify(b *testing.B) {
 			}
 			return out;`
 		input := base64.StdEncoding.EncodeToString(quote)
-		c.script(measure, nil, input, string(options), 20)
+		c.Script(measure, nil, input, string(options), 20)
 		b.ResetTimer()
 		var ms []float64
-		c.script(measure, &ms, input, string(options), max(b.N, 50))
+		c.Script(measure, &ms, input, string(options), max(b.N, 50))
 		b.StopTimer()
 		b.ReportMetric(0, "ns/op")
 		median(b, ms)

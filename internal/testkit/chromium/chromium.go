@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package verify_test
+// Package chromium drives Debian's Chromium in tests of pages, by the W3C WebDriver protocol
+// (https://www.w3.org/TR/webdriver2/).
+package chromium
 
 import (
 	"bufio"
@@ -17,18 +19,17 @@ import (
 	"time"
 )
 
-// browser is one headless Chromium, driven by the W3C WebDriver protocol
-// (https://www.w3.org/TR/webdriver2/). A failing command ends the test.
-type browser struct {
-	t    testing.TB
-	base string // of the session
+// Browser is one headless Chromium. A failing command ends the test.
+type Browser struct {
+	T    testing.TB // whom a failing command ends; subtests take turns
+	base string     // of the session
 }
 
 var startedOn = regexp.MustCompile(`started successfully on port (\d+)`)
 
-// chromium starts one, or skips the test where Debian's packages chromium and
+// Start starts one, or skips the test where Debian's packages chromium and
 // chromium-driver are not installed.
-func chromium(t testing.TB) *browser {
+func Start(t testing.TB) *Browser {
 	t.Helper()
 	driver, err := exec.LookPath("chromedriver")
 	if err != nil {
@@ -74,7 +75,7 @@ func chromium(t testing.TB) *browser {
 	}
 	go io.Copy(io.Discard, stdout)
 
-	b := &browser{t: t, base: "http://127.0.0.1:" + port}
+	b := &Browser{T: t, base: "http://127.0.0.1:" + port}
 	args := []string{
 		"--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
 		"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1000,1400", "--user-data-dir=" + profile,
@@ -89,14 +90,14 @@ func chromium(t testing.TB) *browser {
 	return b
 }
 
-func (b *browser) call(method, path string, in, out any) {
-	b.t.Helper()
+func (b *Browser) call(method, path string, in, out any) {
+	b.T.Helper()
 	if err := b.try(method, path, in, out); err != nil {
-		b.t.Fatal(err)
+		b.T.Fatal(err)
 	}
 }
 
-func (b *browser) try(method, path string, in, out any) error {
+func (b *Browser) try(method, path string, in, out any) error {
 	var body io.Reader
 	if method == http.MethodPost {
 		if in == nil {
@@ -130,39 +131,40 @@ func (b *browser) try(method, path string, in, out any) error {
 	return json.Unmarshal(raw, &struct{ Value any }{out})
 }
 
-func (b *browser) open(url string) {
-	b.t.Helper()
+// Open goes to a page.
+func (b *Browser) Open(url string) {
+	b.T.Helper()
 	b.call("POST", "/url", map[string]any{"url": url}, nil)
 }
 
 // find returns the path of the one element that a CSS selector finds.
-func (b *browser) find(css string) string {
-	b.t.Helper()
+func (b *Browser) find(css string) string {
+	b.T.Helper()
 	var e map[string]string
 	b.call("POST", "/element", map[string]any{"using": "css selector", "value": css}, &e)
 	return "/element/" + e["element-6066-11e4-a52e-4f735466cecf"]
 }
 
-func (b *browser) click(css string) {
-	b.t.Helper()
+func (b *Browser) Click(css string) {
+	b.T.Helper()
 	b.call("POST", b.find(css)+"/click", nil, nil)
 }
 
-// keys types text, or chooses a file by its path.
-func (b *browser) keys(css, text string) {
-	b.t.Helper()
+// Keys types text, or chooses a file by its path.
+func (b *Browser) Keys(css, text string) {
+	b.T.Helper()
 	b.call("POST", b.find(css)+"/value", map[string]any{"text": text}, nil)
 }
 
-// script runs the body of a function, which may be async, with arguments.
-func (b *browser) script(body string, out any, args ...any) {
-	b.t.Helper()
+// Script runs the body of a function, which may be async, with arguments.
+func (b *Browser) Script(body string, out any, args ...any) {
+	b.T.Helper()
 	if args == nil {
 		args = []any{}
 	}
 	b.call("POST", "/execute/async", map[string]any{
 		"script": "const done = arguments[arguments.length - 1]; (async function() {" + body + "}).apply(null, arguments).then((v) => done([v]), (e) => done(['', String(e)]));", "args": args,
-	}, &scriptResult{b.t, out})
+	}, &scriptResult{b.T, out})
 }
 
 type scriptResult struct {
@@ -184,26 +186,26 @@ func (r *scriptResult) UnmarshalJSON(data []byte) error {
 	return json.Unmarshal(pair[0], r.out)
 }
 
-// wait runs a function's body until it returns something true.
-func (b *browser) wait(what, body string) {
-	b.t.Helper()
+// Wait runs a function's body until it returns something true.
+func (b *Browser) Wait(what, body string) {
+	b.T.Helper()
 	for end := time.Now().Add(40 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		var ok bool
-		b.script("return Boolean(await (async () => {"+body+"})());", &ok)
+		b.Script("return Boolean(await (async () => {"+body+"})());", &ok)
 		if ok {
 			return
 		}
 		if time.Now().After(end) {
-			b.t.Fatalf("the page did not come to: %s", what)
+			b.T.Fatalf("the page did not come to: %s", what)
 		}
 	}
 }
 
-// screenshot saves the page as it stands, in its full height, in light and dark.
-func (b *browser) screenshot(path string) {
-	b.t.Helper()
+// Screenshot saves the page as it stands, in its full height, in light and dark.
+func (b *Browser) Screenshot(path string) {
+	b.T.Helper()
 	var height int
-	b.script("return document.body.scrollHeight;", &height)
+	b.Script("return document.body.scrollHeight;", &height)
 	b.call("POST", "/window/rect", map[string]any{"width": 1000, "height": min(height+140, 8000)}, nil)
 	for _, scheme := range []string{"dark", "light"} {
 		b.call("POST", "/goog/cdp/execute", map[string]any{"cmd": "Emulation.setEmulatedMedia", "params": map[string]any{
@@ -213,10 +215,10 @@ func (b *browser) screenshot(path string) {
 		b.call("GET", "/screenshot", nil, &png)
 		raw, err := base64.StdEncoding.DecodeString(png)
 		if err != nil {
-			b.t.Fatal(err)
+			b.T.Fatal(err)
 		}
 		if err := os.WriteFile(path+"-"+scheme+".png", raw, 0o644); err != nil {
-			b.t.Fatal(err)
+			b.T.Fatal(err)
 		}
 	}
 	b.call("POST", "/window/rect", map[string]any{"width": 1000, "height": 1400}, nil)
