@@ -43,11 +43,17 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
+	return newWorldOf(t, devchain.Config{})
+}
+
+func newWorldOf(t *testing.T, cfg devchain.Config) *world {
+	t.Helper()
 	if _, err := exec.LookPath("npm"); err != nil {
 		t.Skip("npm is not installed: the development chain's node comes from it")
 	}
 	dir := t.TempDir()
-	c, err := devchain.Start(t.Context(), devchain.Config{Dir: dir, Step: t.Logf})
+	cfg.Dir, cfg.Step = dir, t.Logf
+	c, err := devchain.Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
