@@ -108,6 +108,9 @@ func (a *Authority) Standing(ctx context.Context, q governance.Request) (*Standi
 		out.Allowed = true
 		out.Notice, out.RegistryNotice = duration(min(t.notice, newest.notice)), duration(min(t.registryNotice, newest.registryNotice))
 		out.Frozen, out.Foreign = t.frozen && newest.frozen, t.foreign || newest.foreign
+		if out.Foreign {
+			out.By += " foreign app"
+		}
 		if announced := max(t.announced, newest.announced); announced != 0 {
 			out.Announced = seconds(announced)
 		}

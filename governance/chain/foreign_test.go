@@ -112,7 +112,7 @@ func TestThreat_G03_AForeignAppIsExecutedOverProvenState(t *testing.T) {
 	w.want(w.authority(1, w.chain.RPC), q, "chain_foreign") // unless it is configured
 	w.want(a, q, "")
 	s, err := a.Standing(t.Context(), q)
-	if err != nil || !s.Allowed || !s.Foreign || s.Frozen || s.Notice != 0 || !s.Announced.IsZero() {
+	if err != nil || !s.Allowed || !s.Foreign || s.Frozen || s.Notice != 0 || !s.Announced.IsZero() || !strings.HasSuffix(s.By, " foreign app") {
 		t.Errorf("%+v, %v", s, err)
 	}
 	d := w.want(a, question(app.at, other), "app_refuses")

@@ -478,8 +478,12 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 	if err != nil {
 		return err
 	}
+	foreign := func(why string) error {
+		return fault.New("chain_foreign", "%s at block %s %s: what it answers cannot be computed from its storage", at, block.Number, why).
+			WithFix("check the address; an app may have other code where chain.foreign is true, and for dstack verify with --chain-foreign")
+	}
 	if a.codeHash != crypto.Keccak256Hash(list[contracts.Proxy].DeployedBytecode) {
-		return fault.New("chain_foreign", "%s at block %s is no proxy of ours: its answers cannot be computed from its storage", at, block.Number)
+		return foreign("is no proxy of ours")
 	}
 	to := common.BytesToAddress(a.words[registry.ImplementationSlot].Bytes())
 	implementation, err := r.read(ctx, block, to, nil)
@@ -502,7 +506,7 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 			return nil
 		}
 	}
-	return fault.New("chain_foreign", "%s runs %s at block %s, which is not the %s of this version", at, to, block.Number, name)
+	return foreign(fmt.Sprintf("runs %s, which is not the %s of this version", to, name))
 }
 
 // code returns the code with a hash. Code chain_proof.
