@@ -88,6 +88,7 @@ func (c *deployCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
+	defer p.close()
 	out := deployment{Name: c.Name, AppID: p.lock.AppID, ComposeHash: p.lock.ComposeHash, OSImageHash: p.lock.OSImageHash, Lock: c.lockFile(c.Compose)}
 	if c.DryRun {
 		out.DryRun = true

@@ -21,13 +21,14 @@ import (
 )
 
 type appCmd struct {
-	Ls     appLsCmd     `cmd:"" help:"List the apps that the stack's policy allows, with their manifests."`
+	Ls     appLsCmd     `cmd:"" help:"List the apps that the stack's policy or registry has, with their manifests."`
 	Allow  appAllowCmd  `cmd:"" help:"Allow a manifest of an app."`
 	Revoke appRevokeCmd `cmd:"" help:"Revoke an app, or one of its manifests: the next boot gets no keys, and running instances lose their lease."`
 	Freeze appFreezeCmd `cmd:"" help:"Let an app change no more: it may be revoked, and nothing else."`
 
 	Create   appCreateCmd   `cmd:"" help:"Deploy an app's contract on the chain and register it: its address is the app id."`
 	Add      appAddCmd      `cmd:"" help:"Allow a manifest or a machine in an app's contract."`
+	Rotate   appRotateCmd   `cmd:"" help:"Begin the next key epoch of an app's contract; keys of the one before are still given."`
 	Transfer appTransferCmd `cmd:"" help:"Offer an app's contract to a new owner."`
 	Accept   appAcceptCmd   `cmd:"" help:"Accept an app's contract that was offered."`
 	Status   appStatusCmd   `cmd:"" help:"Show what an app's contract allows."`
@@ -56,9 +57,12 @@ func governedApp(a *app, name string) (*policy.App, error) {
 	return nil, fault.New("app_ambiguous", "the policy has %d apps %q", len(found), name).WithFix("give the app id: `dstack app ls`")
 }
 
-type appLsCmd struct{}
+type appLsCmd struct{ chainFlags }
 
-func (*appLsCmd) Run(a *app) error {
+func (c *appLsCmd) Run(a *app) error {
+	if c.governedByChain(a) {
+		return c.onChain(a)
+	}
 	doc, err := a.stack.Policy()
 	if err != nil {
 		return err
@@ -372,7 +376,19 @@ type kmsPolicyCmd struct {
 	Submit bool `help:"Give the stack's policy to its KMSs again."`
 }
 
+// noPolicy refuses what is of signed policies where contracts decide. Code
+// governed_by_chain.
+func noPolicy(a *app, instead string) error {
+	if !a.stack.GovernedByChain() {
+		return nil
+	}
+	return fault.New("governed_by_chain", "contracts on a chain govern this stack, and no signed policy").WithFix("%s", instead)
+}
+
 func (c *kmsPolicyCmd) Run(a *app) error {
+	if err := noPolicy(a, "`dstack kms status` and `dstack app status` show what the contracts allow"); err != nil {
+		return err
+	}
 	if c.Submit {
 		if err := a.stack.SubmitPolicy(a.ctx); err != nil {
 			return err
@@ -398,6 +414,9 @@ func (c *kmsPolicyCmd) Run(a *app) error {
 type kmsRotateCmd struct{}
 
 func (*kmsRotateCmd) Run(a *app) error {
+	if err := noPolicy(a, "`dstack app rotate APP`: on a chain each app has key epochs of its own"); err != nil {
+		return err
+	}
 	var epoch policy.KeyEpoch
 	err := a.stack.Govern(a.ctx, func(d *policy.Document) (*policy.Document, error) {
 		next, err := d.Rotate()

@@ -27,18 +27,28 @@ type chainFlags struct {
 	Registry string `name:"registry" help:"Address of the KMS's registry; the stack's own by default." placeholder:"0x…"`
 }
 
-// signFlags say who signs a call, and how long to wait for it.
+// accountFlags say whose account signs.
+type accountFlags struct {
+	Keystore       string `help:"Key file of an Ethereum wallet that signs." type:"path" placeholder:"FILE"`
+	PassphraseFile string `name:"passphrase-file" help:"File whose first line opens the key file; asked for otherwise." type:"path" placeholder:"FILE"`
+	Signer         string `help:"Program that signs, as Clef does: a unix socket or a URL." placeholder:"ENDPOINT"`
+	From           string `help:"Account of that program." placeholder:"0x…"`
+}
+
+// sendFlags say who signs a transaction, and how long to wait for it.
+type sendFlags struct {
+	accountFlags
+	Confirmations uint64        `help:"Blocks to wait for, the transaction's own included." default:"1"`
+	ChainTimeout  time.Duration `name:"chain-timeout" help:"How long to wait for them." default:"5m"`
+	MaxFee        string        `name:"max-fee" help:"The most that a transaction may cost, in wei." placeholder:"WEI"`
+}
+
+// signFlags are those of a verb that makes a call.
 type signFlags struct {
 	chainFlags
-	Keystore       string        `help:"Key file of an Ethereum wallet that signs." type:"path" placeholder:"FILE"`
-	PassphraseFile string        `name:"passphrase-file" help:"File whose first line opens the key file; asked for otherwise." type:"path" placeholder:"FILE"`
-	Signer         string        `help:"Program that signs, as Clef does: a unix socket or a URL." placeholder:"ENDPOINT"`
-	From           string        `help:"Account of that program." placeholder:"0x…"`
-	DryRun         bool          `name:"dry-run" help:"Print the call and send nothing."`
-	Safe           bool          `help:"With --dry-run: print it as a Safe transaction builder's file."`
-	Confirmations  uint64        `help:"Blocks to wait for, the transaction's own included." default:"1"`
-	ChainTimeout   time.Duration `name:"chain-timeout" help:"How long to wait for them." default:"5m"`
-	MaxFee         string        `name:"max-fee" help:"The most that a transaction may cost, in wei." placeholder:"WEI"`
+	sendFlags
+	DryRun bool `name:"dry-run" help:"Print the call and send nothing."`
+	Safe   bool `help:"With --dry-run: print it as a Safe transaction builder's file."`
 }
 
 // onchain is a registry, and a node to reach it by.
@@ -111,7 +121,7 @@ func parseAddress(what, text string) (common.Address, error) {
 }
 
 // signer is who signs: as told, or the owner of the stack's own chain.
-func (f *signFlags) signer(a *app, o *onchain) (transact.Signer, error) {
+func (f *accountFlags) signer(a *app, o *onchain) (transact.Signer, error) {
 	if f.Signer != "" {
 		if f.Keystore != "" {
 			return nil, usage("--signer and --keystore exclude each other")
@@ -197,12 +207,17 @@ func (f *signFlags) act(a *app, o *onchain, what string, make call) (*transact.O
 		a.printf("To      %s (chain %d)\nValue   %s\nData    %s\nCall    %s\n", p.To.Hex(), p.ChainID, p.Value, p.Data, p.Call)
 		return nil, a.result(p)
 	}
-	signer, err := f.signer(a, o)
+	s, err := f.sender(a, o)
 	if err != nil {
 		return nil, err
 	}
-	defer signer.Close()
-	s := &transact.Sender{Node: o.node, Signer: signer, Confirmations: f.Confirmations, Timeout: f.ChainTimeout, Progress: a.step}
+	defer s.Signer.Close()
+	return sent(a, what, s, make(s.Signer.Address()))
+}
+
+// sender is who signs and sends; its signer is the caller's to close.
+func (f *sendFlags) sender(a *app, o *onchain) (*transact.Sender, error) {
+	s := &transact.Sender{Node: o.node, Confirmations: f.Confirmations, Timeout: f.ChainTimeout, Progress: a.step}
 	if f.MaxFee != "" {
 		limit, ok := new(big.Int).SetString(f.MaxFee, 10)
 		if !ok || limit.Sign() < 0 {
@@ -210,7 +225,14 @@ func (f *signFlags) act(a *app, o *onchain, what string, make call) (*transact.O
 		}
 		s.MaxFee = limit
 	}
-	out, err := s.Do(a.ctx, make(signer.Address()))
+	var err error
+	s.Signer, err = f.signer(a, o)
+	return s, err
+}
+
+// sent makes a call and says what became of it.
+func sent(a *app, what string, s *transact.Sender, c registry.Call) (*transact.Outcome, error) {
+	out, err := s.Do(a.ctx, c)
 	if err != nil {
 		return nil, err
 	}

@@ -188,6 +188,112 @@ func (c *appFreezeCmd) onChain(a *app) error {
 	return c.onApp(a, c.App, "freeze the app", func(x registry.App) (registry.Call, error) { return x.Freeze(), nil })
 }
 
+type appRotateCmd struct {
+	signFlags
+	App string `arg:"" help:"App id."`
+}
+
+func (c *appRotateCmd) Run(a *app) error {
+	if c.RPC == "" && c.Registry == "" && !c.governedByChain(a) {
+		return fault.New("governed_by_policy", "a signed policy governs this stack, whose key epochs are of all apps together").WithFix("`dstack kms rotate`")
+	}
+	at, err := appAddress(a, c.App)
+	if err != nil {
+		return err
+	}
+	return c.do(a, "begin the next key epoch", func(o *onchain) (call, error) {
+		s, err := registry.AppAt(at).Status(a.ctx, o.node, nil)
+		if err != nil {
+			return nil, err
+		}
+		a.step("key epoch %d follows %d", s.KeyEpoch+1, s.KeyEpoch)
+		return fixed(registry.AppAt(at).SetKeyEpoch(s.KeyEpoch + 1)), nil
+	})
+}
+
+// listed is one app of a registry.
+type listed struct {
+	AppID string `json:"app_id"`
+	Name  string `json:"name,omitempty"` // of the VM that this stack runs of it
+	// Foreign says that its contract does not answer as ours do; all else is then empty.
+	Foreign       bool            `json:"foreign,omitempty"`
+	Owner         *common.Address `json:"owner,omitempty"`
+	Notice        uint64          `json:"notice_seconds"`
+	Frozen        bool            `json:"frozen"`
+	KeyEpoch      uint64          `json:"key_epoch"`
+	ComposeHashes []string        `json:"compose_hashes"`
+}
+
+// onChain lists the apps of a registry, with what their contracts allow.
+func (c *appLsCmd) onChain(a *app) error {
+	o, err := c.connect(a)
+	if err != nil {
+		return err
+	}
+	defer o.node.Close()
+	head, err := o.node.BlockNumber(a.ctx)
+	if err != nil {
+		return registry.Explain(err)
+	}
+	members := func(contract string, at common.Address, list string) ([]common.Hash, error) {
+		entries, err := registry.History(a.ctx, o.node, contract, at, 0, head)
+		return registry.Members(entries, list), err
+	}
+	ids, err := members(contracts.KMS, o.registry, "registered-app")
+	if err != nil {
+		return err
+	}
+	names := map[string]string{}
+	if a.stack.Responding(a.ctx) {
+		vms, err := listVMs(a)
+		if err != nil {
+			return err
+		}
+		for _, vm := range vms {
+			names[vm.AppId] = vm.Name
+		}
+	}
+	a.printf("Registry %s, chain %d, block %d\n", o.registry.Hex(), o.chainID, head)
+	apps := []listed{}
+	for _, id := range ids {
+		at := common.BytesToAddress(id[:])
+		x := listed{AppID: common.Bytes2Hex(at[:]), ComposeHashes: []string{}}
+		x.Name = names[x.AppID]
+		s, err := registry.AppAt(at).Status(a.ctx, o.node, nil)
+		switch fault.Code(err) {
+		case "":
+			if err != nil {
+				return err
+			}
+			x.Owner, x.Notice, x.Frozen, x.KeyEpoch = &s.Owner, s.Notice, s.Frozen, s.KeyEpoch
+			hashes, err := members(contracts.App, at, "compose-hash")
+			if err != nil {
+				return err
+			}
+			for _, h := range hashes {
+				x.ComposeHashes = append(x.ComposeHashes, common.Bytes2Hex(h[:]))
+			}
+		case "contract_absent", "chain_answer", "contract_refused":
+			x.Foreign = true
+		default:
+			return err
+		}
+		note := ""
+		switch {
+		case x.Foreign:
+			note = "  " + a.paint(amber, "a contract of other code")
+		case x.Frozen:
+			note = "  frozen"
+		}
+		a.printf("%s  %s%s\n", x.AppID, x.Name, note)
+		for _, h := range x.ComposeHashes {
+			a.printf("    %s  allowed\n", h)
+		}
+		apps = append(apps, x)
+	}
+	return a.result(map[string]any{"registry": o.registry, "chain_id": o.chainID, "block": head, "apps": apps})
+}
+
 type appTransferCmd struct {
 	signFlags
 	App string `arg:"" help:"App id."`

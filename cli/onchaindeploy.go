@@ -3,8 +3,6 @@
 package cli
 
 import (
-	"time"
-
 	"github.com/ethereum/go-ethereum/common"
 
 	"github.com/dstack-go/dstack"
@@ -15,19 +13,57 @@ import (
 	"github.com/dstack-go/dstack/manifest/lock"
 )
 
-// ownerSigns is the owner of the stack's own chain, who signs what deploy needs.
-func ownerSigns() *signFlags { return &signFlags{Confirmations: 1, ChainTimeout: time.Minute} }
+// owners make the calls on a chain that a deployment needs.
+type owners struct {
+	*onchain
+	app      *transact.Sender // as told, or the owner of the stack's own chain
+	registry *transact.Sender // the same, unless only the stack's owner may change the registry
+}
+
+func (o *owners) close() {
+	o.app.Signer.Close()
+	if o.registry != o.app {
+		o.registry.Signer.Close()
+	}
+	o.node.Close()
+}
+
+// owners opens them, once for all of a deployment's calls.
+func (p *plan) owners(a *app) (*owners, error) {
+	if p.signs != nil {
+		return p.signs, nil
+	}
+	chain, err := new(chainFlags).connect(a)
+	if err != nil {
+		return nil, err
+	}
+	o := &owners{onchain: chain}
+	if o.app, err = p.send.sender(a, chain); err != nil {
+		chain.node.Close()
+		return nil, err
+	}
+	o.registry = o.app
+	k, err := registry.KMSAt(chain.registry).Status(a.ctx, chain.node, nil)
+	if err == nil && k.Owner != o.app.Signer.Address() && (p.send.Keystore != "" || p.send.Signer != "") {
+		own := p.send
+		own.accountFlags = accountFlags{}
+		var s *transact.Sender
+		if s, err = own.sender(a, chain); err == nil {
+			o.registry = s
+		}
+	}
+	if err != nil {
+		o.close()
+		return nil, err
+	}
+	p.signs = o
+	return o, nil
+}
 
 // effective makes calls that must take effect now. Code change_announced: one has notice.
-func effective(a *app, calls func(*onchain) []registry.Call) error {
-	f := ownerSigns()
-	o, err := f.connect(a)
-	if err != nil {
-		return err
-	}
-	defer o.node.Close()
-	for _, c := range calls(o) {
-		out, err := f.act(a, o, c.Describe(), fixed(c))
+func effective(a *app, s *transact.Sender, calls ...registry.Call) error {
+	for _, c := range calls {
+		out, err := sent(a, c.Describe(), s, c)
 		if err != nil {
 			return err
 		}
@@ -42,20 +78,22 @@ func effective(a *app, calls func(*onchain) []registry.Call) error {
 // createOnChain deploys the contract of the app as it is planned, whose address becomes
 // its id.
 func (p *plan) createOnChain(a *app, frozen bool) error {
-	f := ownerSigns()
-	o, err := f.connect(a)
+	o, err := p.owners(a)
 	if err != nil {
 		return err
 	}
-	defer o.node.Close()
-	id, _, err := f.create(a, o, registry.AppConfig{
-		AllowAnyDevice: true, Frozen: frozen, DisableUpgrades: frozen, ComposeHashes: [][32]byte{p.lock.ComposeHash},
-	})
+	out, err := sent(a, "create the app", o.app, registry.KMSAt(o.onchain.registry).DeployApp(registry.AppConfig{
+		Owner: o.app.Signer.Address(), AllowAnyDevice: true, Frozen: frozen, DisableUpgrades: frozen, ComposeHashes: [][32]byte{p.lock.ComposeHash},
+	}))
+	if err != nil {
+		return err
+	}
+	id, err := created(out.Receipt, o.onchain.registry)
 	if err != nil {
 		return err
 	}
 	p.lock.AppID = dstack.AppID(id)
-	a.step("the app's contract, and so its id, is %s", p.lock.AppID)
+	a.step("the app's contract, and so its id, is %s; its owner is %s", p.lock.AppID, o.app.Signer.Address().Hex())
 	return nil
 }
 
@@ -67,13 +105,15 @@ func (p *plan) allowOnChain(a *app) error {
 		return err
 	}
 	p.lock.Governance = &lock.Governance{ChainID: d.ChainID, Registry: d.Registry.Hex(), RPC: []string{d.RPC}}
+	o, err := p.owners(a)
+	if err != nil {
+		return err
+	}
 	epoch := uint64(max(p.image.Epoch, 0))
-	return effective(a, func(o *onchain) []registry.Call {
-		return []registry.Call{
-			registry.KMSAt(o.registry).AddOSImage(p.image.Hash, epoch),
-			registry.AppAt(common.Address(p.lock.AppID)).AddComposeHash(p.lock.ComposeHash),
-		}
-	})
+	if err := effective(a, o.registry, registry.KMSAt(o.onchain.registry).AddOSImage(p.image.Hash, epoch)); err != nil {
+		return err
+	}
+	return effective(a, o.app, registry.AppAt(common.Address(p.lock.AppID)).AddComposeHash(p.lock.ComposeHash))
 }
 
 // freeze ends changes of the app for ever.
@@ -81,7 +121,9 @@ func (p *plan) freeze(a *app) error {
 	if !a.stack.GovernedByChain() {
 		return a.stack.Govern(a.ctx, func(d *policy.Document) (*policy.Document, error) { return d.Freeze(p.lock.AppID) })
 	}
-	return effective(a, func(*onchain) []registry.Call {
-		return []registry.Call{registry.AppAt(common.Address(p.lock.AppID)).Freeze()}
-	})
+	o, err := p.owners(a)
+	if err != nil {
+		return err
+	}
+	return effective(a, o.app, registry.AppAt(common.Address(p.lock.AppID)).Freeze())
 }

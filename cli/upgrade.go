@@ -63,6 +63,7 @@ func (c *upgradeCmd) Run(a *app) error {
 	if err != nil {
 		return err
 	}
+	defer p.close()
 	out.ComposeHash, out.OSImageHash = p.lock.ComposeHash, p.lock.OSImageHash
 	if c.DryRun {
 		out.DryRun = true

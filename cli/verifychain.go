@@ -30,6 +30,7 @@ type verifyChainFlags struct {
 	Registry       string        `help:"Address of the KMS's registry on that chain; the lock's by default." placeholder:"0x…"`
 	ChainID        uint64        `name:"chain-id" help:"Id of that chain; the lock's, or what the nodes say, by default." placeholder:"N"`
 	ChainThreshold int           `name:"chain-threshold" help:"How many of the nodes must agree; more than half by default." placeholder:"K"`
+	ChainForeign   bool          `name:"chain-foreign" help:"Take an app whose contract is of other code than this version's: its answer is computed from proven code and storage."`
 	MaxStaleness   time.Duration `name:"max-staleness" help:"How old the chain's finalised block may be." default:"30m"`
 }
 
@@ -55,8 +56,8 @@ func (f *verifyChainFlags) source(l *lock.Lock) (chain.Config, bool, error) {
 	}
 	switch {
 	case len(cfg.RPC) == 0 && cfg.Registry == (common.Address{}):
-		if f.ChainID != 0 || f.ChainThreshold != 0 {
-			return cfg, false, usage("--chain-id and --chain-threshold go with --chain-rpc and --registry")
+		if f.ChainID != 0 || f.ChainThreshold != 0 || f.ChainForeign {
+			return cfg, false, usage("--chain-id, --chain-threshold and --chain-foreign go with --chain-rpc and --registry")
 		}
 		return cfg, false, nil
 	case len(cfg.RPC) == 0:
@@ -64,7 +65,7 @@ func (f *verifyChainFlags) source(l *lock.Lock) (chain.Config, bool, error) {
 	case cfg.Registry == (common.Address{}):
 		return cfg, false, usage("--chain-rpc wants --registry, which says which contract to ask")
 	}
-	cfg.MaxStaleness, cfg.Threshold = f.MaxStaleness, f.ChainThreshold
+	cfg.MaxStaleness, cfg.Threshold, cfg.Foreign = f.MaxStaleness, f.ChainThreshold, f.ChainForeign
 	if cfg.Threshold == 0 {
 		cfg.Threshold = len(cfg.RPC)/2 + 1
 	}
@@ -116,7 +117,7 @@ func (f *verifyChainFlags) governed(a *app, cfg chain.Config, v *verifier.Verdic
 		AppID: q.Boot.AppID, ComposeHash: q.Boot.ComposeHash, DeviceID: q.Boot.DeviceID,
 		Allowed: s.Allowed, Code: s.Code, Reason: s.Reason,
 		NoticeSeconds: int64(s.Notice / time.Second), RegistryNoticeSeconds: int64(s.RegistryNotice / time.Second),
-		Announced: s.Announced, Frozen: s.Frozen,
+		Announced: s.Announced, Frozen: s.Frozen, Foreign: s.Foreign,
 	}
 	if q.ImageBound {
 		out.OSImageHash = dstack.ImageHash(q.Boot.OSImageHash).String()

@@ -131,6 +131,7 @@ func TestVerifyChainFlags(t *testing.T) {
 		"a contract that is none":   {ChainRPC: "http://127.0.0.1:1", Registry: "0x12"},
 		"an id of no chain's nodes": {ChainID: 1},
 		"a threshold of none":       {ChainThreshold: 1},
+		"foreign apps of none":      {ChainForeign: true},
 	} {
 		if _, ok, err := f.source(nil); ok || fault.Code(err) != "usage" {
 			t.Errorf("%s: %v, %v", name, ok, err)

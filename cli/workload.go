@@ -66,6 +66,8 @@ type workload struct {
 	GatewayTLS []uint16 `name:"gateway-tls" help:"Port of the VM whose TLS ends at the gateway, which then sees plaintext; may be given again. TLS of all others ends in the guest." placeholder:"PORT" sep:"none"`
 	Domain     []string `help:"Domain of your own that leads to a port of the app, with a certificate for a key of the guest's; may be given again. DNS must lead it to the gateway, and a TXT record to the app." placeholder:"NAME=PORT" sep:"none"`
 	KeyScope   []string `help:"Path of a key that a service may ask for, or of a tree of keys when it ends in '/'; may be given again. With any, services get no other keys." placeholder:"SERVICE=PATH" sep:"none"`
+
+	sendFlags // of the app's contract, where a chain governs the stack
 }
 
 // previous is an app as it is before an upgrade.
@@ -95,6 +97,16 @@ type plan struct {
 	pin       []byte     // of the KMS's root
 	kmsSigner []byte     // nil: whatever the pinned KMS has
 	deployer  ed25519.PrivateKey
+
+	send  sendFlags // who owns the app's contract on a chain
+	signs *owners   // nil: not asked for yet
+}
+
+// close forgets keys.
+func (p *plan) close() {
+	if p.signs != nil {
+		p.signs.close()
+	}
 }
 
 // plan decides and measures what is to run, and changes nothing.
@@ -102,7 +114,10 @@ type plan struct {
 // Codes: compose_*, image_*, port_*, key_provider_*, env_*, script_*, time_server,
 // key_scope, custom_domain, volume_malformed, usage, manifest_*.
 func (w *workload) plan(a *app, name, composeFile string, compose []byte, was *previous) (*plan, error) {
-	p := &plan{kms: w.KMS}
+	if (w.Keystore != "" || w.Signer != "") && !a.stack.GovernedByChain() {
+		return nil, usage("--keystore and --signer sign for the app's contract, and no chain governs this stack")
+	}
+	p := &plan{kms: w.KMS, send: w.sendFlags}
 	draft := manifest.Draft{SecureTime: new(bool)}
 	image := w.Image
 	cpu, mem := uint32(1), uint64(1024)

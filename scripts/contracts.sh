@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Builds and tests the contracts of governance/contracts and writes their artefacts:
-# governance/contracts/abi/*.json, storage-layout.json and sources.sha256.
+# governance/contracts/abi/*.json, testdata/*.json, storage-layout.json and sources.sha256.
 #
 #   contracts.sh           build, test, write
 #   contracts.sh --check   build, test, and fail where the committed artefacts differ
@@ -75,7 +75,7 @@ node "$here/artefacts.js" write "$work/out" "$work/made"
 # What they were made from, so that the Go tests see when somebody forgot to.
 (cd "$here" && LC_ALL=C && export LC_ALL && sha256sum foundry.toml package-lock.json src/*.sol) >made/sources.sha256
 if [ "$mode" = --check ]; then
-	for file in abi storage-layout.json sources.sha256; do
+	for file in abi testdata storage-layout.json sources.sha256; do
 		diff -ru "$here/$file" "made/$file" >difference || {
 			head -c 4000 difference
 			echo "$file is not what the sources give: run scripts/contracts.sh and look at the difference" >&2
@@ -84,6 +84,6 @@ if [ "$mode" = --check ]; then
 	done
 	echo "the artefacts are those of the sources"
 else
-	rm -rf "$here/abi"
-	cp -R made/abi made/storage-layout.json made/sources.sha256 "$here/"
+	rm -rf "$here/abi" "$here/testdata"
+	cp -R made/abi made/testdata made/storage-layout.json made/sources.sha256 "$here/"
 fi

@@ -40,6 +40,9 @@ type Governance struct {
 	RegistryNoticeSeconds int64     `json:"registry_notice_seconds"`
 	Announced             time.Time `json:"announced,omitzero"`
 	Frozen                bool      `json:"frozen"` // nothing can be added to the app, ever
+	// Foreign says that the app's contract is of other code than ours: its answer was
+	// computed, and what its owner can change, and how fast, is not known.
+	Foreign bool `json:"foreign,omitempty"`
 
 	// Unavailable says why the chain could not be asked; all else is then empty.
 	Unavailable error `json:"-"`
@@ -93,7 +96,11 @@ func (a *appraisal) governance() {
 		a.add(Error, "governance_denied", where, "", "the %s does not allow it: %s (%s)", at, g.Reason, g.Code)
 		return
 	}
-	a.anchor("governance", at+", finalised", fmt.Sprintf("%d of %d endpoints for the block, proofs for the rest", g.Threshold, g.Endpoints))
+	rest := "proofs for the rest"
+	if g.Foreign {
+		rest = "an EVM over proven code and storage for the rest"
+	}
+	a.anchor("governance", at+", finalised", fmt.Sprintf("%d of %d endpoints for the block, %s", g.Threshold, g.Endpoints, rest))
 	a.anchor("compose_hash", a.id.ComposeHash.String(), "the app's contract 0x"+hex.EncodeToString(a.id.AppID[:]))
 	a.governed = true
 
@@ -107,6 +114,8 @@ func (a *appraisal) governance() {
 		a.add(Error, "governance_not_frozen", where, "its owner must freeze it", "the app's owner can still change what it runs, and the policy demands that nobody can")
 	case notice < least:
 		a.add(Error, "governance_notice", where, later, "the app's contract announces what it is to allow for %s, the policy demands %s", notice, least)
+	case g.Foreign:
+		a.add(Warning, "governance_foreign", where, "", "the app's contract is of other code than this version's: it allows the app, and what its owner can change, and how fast, is not known")
 	case notice == 0:
 		a.add(Warning, "governance_no_notice", where, "", "the app's contract has no notice: its owner can allow another manifest from one block to the next")
 	default:

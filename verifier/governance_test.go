@@ -69,6 +69,10 @@ func TestThreat_G06_VerdictsDemandNotice(t *testing.T) {
 		{"frozen", func(g *Governance, p *GovernancePolicy) {
 			g.Frozen, g.NoticeSeconds, p.MinNoticeSeconds, p.RequireFrozen = true, 0, day, true
 		}, "", "governance_frozen"},
+		{"foreign", func(g *Governance, _ *GovernancePolicy) { g.Foreign, g.NoticeSeconds = true, 0 }, "", "governance_foreign"},
+		{"foreign, and notice demanded", func(g *Governance, p *GovernancePolicy) {
+			g.Foreign, g.NoticeSeconds, g.Announced, p.MinNoticeSeconds = true, 0, time.Time{}, day
+		}, "governance_notice", ""},
 		{"not frozen", func(_ *Governance, p *GovernancePolicy) { p.RequireFrozen = true }, "governance_not_frozen", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {

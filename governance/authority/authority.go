@@ -71,6 +71,9 @@ type Chain struct {
 	// blocks behind the head count as final; 0: the chain's own finality.
 	MaxStaleness  config.Duration `toml:"max_staleness"`
 	Confirmations uint64          `toml:"confirmations"`
+	// Foreign takes apps whose contracts are of other code than ours. What such a contract
+	// answers is computed from proven code and storage; how it may change is not known.
+	Foreign bool `toml:"foreign"`
 }
 
 // Webhook is a signed webhook.
@@ -122,7 +125,7 @@ type Options struct {
 func Open(c Config, o Options) (decides governance.Authority, documents *policy.Authority, err error) {
 	switch c.Type {
 	case TypeChain:
-		r, err := c.Chain.reader(o)
+		r, err := chain.Open(c.Chain.config(o))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -190,10 +193,10 @@ func publicKey(text string) (ed25519.PublicKey, error) {
 	return b, nil
 }
 
-// reader opens what the configuration says.
-func (c Chain) reader(o Options) (*chain.Reader, error) {
-	return chain.Open(chain.Config{
+// config is what the configuration says, for package chain.
+func (c Chain) config(o Options) chain.Config {
+	return chain.Config{
 		RPC: chain.Endpoints(c.RPC), Threshold: c.Threshold, ChainID: c.ChainID, Registry: common.HexToAddress(c.Registry),
-		Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(o.Dir, chainFile), Now: o.Now,
-	})
+		Confirmations: c.Confirmations, MaxStaleness: c.MaxStaleness.Duration, File: filepath.Join(o.Dir, chainFile), Now: o.Now, Foreign: c.Foreign,
+	}
 }

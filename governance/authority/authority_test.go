@@ -14,6 +14,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/governance/policy"
+	"github.com/dstack-go/dstack/internal/config"
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
@@ -60,6 +61,18 @@ func TestAConfigurationNamesWhoDecides(t *testing.T) {
 				t.Errorf("%s opens: %v", name, a)
 			}
 		}
+	}
+}
+
+func TestAChainIsReadAsConfigured(t *testing.T) {
+	c := Chain{RPC: "http://a, http://b", Threshold: 2, ChainID: 7, Registry: registry, MaxStaleness: config.Duration{Duration: time.Hour}, Confirmations: 9}
+	got := c.config(Options{Dir: "/d"})
+	if len(got.RPC) != 2 || got.Threshold != 2 || got.ChainID != 7 || !strings.EqualFold(got.Registry.Hex(), registry) || got.MaxStaleness != time.Hour || got.Confirmations != 9 || got.File != "/d/chain-finalised" || got.Foreign {
+		t.Errorf("%+v", got)
+	}
+	c.Foreign = true
+	if !c.config(Options{}).Foreign {
+		t.Error("foreign apps are configured, and not taken")
 	}
 }
 

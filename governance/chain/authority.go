@@ -17,6 +17,7 @@ import (
 	"github.com/dstack-go/dstack/governance"
 	"github.com/dstack-go/dstack/governance/contracts"
 	"github.com/dstack-go/dstack/governance/registry"
+	"github.com/dstack-go/dstack/internal/fault"
 )
 
 // Authority decides by the contracts. It implements governance.Authority.
@@ -40,7 +41,7 @@ var upToDate = "UpToDate"
 // are those of the reader: then there is no answer. Codes of denials: image_unbound,
 // app_not_registered, os_image_not_allowed, os_image_epoch, app_not_deployed,
 // advisory_blocked, tee_not_allowed, tcb_not_allowed, compose_hash_not_allowed,
-// device_not_allowed, mr_not_allowed.
+// device_not_allowed, mr_not_allowed; app_refuses: a foreign app does, in its own words.
 func (a *Authority) Decide(ctx context.Context, q governance.Request) (governance.Decision, error) {
 	s, err := a.Standing(ctx, q)
 	if err != nil {
@@ -69,6 +70,9 @@ type Standing struct {
 	Announced time.Time
 	// Frozen says that nothing can be added to the app, ever.
 	Frozen bool
+	// Foreign says that the app's contract is of other code than ours: notice and freezing
+	// are then not known, and are not promised.
+	Foreign bool
 }
 
 // Standing answers as Decide does, and tells what else a relying party needs to know
@@ -103,7 +107,10 @@ func (a *Authority) Standing(ctx context.Context, q governance.Request) (*Standi
 		out := at(final, t.Decision)
 		out.Allowed = true
 		out.Notice, out.RegistryNotice = duration(min(t.notice, newest.notice)), duration(min(t.registryNotice, newest.registryNotice))
-		out.Frozen = t.frozen && newest.frozen
+		out.Frozen, out.Foreign = t.frozen && newest.frozen, t.foreign || newest.foreign
+		if out.Foreign {
+			out.By += " foreign app"
+		}
 		if announced := max(t.announced, newest.announced); announced != 0 {
 			out.Announced = seconds(announced)
 		}
@@ -116,7 +123,7 @@ func (a *Authority) Standing(ctx context.Context, q governance.Request) (*Standi
 type terms struct {
 	governance.Decision
 	notice, registryNotice, announced uint64
-	frozen                            bool
+	frozen, foreign                   bool
 }
 
 func seconds(t uint64) time.Time { return time.Unix(int64(min(t, math.MaxInt32*4)), 0).UTC() }
@@ -174,7 +181,8 @@ func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.R
 	now, oldest, notice, frozen := app.KeyEpochSlot(), app.OldestKeyEpochSlot(), app.NoticeSlot(), app.FrozenSlot()
 	announced := app.AnnouncedSlot(registry.Change{Policy: registry.PolicyID("compose-hash"), Value: common.Hash(b.ComposeHash)})
 	own, err := a.load(ctx, block, contracts.App, appAt, append([]registry.Field{tcb, compose, any, on, now, oldest, notice, frozen, announced}, platformFields(app, b)...))
-	if err != nil {
+	foreign := a.r.cfg.Foreign && fault.Code(err) == "chain_foreign"
+	if err != nil && !foreign {
 		return nil, nil, err
 	}
 	if own == nil {
@@ -182,6 +190,13 @@ func (a *Authority) ask(ctx context.Context, block *types.Header, q governance.R
 	}
 	if no := reg.platform(kms, b); no != nil {
 		return nil, no, nil
+	}
+	if foreign {
+		if no, err := a.execute(ctx, block, q); no != nil || err != nil {
+			return nil, no, err
+		}
+		gateway, err := a.gateway(ctx, block, reg)
+		return &terms{Decision: governance.Decision{GatewayAppID: gateway}, registryNotice: reg.number(waits), foreign: true}, nil, err
 	}
 	switch {
 	case own.true(tcb) && b.TCBStatus != upToDate:

@@ -43,11 +43,17 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
+	return newWorldOf(t, devchain.Config{})
+}
+
+func newWorldOf(t *testing.T, cfg devchain.Config) *world {
+	t.Helper()
 	if _, err := exec.LookPath("npm"); err != nil {
 		t.Skip("npm is not installed: the development chain's node comes from it")
 	}
 	dir := t.TempDir()
-	c, err := devchain.Start(t.Context(), devchain.Config{Dir: dir, Step: t.Logf})
+	cfg.Dir, cfg.Step = dir, t.Logf
+	c, err := devchain.Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -452,6 +458,50 @@ func TestThreat_G03_EndpointsAreCheckedNotBelieved(t *testing.T) {
 	// An app of other code than ours is not computed from its storage.
 	w.do(registry.AppAt(app).Upgrade(w.chain.KMSImplementation, nil))
 	w.want(w.authority(1, bad.URL), good, "chain_foreign")
+}
+
+// Code that is as long as ours, and whose constructor wrote what ours writes, is not ours.
+func TestThreat_G03_CodeOfTheSameLengthIsForeign(t *testing.T) {
+	w := newWorldOf(t, devchain.Config{BlockTime: 24 * time.Hour})
+	w.do(registry.KMSAt(w.chain.Registry).AddOSImage(image, 0))
+	app := w.app(nil)
+	w.finalise()
+	a, q := w.authority(1, w.chain.RPC), question(app, compose)
+	w.want(a, q, "")
+	for name, at := range map[string]common.Address{contracts.KMS: w.chain.KMSImplementation, contracts.App: w.chain.AppImplementation} {
+		code, err := w.node.CodeAt(t.Context(), at, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := ours()
+		if err != nil {
+			t.Fatal(err)
+		}
+		spans := list[name].Immutables
+		if len(spans) == 0 {
+			t.Fatalf("%s has no address of its own in its code", name)
+		}
+		for place, i := range map[string]int{"the first byte": 0, "the middle": len(code) / 2, "the last byte": len(code) - 1, "its own address": spans[0].Start + spans[0].Length - 1, "a second time its own address": spans[len(spans)-1].Start} {
+			forged := bytes.Clone(code)
+			forged[i] ^= 1
+			w.call(nil, "anvil_setCode", at, hexutil.Bytes(forged))
+			w.finalise()
+			t.Log(name, place)
+			w.want(a, q, "chain_foreign")
+		}
+		w.call(nil, "anvil_setCode", at, hexutil.Bytes(code))
+		w.finalise()
+		w.want(a, q, "")
+	}
+	// So is a proxy that is not OpenZeppelin's, byte for byte.
+	code, err := w.node.CodeAt(t.Context(), app, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	code[len(code)-1] ^= 1
+	w.call(nil, "anvil_setCode", app, hexutil.Bytes(code))
+	w.finalise()
+	w.want(a, q, "chain_foreign")
 }
 
 // A finalised block never falls, over restarts, too.

@@ -8,8 +8,10 @@
 // header's state root by Merkle proofs, so that any endpoint will do and none is believed:
 // code, implementation and storage of the registry and of the app. What the contracts
 // would answer is computed from their storage, in their own order and words; that is
-// possible because their code is ours, which is proven, too. A contract of other code is
-// refused.
+// possible because their code is ours, which is proven, too. A registry of other code is
+// refused, and so is an app, unless the configuration takes foreign apps: then what the
+// registry answers about one is computed by an EVM that sees nothing but proven code and
+// storage.
 //
 // Grants come from finality, revocations from the head: a request is allowed only if both
 // the finalised block and the newest block that enough endpoints agree on allow it. A
@@ -82,6 +84,9 @@ type Config struct {
 	// Patience is how long an endpoint is waited for; 4 s. All are waited for, so that a
 	// fast one that is behind does not speak for a slow one that is not.
 	Patience time.Duration
+	// Foreign lets apps have contracts of other code than ours. What they answer is
+	// computed by an EVM from proven code and storage; what they may become, nobody knows.
+	Foreign bool
 }
 
 // Endpoints reads a list of endpoints separated by commas.
@@ -364,6 +369,7 @@ type proof struct {
 type account struct {
 	codeHash common.Hash // of nothing where there is no code
 	words    map[common.Hash]common.Hash
+	is       *types.StateAccount // nil: there is none
 }
 
 // verify holds a proof of an account and slots against a state root.
@@ -382,7 +388,7 @@ func verify(p *proof, root common.Hash, at common.Address, slots []common.Hash) 
 		if err := rlp.DecodeBytes(value, &a); err != nil || len(a.CodeHash) != common.HashLength {
 			return nil, fmt.Errorf("account %s is malformed (%v)", at, err)
 		}
-		out.codeHash, storage = common.BytesToHash(a.CodeHash), a.Root
+		out.codeHash, storage, out.is = common.BytesToHash(a.CodeHash), a.Root, &a
 	}
 	for i, slot := range slots {
 		if storage == types.EmptyRootHash {
@@ -472,8 +478,12 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 	if err != nil {
 		return err
 	}
+	foreign := func(why string) error {
+		return fault.New("chain_foreign", "%s at block %s %s: what it answers cannot be computed from its storage", at, block.Number, why).
+			WithFix("check the address; an app may have other code where chain.foreign is true, and for dstack verify with --chain-foreign")
+	}
 	if a.codeHash != crypto.Keccak256Hash(list[contracts.Proxy].DeployedBytecode) {
-		return fault.New("chain_foreign", "%s at block %s is no proxy of ours: its answers cannot be computed from its storage", at, block.Number)
+		return foreign("is no proxy of ours")
 	}
 	to := common.BytesToAddress(a.words[registry.ImplementationSlot].Bytes())
 	implementation, err := r.read(ctx, block, to, nil)
@@ -496,7 +506,7 @@ func (r *Reader) known(ctx context.Context, block *types.Header, name string, at
 			return nil
 		}
 	}
-	return fault.New("chain_foreign", "%s runs %s at block %s, which is not the %s of this version", at, to, block.Number, name)
+	return foreign(fmt.Sprintf("runs %s, which is not the %s of this version", to, name))
 }
 
 // code returns the code with a hash. Code chain_proof.

@@ -11,7 +11,7 @@ const contracts = ["DstackKms", "DstackApp", "Council", "ERC1967Proxy"];
 const layouts = ["DstackKms", "DstackApp", "Namespaces"];
 
 const built = (out, name) => {
-	const file = name === "Namespaces" ? "Layout.t.sol" : name + ".sol";
+	const file = { Namespaces: "Layout.t.sol", ForeignApp: "Foreign.sol" }[name] || name + ".sol";
 	return JSON.parse(fs.readFileSync(path.join(out, file, name + ".json"), "utf8"));
 };
 const save = (file, value) => fs.writeFileSync(file, JSON.stringify(value, null, 1) + "\n");
@@ -29,6 +29,11 @@ const write = (out, dir) => {
 			immutables: Object.values(b.deployedBytecode.immutableReferences || {}).flat(),
 		});
 	}
+	// An app of other code, for tests.
+	const { abi, bytecode } = built(out, "ForeignApp");
+	fs.mkdirSync(path.join(dir, "testdata"));
+	save(path.join(dir, "testdata", "ForeignApp.json"), { contractName: "ForeignApp", abi, bytecode: bytecode.object });
+
 	const layout = {};
 	for (const name of layouts) {
 		const { storage, types } = built(out, name).storageLayout;
