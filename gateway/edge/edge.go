@@ -481,19 +481,35 @@ func (e *Edge) Drain() {
 
 // Shutdown drains, waits for the connections until ctx ends, and then ends those that are
 // left; its error is then that of ctx. Nothing of the listener runs when it returns.
+//
+// The gateway reads no HTTP of apps, so it cannot tell their clients that a connection is
+// the last of its kind. What it can do is to choose the moment: in the second half of the
+// time, a connection on which the app had the last word ends in a pause, and the nearer
+// the end the shorter a pause will do. A client that keeps connections alive then finds
+// this one gone before it asks again, and not while it waits for an answer.
 func (e *Edge) Shutdown(ctx context.Context) error {
 	e.Drain()
-	e.pages.drain(ctx)
-	if e.evidence != nil {
-		e.evidence.drain(ctx)
-	}
+	begun := time.Now()
+	end, bounded := ctx.Deadline()
 	var err error
-	for t := time.NewTicker(10 * time.Millisecond); e.stats.open.Load() > 0 && err == nil; {
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for told := false; e.stats.open.Load() > 0 && err == nil; {
+		// The pages end when nobody is on the way to them; evidence, which every connection
+		// may ask for, with the last.
+		if !told && e.allSettled() {
+			told = true
+			e.work.Go(func() { e.pages.drain(ctx) })
+		}
 		select {
 		case <-ctx.Done():
 			err = ctx.Err()
-			t.Stop()
 		case <-t.C:
+			now := time.Since(e.start)
+			e.now.Store(int64(now))
+			if left := time.Until(end); bounded && left < end.Sub(begun)/2 {
+				e.relays.endPauses(now, left/pausePart)
+			}
 		}
 	}
 	e.stop()
@@ -512,3 +528,13 @@ func (e *Edge) Shutdown(ctx context.Context) error {
 	e.pool.close()
 	return err
 }
+
+func (e *Edge) allSettled() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.opening) == 0
+}
+
+// pausePart is how many times longer than a pause what is left of the drain is, for the
+// pause to be taken.
+const pausePart = 8

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/gateway"
@@ -138,7 +139,12 @@ type Timeouts struct {
 	DNSResolve config.Duration `toml:"dns_resolve"`
 	Idle       config.Duration `toml:"idle"`
 	Total      config.Duration `toml:"total"`
+	// Drain is how long connections may go on after the gateway was told to stop; 9 s, less
+	// than the 10 s after which container engines kill. It is not upstream's.
+	Drain config.Duration `toml:"drain"`
 }
+
+func (t Timeouts) drain() time.Duration { return cmp.Or(t.Drain.Duration, drainTime) }
 
 // GuestConfig is the TEE that the gateway runs in.
 type GuestConfig struct {

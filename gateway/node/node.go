@@ -57,8 +57,8 @@ const (
 	routesFile = "routes"
 )
 
-// drainTime is how long connections may go on after the gateway was told to stop.
-const drainTime = 10 * time.Second
+// drainTime is the default of core.proxy.timeouts.drain.
+const drainTime = 9 * time.Second
 
 // Node is one gateway.
 type Node struct {
@@ -311,11 +311,18 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if ready != nil {
 		ready(at)
 	}
-	err = group.Wait()
-	end, cancel := context.WithTimeout(context.Background(), administrators.grace())
-	defer cancel()
-	_ = public.Shutdown(end) // whoever is left had his time
-	return err
+	// What is asked of the gateway itself ends at once, beside the connections to apps: who
+	// stops it waits no longer than for those.
+	group.Go(func() error {
+		<-ctx.Done()
+		end, cancel := context.WithTimeout(context.Background(), administrators.grace(c.Proxy.Timeouts.drain()))
+		defer cancel()
+		if public.Shutdown(end) != nil {
+			n.log.Info("connections were left when the time to finish them was over")
+		}
+		return nil
+	})
+	return group.Wait()
 }
 
 // service makes the service of a configuration that has what is made at its start.
