@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -60,6 +61,7 @@ type lab struct {
 	visitor  netns.NsHandle
 	hosts    int
 	gateways []*host
+	own      []byte // what apps show that end TLS themselves, and its key; PEM
 }
 
 // host is a gateway's or guest's machine and its process.
@@ -150,6 +152,7 @@ func newLab(t *testing.T) *lab {
 	l.must(err)
 	l.roots = filepath.Join(dir, "roots.json")
 	l.must(os.WriteFile(l.roots, text, 0o600))
+	l.own = l.certificate()
 	l.hub = l.namespace()
 	l.must(inNS(l.hub, func() error {
 		a := netlink.NewLinkAttrs()
@@ -161,6 +164,19 @@ func newLab(t *testing.T) *lab {
 	}))
 	l.visitor, _ = l.attach()
 	return l
+}
+
+// certificate is one for all names of apps, and its key.
+func (l *lab) certificate() []byte {
+	l.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	l.must(err)
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"*." + labDomain}, NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	l.must(err)
+	text, err := x509.MarshalECPrivateKey(key)
+	l.must(err)
+	return append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: text})...)
 }
 
 // attach makes a namespace with an address at the hub.
@@ -304,7 +320,7 @@ func (l *lab) instance(app, n byte, says string, gateways ...*host) *host {
 	l.must(err)
 	h := l.host(&tdxtest.Guest{AppID: dstack.AppID{app}, InstanceID: dstack.InstanceID{app, n}, ComposeHash: m.Hash(), ChannelSPKI: key.SPKI()})
 	l.serveAgent(h.guest, h.agent)
-	o := guestOrder{Agent: h.agent, App: labApp.String(), Compose: labHash.String(), Key: pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), DevRoots: l.roots, Manifest: text, Says: says}
+	o := guestOrder{Agent: h.agent, App: labApp.String(), Compose: labHash.String(), Key: pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), DevRoots: l.roots, Manifest: text, Says: says, TLS: l.own}
 	for _, g := range gateways {
 		o.Gateways = append(o.Gateways, "https://"+g.ip+":8000")
 	}
@@ -453,20 +469,37 @@ func (l *lab) cut(from *host, others ...*host) (mend func()) {
 	})
 }
 
+// trusts are who certifies for gateways, and for apps that end TLS themselves.
+func (l *lab) trusts(gateways ...*host) (*x509.CertPool, error) {
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(l.own)
+	for _, g := range gateways {
+		text, err := os.ReadFile(filepath.Join(g.dir, privateca.CertFile))
+		if err != nil {
+			return nil, err
+		}
+		roots.AppendCertsFromPEM(text)
+	}
+	return roots, nil
+}
+
+// dial is a visitor's connection to a gateway.
+func (l *lab) dial(ctx context.Context, g *host) (c net.Conn, err error) {
+	e := inNS(l.visitor, func() error {
+		c, err = (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", g.ip+":443")
+		return nil
+	})
+	return c, errors.Join(err, e)
+}
+
 // visit asks a gateway for an app by its public name.
 func (l *lab) visit(g *host, name string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(g.dir, privateca.CertFile))
+	roots, err := l.trusts(g)
 	if err != nil {
 		return "", err
 	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(text)
-	tr := &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
-		e := inNS(l.visitor, func() error {
-			c, err = (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", g.ip+":443")
-			return nil
-		})
-		return c, errors.Join(err, e)
+	tr := &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return l.dial(ctx, g)
 	}}
 	r, err := (&http.Client{Transport: tr, Timeout: 5 * time.Second}).Get("https://" + name + "." + labDomain + "/")
 	if err != nil {
