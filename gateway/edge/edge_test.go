@@ -750,6 +750,52 @@ func TestIdleConnectionsEnd(t *testing.T) {
 	}
 }
 
+// What is adjusted counts at once, and ends nobody's connection by itself.
+func TestLimitsAreAdjustedWhileItRuns(t *testing.T) {
+	r := newRig(t, nil)
+	r.instance(1, 1)
+	r.serve(1, 80, echo)
+	open := func() (*tls.Conn, error) { return r.tls(host(appID(1), "")) }
+	ask := func(c *tls.Conn) error {
+		if _, err := io.WriteString(c, "q"); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 1))
+		return err
+	}
+	first := must(open())
+	for code, l := range map[string]Limits{
+		"edge_full":        {Connections: 1},
+		"edge_source_full": {PerSource: 1},
+		"edge_source_rate": {Rate: 1},
+	} {
+		r.edge.Adjust(Adjustable{Limits: l})
+		for range 3 {
+			if c, err := open(); err == nil {
+				c.Close()
+			}
+		}
+		r.eventually(func() bool { return r.edge.Stats().Refused[code] > 0 }, func() string { return code })
+		if err := ask(first); err != nil {
+			t.Errorf("%s: %v", code, err)
+		}
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}, Balancers: proxyproto.Sources{netip.MustParsePrefix("127.0.0.0/8")}})
+	if _, err := open(); err == nil {
+		t.Error("a balancer without a header")
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}})
+	c, err := open()
+	if err != nil || ask(c) != nil || ask(first) != nil {
+		t.Error(err)
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}, Timeouts: Timeouts{Idle: 50 * time.Millisecond}})
+	begun := time.Now()
+	if _, err := first.Read(make([]byte, 1)); err == nil || time.Since(begun) > 5*time.Second {
+		t.Errorf("idle for %s: %v", time.Since(begun), err)
+	}
+}
+
 func TestARouteThatEndsTakesItsConnectionsWithIt(t *testing.T) {
 	r := newRig(t, nil)
 	r.instance(1, 1)

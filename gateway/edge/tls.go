@@ -74,7 +74,7 @@ func (e *Edge) handshake(o *opening, config *tls.Config) (*tls.Conn, error) {
 		under.src, _ = newSocket(tcp)
 	}
 	conn := tls.Server(under, config)
-	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.Timeouts.Handshake)
+	ctx, cancel := context.WithTimeout(e.ctx, e.adjusted().Timeouts.Handshake)
 	defer cancel()
 	begun := time.Now()
 	if err := conn.HandshakeContext(ctx); err != nil {

@@ -5,6 +5,7 @@ package node
 import (
 	"cmp"
 	"encoding/hex"
+	"log/slog"
 	"net/netip"
 	"net/url"
 	"path/filepath"
@@ -29,9 +30,12 @@ import (
 // compose file, which is measured.
 type Config struct {
 	// Address and Port are where guests register.
-	Address string     `toml:"address"`
-	Port    uint16     `toml:"port"`
-	Core    CoreConfig `toml:"core"`
+	Address string `toml:"address"`
+	Port    uint16 `toml:"port"`
+	// LogLevel is the least level of the log: DEBUG, INFO, WARN or ERROR; empty: as the
+	// program was told when it was started.
+	LogLevel string     `toml:"log_level"`
+	Core     CoreConfig `toml:"core"`
 }
 
 // CoreConfig is everything else.
@@ -221,6 +225,9 @@ func bad(format string, args ...any) *fault.Error {
 
 func (c *Config) check() (err error) {
 	core := &c.Core
+	if err := new(slog.Level).UnmarshalText([]byte(cmp.Or(c.LogLevel, "INFO"))); err != nil {
+		return bad("log_level is %q, not DEBUG, INFO, WARN or ERROR", c.LogLevel)
+	}
 	if !filepath.IsAbs(core.DataDir) {
 		return bad("core.data_dir %q is no absolute path", core.DataDir)
 	}

@@ -74,6 +74,7 @@ type host struct {
 	agent   string
 	dir     string // data
 	order   []string
+	program []string // nil: this test's own
 	control string
 	cmd     *exec.Cmd
 	ended   chan struct{}
@@ -273,10 +274,12 @@ func (l *lab) gateway(edit func(*tdxtest.Guest)) *host {
 	return h
 }
 
+// file is a gateway's configuration.
+func (h *host) file() string { return filepath.Join(h.l.dir, fmt.Sprintf("g%d.toml", h.n)) }
+
 func (h *host) configure(more string) {
 	h.l.t.Helper()
-	file := filepath.Join(h.l.dir, fmt.Sprintf("g%d.toml", h.n))
-	h.l.must(os.WriteFile(file, fmt.Appendf(nil, `
+	h.l.must(os.WriteFile(h.file(), fmt.Appendf(nil, `
 address = %[1]q
 port = 8000
 [core]
@@ -300,7 +303,7 @@ type = "attested"
 listen = "%[1]s:8003"
 address = "%[1]s:8003"
 %[6]s`, h.ip, h.dir, labDomain, h.agent, h.l.roots, more), 0o600))
-	order, err := json.Marshal(gatewayOrder{Config: file, Control: h.control})
+	order, err := json.Marshal(gatewayOrder{Config: h.file(), Control: h.control})
 	h.l.must(err)
 	h.order = []string{asGateway + "=" + string(order)}
 }
@@ -335,7 +338,11 @@ func (l *lab) instance(app, n byte, says string, gateways ...*host) *host {
 func (h *host) start() {
 	h.l.t.Helper()
 	os.Remove(h.control)
-	cmd := exec.Command(os.Args[0])
+	program := h.program
+	if program == nil {
+		program = os.Args[:1]
+	}
+	cmd := exec.Command(program[0], program[1:]...)
 	cmd.Env = append(os.Environ(), h.order...)
 	cmd.Stdout, cmd.Stderr = h.said, h.said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

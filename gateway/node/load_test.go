@@ -168,14 +168,18 @@ func TestRollingRestartFailsNoRequest(t *testing.T) {
 			}
 		})
 		under.Go(func() {
-			if err := l.talk(h, shop.guest.AppID.String()+"-s", 3*time.Second, begun); err != nil {
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			defer cancel()
+			if err := l.converse(ctx, h, shop.guest.AppID.String()+"-s", begun); err != nil {
 				t.Errorf("a WebSocket through %s that its client ends after three seconds: %v", h.ip, err)
 			}
 		})
 		forever := i == 1
 		if forever {
 			under.Go(func() {
-				if err := l.talk(h, shop.guest.AppID.String(), time.Minute, begun); err == nil {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				if err := l.converse(ctx, h, shop.guest.AppID.String(), begun); err == nil {
 					t.Error("a WebSocket without an end came to one")
 				}
 			})
@@ -251,8 +255,8 @@ func (l *lab) download(g *host, name string, letters int, begun chan<- struct{})
 	return err
 }
 
-// talk sends and hears back for a time, and then ends.
-func (l *lab) talk(g *host, name string, d time.Duration, begun chan<- struct{}) error {
+// converse sends and hears back until ctx ends, and then ends as both agree.
+func (l *lab) converse(ctx context.Context, g *host, name string, begun chan<- struct{}) error {
 	c, br, res, err := l.open(g, name, "/echo")
 	begun <- struct{}{}
 	if err != nil {
@@ -263,7 +267,7 @@ func (l *lab) talk(g *host, name string, d time.Duration, begun chan<- struct{})
 		return fmt.Errorf("status %d", res.StatusCode)
 	}
 	b := make([]byte, 5)
-	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for ; ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
 		if _, err := io.WriteString(c, "hello"); err != nil {
 			return err
 		}
