@@ -67,10 +67,19 @@ func (s *Service) endpointLines() []byte {
 	return []byte(strings.Join(lines, ""))
 }
 
+// Times between looks at the tunnel: each is twice the one before, up to the usual.
+const (
+	firstTick = 50 * time.Millisecond
+	usualTick = 2 * time.Second
+)
+
 // Keep holds the tunnel to the table, ends leases, and writes the routes to file ("" for
 // none) until ctx ends.
 func (s *Service) Keep(ctx context.Context, file string) error {
-	tick := time.NewTicker(2 * time.Second)
+	// At first often: instances of restored routes are reachable again within a round trip,
+	// and nobody is sent to one whose handshake was not seen.
+	every := firstTick
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	written := map[string][]byte{}
 	write := func(name string, text []byte) {
@@ -88,6 +97,10 @@ func (s *Service) Keep(ctx context.Context, file string) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+			if every < usualTick {
+				every = min(2*every, usualTick)
+				tick.Reset(every)
+			}
 		case <-s.applied:
 		}
 		if err := s.reconcile(); err != nil {

@@ -20,7 +20,7 @@ import (
 const version = "0.1.0"
 
 type cli struct {
-	Serve       serveCmd   `cmd:"" default:"withargs" help:"Serve until SIGTERM or SIGINT, and then let connections finish for a while."`
+	Serve       serveCmd   `cmd:"" default:"withargs" help:"Serve until SIGTERM or SIGINT, and then let connections finish for a while. SIGHUP reads the configuration again."`
 	CheckConfig checkCmd   `cmd:"" help:"Check the configuration and say whether it is valid."`
 	Version     versionCmd `cmd:"" help:"Print the version."`
 }
@@ -31,7 +31,7 @@ type configFlag struct {
 
 type serveCmd struct {
 	configFlag
-	LogLevel slog.Level `default:"INFO" help:"Least level of the log on stderr: DEBUG, INFO, WARN or ERROR."`
+	LogLevel slog.Level `default:"INFO" help:"Least level of the log on stderr, if the configuration has no log_level: DEBUG, INFO, WARN or ERROR."`
 }
 
 type checkCmd struct{ configFlag }
@@ -40,17 +40,25 @@ type versionCmd struct{}
 
 func (c *serveCmd) Run() error {
 	syscall.Umask(0o077)
-	config, err := node.LoadConfig(c.Config, os.Environ())
+	load := func() (node.Config, error) { return node.LoadConfig(c.Config, os.Environ()) }
+	config, err := load()
 	if err != nil {
 		return err
 	}
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, syscall.SIGHUP)
+	defer signal.Stop(again)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	n, err := node.Open(ctx, config, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel})))
+	level := new(slog.LevelVar)
+	level.Set(c.LogLevel)
+	n, err := node.Open(ctx, config, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
 	if err != nil {
 		return err
 	}
+	n.Level = level
 	n.Version = fmt.Sprintf("v%s (git:%s)", version, command.Revision())
+	go n.ReloadAt(ctx, again, load)
 	err = n.Run(ctx, func(at node.Listening) { fmt.Printf("listening on %s, and for guests on %s\n", at.Proxy, at.RPC) })
 	if ctx.Err() != nil {
 		return nil // it was asked to stop

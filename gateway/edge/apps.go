@@ -119,7 +119,7 @@ type Ended struct {
 	Port     uint16            // at the instance
 	Mode     hostname.Mode
 	Up, Down uint64 // bytes, without PROXY headers
-	How      string // end (of both directions), failed, idle, total, route or stopped
+	How      string // end (of both directions), failed, idle, total, route, drained or stopped
 }
 
 // accessed is what the access log needs of a connection beside its relay.

@@ -106,14 +106,21 @@ type Limits struct {
 	Pipes            int // pipes for splicing at once; 1024
 }
 
+// Adjustable is what a listener takes anew while it runs, see [Edge.Adjust].
+type Adjustable struct {
+	Timeouts  Timeouts
+	Limits    Limits
+	Balancers proxyproto.Sources
+}
+
 func set[T int | time.Duration](v *T, def T) {
 	if *v == 0 {
 		*v = def
 	}
 }
 
-func (c *Config) defaults() {
-	t, l := &c.Timeouts, &c.Limits
+func (a *Adjustable) defaults() {
+	t, l := &a.Timeouts, &a.Limits
 	for _, d := range []struct {
 		v   *time.Duration
 		def time.Duration
@@ -132,6 +139,9 @@ func (c *Config) defaults() {
 	} {
 		set(n.v, n.def)
 	}
+}
+
+func (c *Config) defaults() {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -158,6 +168,9 @@ type Edge struct {
 	// evidence is nil when there is none.
 	evidence *pages
 
+	adjustable atomic.Pointer[Adjustable]
+	retimed    chan struct{} // for the ticker
+
 	now  atomic.Int64 // coarse, nanoseconds since start
 	stop context.CancelFunc
 	ctx  context.Context // of all that has no caller
@@ -175,12 +188,12 @@ func New(cfg Config) (*Edge, error) {
 		return nil, fault.New("edge_config", "the listener needs a route table and a way to dial")
 	}
 	cfg.defaults()
-	e := &Edge{cfg: cfg, start: time.Now(), listeners: map[net.Listener]struct{}{}, opening: map[*opening]struct{}{}}
+	e := &Edge{cfg: cfg, start: time.Now(), retimed: make(chan struct{}, 1), listeners: map[net.Listener]struct{}{}, opening: map[*opening]struct{}{}}
 	e.ctx, e.stop = context.WithCancel(context.Background())
 	e.plain, e.h2, e.acme = e.tlsConfig(), e.tlsConfig("h2"), e.tlsConfig("acme-tls/1")
-	e.custom = newResolver(&e.cfg, &e.stats, &e.sources)
-	e.sources.limits = cfg.Limits
-	e.pool.limit = int64(cfg.Limits.Pipes)
+	e.Adjust(Adjustable{Timeouts: cfg.Timeouts, Limits: cfg.Limits, Balancers: cfg.Balancers})
+	e.custom = newResolver(&e.cfg, e.adjusted, &e.stats, &e.sources)
+	e.pool.limit = int64(e.adjusted().Limits.Pipes)
 	e.pages = newPages(cfg.Pages)
 	if cfg.Evidence != nil {
 		e.evidence = evidencePages(cfg.Evidence)
@@ -192,20 +205,40 @@ func New(cfg Config) (*Edge, error) {
 	return e, nil
 }
 
+// Adjust gives the listener other limits, times and balancers. Connections that there are go
+// on: other times count for them at once, and limits, except on pipes, for who comes next.
+func (e *Edge) Adjust(a Adjustable) {
+	a.defaults()
+	e.adjustable.Store(&a)
+	e.sources.adjust(a.Limits)
+	select {
+	case e.retimed <- struct{}{}:
+	default:
+	}
+}
+
+func (e *Edge) adjusted() *Adjustable { return e.adjustable.Load() }
+
 // tick keeps the coarse clock, and ends what has run out.
 func (e *Edge) tick() {
-	every := min(time.Second, e.cfg.Timeouts.Idle/4, e.cfg.Timeouts.Total/4)
-	t := time.NewTicker(max(every, 10*time.Millisecond))
+	every := func() time.Duration {
+		t := e.adjusted().Timeouts
+		return max(10*time.Millisecond, min(time.Second, t.Idle/4, t.Total/4))
+	}
+	t := time.NewTicker(every())
 	defer t.Stop()
 	for {
 		select {
 		case <-e.ctx.Done():
 			return
+		case <-e.retimed:
+			t.Reset(every())
+			continue
 		case <-t.C:
 		}
 		now := time.Since(e.start)
 		e.now.Store(int64(now))
-		e.relays.reap(now, e.cfg.Timeouts.Idle, e.cfg.Timeouts.Total)
+		e.relays.reap(now, e.adjusted().Timeouts.Idle, e.adjusted().Timeouts.Total)
 		e.health.sweep(time.Now())
 		e.ticketKeys()
 	}
@@ -271,7 +304,7 @@ func (e *Edge) accept(conn net.Conn) {
 		return
 	}
 	var code string
-	switch l := e.cfg.Limits; {
+	switch l := e.adjusted().Limits; {
 	case l.Connections >= 0 && e.stats.open.Load() >= int64(l.Connections):
 		code = "edge_full"
 	case l.Pending >= 0 && len(e.opening) >= l.Pending:
@@ -401,7 +434,7 @@ func (e *Edge) join(o *opening) (*relay, error) {
 	if err := e.identify(o); err != nil {
 		return nil, err
 	}
-	o.conn.SetReadDeadline(time.Now().Add(e.cfg.Timeouts.Handshake))
+	o.conn.SetReadDeadline(time.Now().Add(e.adjusted().Timeouts.Handshake))
 	o.buf = helloBuffers.Get().(*[]byte)
 	var err error
 	if o.hello, o.raw, err = hello.Read(o.conn, *o.buf); err != nil {
@@ -446,8 +479,8 @@ func (e *Edge) join(o *opening) (*relay, error) {
 // identify finds the connection's source and admits it.
 func (e *Edge) identify(o *opening) error {
 	o.client, o.local = addrPort(o.conn.RemoteAddr()), addrPort(o.conn.LocalAddr())
-	if e.cfg.Balancers.Trust(o.client.Addr()) {
-		o.conn.SetReadDeadline(time.Now().Add(e.cfg.Timeouts.PROXY))
+	if e.adjusted().Balancers.Trust(o.client.Addr()) {
+		o.conn.SetReadDeadline(time.Now().Add(e.adjusted().Timeouts.PROXY))
 		h, err := proxyproto.Read(o.conn)
 		if err != nil {
 			return err
@@ -481,19 +514,35 @@ func (e *Edge) Drain() {
 
 // Shutdown drains, waits for the connections until ctx ends, and then ends those that are
 // left; its error is then that of ctx. Nothing of the listener runs when it returns.
+//
+// The gateway reads no HTTP of apps, so it cannot tell their clients that a connection is
+// the last of its kind. What it can do is to choose the moment: in the second half of the
+// time, a connection on which the app had the last word ends in a pause, and the nearer
+// the end the shorter a pause will do. A client that keeps connections alive then finds
+// this one gone before it asks again, and not while it waits for an answer.
 func (e *Edge) Shutdown(ctx context.Context) error {
 	e.Drain()
-	e.pages.drain(ctx)
-	if e.evidence != nil {
-		e.evidence.drain(ctx)
-	}
+	begun := time.Now()
+	end, bounded := ctx.Deadline()
 	var err error
-	for t := time.NewTicker(10 * time.Millisecond); e.stats.open.Load() > 0 && err == nil; {
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for told := false; e.stats.open.Load() > 0 && err == nil; {
+		// The pages end when nobody is on the way to them; evidence, which every connection
+		// may ask for, with the last.
+		if !told && e.allSettled() {
+			told = true
+			e.work.Go(func() { e.pages.drain(ctx) })
+		}
 		select {
 		case <-ctx.Done():
 			err = ctx.Err()
-			t.Stop()
 		case <-t.C:
+			now := time.Since(e.start)
+			e.now.Store(int64(now))
+			if left := time.Until(end); bounded && left < end.Sub(begun)/2 {
+				e.relays.endPauses(now, left/pausePart)
+			}
 		}
 	}
 	e.stop()
@@ -512,3 +561,13 @@ func (e *Edge) Shutdown(ctx context.Context) error {
 	e.pool.close()
 	return err
 }
+
+func (e *Edge) allSettled() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.opening) == 0
+}
+
+// pausePart is how many times longer than a pause what is left of the drain is, for the
+// pause to be taken.
+const pausePart = 8

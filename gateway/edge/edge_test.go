@@ -759,6 +759,52 @@ func TestIdleConnectionsEnd(t *testing.T) {
 	}
 }
 
+// What is adjusted counts at once, and ends nobody's connection by itself.
+func TestLimitsAreAdjustedWhileItRuns(t *testing.T) {
+	r := newRig(t, nil)
+	r.instance(1, 1)
+	r.serve(1, 80, echo)
+	open := func() (*tls.Conn, error) { return r.tls(host(appID(1), "")) }
+	ask := func(c *tls.Conn) error {
+		if _, err := io.WriteString(c, "q"); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 1))
+		return err
+	}
+	first := must(open())
+	for code, l := range map[string]Limits{
+		"edge_full":        {Connections: 1},
+		"edge_source_full": {PerSource: 1},
+		"edge_source_rate": {Rate: 1},
+	} {
+		r.edge.Adjust(Adjustable{Limits: l})
+		for range 3 {
+			if c, err := open(); err == nil {
+				c.Close()
+			}
+		}
+		r.eventually(func() bool { return r.edge.Stats().Refused[code] > 0 }, func() string { return code })
+		if err := ask(first); err != nil {
+			t.Errorf("%s: %v", code, err)
+		}
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}, Balancers: proxyproto.Sources{netip.MustParsePrefix("127.0.0.0/8")}})
+	if _, err := open(); err == nil {
+		t.Error("a balancer without a header")
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}})
+	c, err := open()
+	if err != nil || ask(c) != nil || ask(first) != nil {
+		t.Error(err)
+	}
+	r.edge.Adjust(Adjustable{Limits: Limits{Rate: -1}, Timeouts: Timeouts{Idle: 50 * time.Millisecond}})
+	begun := time.Now()
+	if _, err := first.Read(make([]byte, 1)); err == nil || time.Since(begun) > 5*time.Second {
+		t.Errorf("idle for %s: %v", time.Since(begun), err)
+	}
+}
+
 func TestARouteThatEndsTakesItsConnectionsWithIt(t *testing.T) {
 	r := newRig(t, nil)
 	r.instance(1, 1)
@@ -850,6 +896,140 @@ func TestShutdownLetsConnectionsFinish(t *testing.T) {
 	conn.Close()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// Who is answered when the gateway is told to stop gets the answer whole, and is told that
+// it is the last: Connection: close, or GOAWAY.
+func TestShutdownLetsThePagesFinish(t *testing.T) {
+	for form, major := range map[string]int{"": 1, "-g": 2} {
+		asked, answer := make(chan struct{}), make(chan struct{})
+		r := newRig(t, func(c *Config) {
+			c.Pages = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == "/slow" {
+					close(asked)
+					<-answer
+				}
+				io.WriteString(w, "page")
+			})
+		})
+		dials := 0
+		tr := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots()}, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			dials++
+			return new(net.Dialer).DialContext(ctx, "tcp", r.addr)
+		}}
+		t.Cleanup(tr.CloseIdleConnections)
+		get := func(path string) (*http.Response, string, error) {
+			res, err := tr.RoundTrip(must(http.NewRequest("GET", "https://gateway"+form+"."+base+path, nil)))
+			if err != nil {
+				return nil, "", err
+			}
+			defer res.Body.Close()
+			b, err := io.ReadAll(res.Body)
+			return res, string(b), err
+		}
+		if res, body, err := get("/"); err != nil || body != "page" || res.ProtoMajor != major || res.Close {
+			t.Fatalf("%q: %q, %v", form, body, err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			<-asked
+			time.AfterFunc(50*time.Millisecond, func() { close(answer) })
+			done <- r.edge.Shutdown(t.Context())
+		}()
+		res, body, err := get("/slow")
+		if err != nil || body != "page" || major == 1 && !res.Close {
+			t.Errorf("%q: %q, %v", form, body, err)
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if dials != 1 {
+			t.Errorf("%q: %d connections", form, dials)
+		}
+		if _, _, err := get("/"); err == nil || dials != 2 {
+			t.Errorf("%q: the client was not told that the connection had ended: %v", form, err)
+		}
+	}
+}
+
+// A client that keeps its connection alive is parted with between two requests, and one
+// that waits for an answer is not.
+func TestShutdownPartsInAPause(t *testing.T) {
+	for _, form := range []string{"", "-s"} {
+		r := newRig(t, nil)
+		r.instance(1, 1)
+		slow := func(c io.ReadWriter) {
+			b := make([]byte, 1)
+			for {
+				if _, err := c.Read(b); err != nil {
+					return
+				}
+				if b[0] == 's' {
+					time.Sleep(900 * time.Millisecond)
+				}
+				c.Write(b)
+			}
+		}
+		r.serve(1, 80, func(c net.Conn) { slow(c) })
+		r.serve(1, 443, func(c net.Conn) {
+			slow(tls.Server(c, &tls.Config{Certificates: []tls.Certificate{certificate()}}))
+		})
+		open := func() *tls.Conn {
+			conn, err := r.tls(host(appID(1), form))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return conn
+		}
+		ask := func(c *tls.Conn, what string) error {
+			if _, err := io.WriteString(c, what); err != nil {
+				return err
+			}
+			_, err := io.ReadFull(c, make([]byte, 1))
+			return err
+		}
+		busy, waits, rests := open(), open(), open()
+		for _, c := range []*tls.Conn{busy, waits, rests} {
+			if err := ask(c, "q"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		const limit = time.Second
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		defer cancel()
+		begun := time.Now()
+		done := make(chan error, 1)
+		go func() { done <- r.edge.Shutdown(ctx) }()
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := ask(waits, "s"); err != nil {
+				t.Errorf("%q: who waits for an answer: %v", form, err)
+			}
+			waits.Close()
+		})
+		wg.Go(func() {
+			_, err := rests.Read(make([]byte, 1))
+			if took := time.Since(begun); err == nil || err == io.EOF || took < limit/2 || took > limit*9/10 {
+				t.Errorf("%q: who rests: %v after %s", form, err, took)
+			}
+		})
+		for {
+			if err := ask(busy, "q"); err != nil {
+				t.Errorf("%q: who asks again and again, after %s: %v", form, time.Since(begun), err)
+				break
+			}
+			// The next is asked when this one has not ended in a pause of a tenth of the time.
+			busy.SetReadDeadline(time.Now().Add(limit / 10))
+			if _, err := busy.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			busy.SetReadDeadline(time.Now().Add(limit))
+		}
+		wg.Wait()
+		if err := <-done; err != nil {
+			t.Errorf("%q: %v", form, err)
+		}
 	}
 }
 

@@ -147,7 +147,7 @@ type dialled struct {
 // to any. The target returned has been begun in its route. Codes of [route.Route.Begin],
 // edge_dial (no target can be reached).
 func (e *Edge) dial(parent context.Context, targets []target) (target, net.Conn, error) {
-	ctx, cancel := context.WithTimeout(parent, e.cfg.Timeouts.Connect)
+	ctx, cancel := context.WithTimeout(parent, e.adjusted().Timeouts.Connect)
 	defer cancel()
 	if len(targets) == 1 {
 		d := e.dialOne(ctx, targets[0])
@@ -181,7 +181,7 @@ func (e *Edge) dial(parent context.Context, targets []target) (target, net.Conn,
 					}
 				}
 			})
-			next.Reset(e.cfg.Timeouts.Stagger)
+			next.Reset(e.adjusted().Timeouts.Stagger)
 		case d := <-results:
 			if d.err == nil {
 				return d.target, d.conn, nil
@@ -207,7 +207,7 @@ func (e *Edge) dialOne(ctx context.Context, t target) dialled {
 		// A dial that lost the race was ended by us and says nothing of the instance.
 		if ctx.Err() != context.Canceled {
 			e.stats.dialFailed.Add(1)
-			e.health.fail(t.id, time.Now().Add(e.cfg.Timeouts.Health))
+			e.health.fail(t.id, time.Now().Add(e.adjusted().Timeouts.Health))
 		}
 		return dialled{err: fault.Wrap(err, "edge_dial", "reach instance %s at port %d", t.id, t.addr.Port())}
 	}
@@ -275,7 +275,7 @@ func (e *Edge) greet(o *opening, t target, conn net.Conn, mode hostname.Mode) er
 		return nil
 	}
 	if len(first) > freeWrite {
-		conn.SetWriteDeadline(time.Now().Add(e.cfg.Timeouts.Connect))
+		conn.SetWriteDeadline(time.Now().Add(e.adjusted().Timeouts.Connect))
 		defer conn.SetWriteDeadline(time.Time{})
 	}
 	if _, err := conn.Write(first); err != nil {

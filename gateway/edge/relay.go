@@ -67,6 +67,15 @@ func (s *side) closeWrite() error {
 	return s.conn.Close()
 }
 
+// busy reports whether the kernel has bytes that its peer has not got or that were not read.
+func (s *side) busy() bool {
+	k := s.socket
+	if s.under != nil {
+		k = s.under.src
+	}
+	return k != nil && k.busy()
+}
+
 // bare is the connection without TLS.
 func (s *side) bare() net.Conn {
 	if s.tls != nil {
@@ -89,6 +98,7 @@ type relay struct {
 	how         atomic.Value // a string: why it was aborted
 	begun       int64        // of the coarse clock
 	last        atomic.Int64 // when bytes last moved
+	owed        atomic.Bool  // the client has spoken last
 	running     atomic.Int32 // loops
 	closed      atomic.Bool
 	prev, next  *relay // in the registry
@@ -186,6 +196,14 @@ func (r *relay) moved(n int, count *atomic.Uint64) {
 	r.tally(n, count == &r.e.stats.down)
 }
 
+// speaks notes who has the word. It is called before the bytes are on their way, since an
+// answer to them may overtake what is done after.
+func (r *relay) speaks(from *side) {
+	if client := from == &r.client; r.owed.Load() != client {
+		r.owed.Store(client)
+	}
+}
+
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 
 // move carries one direction to its end; nil is the end of the stream.
@@ -204,6 +222,7 @@ func (r *relay) move(from, to *side, count *atomic.Uint64) error {
 			if from == &r.client && r.asks(buf[:n]) {
 				return errAsked
 			}
+			r.speaks(from)
 			if _, err := to.conn.Write(buf[:n]); err != nil {
 				return err
 			}
@@ -235,6 +254,7 @@ func (r *relay) moveTLS(from, to *side, count *atomic.Uint64) error {
 					err = errAsked
 					break
 				}
+				r.speaks(from)
 				if _, werr := to.conn.Write(buf[:n]); werr != nil {
 					err = werr
 					break
@@ -258,7 +278,7 @@ func (r *relay) moveSocket(from, to *side, count *atomic.Uint64) error {
 	for {
 		if bulk && to.socket != nil {
 			if p := r.e.pool.get(); p != nil {
-				n, waited, err := from.socket.splice(to.socket, p, func(n int) { r.moved(n, count) })
+				n, waited, err := from.socket.splice(to.socket, p, func(n int) { r.speaks(from); r.moved(n, count) })
 				r.e.pool.put(p)
 				switch {
 				case err != nil:
@@ -276,6 +296,7 @@ func (r *relay) moveSocket(from, to *side, count *atomic.Uint64) error {
 		if err != nil || n == 0 {
 			return err
 		}
+		r.speaks(from)
 		_, err = to.conn.Write(buf[:n])
 		copyBuffers.Put(buf)
 		if err != nil {
@@ -341,6 +362,17 @@ func (r *relay) overdue(now, idle, total time.Duration) string {
 		return "route"
 	default:
 		return ""
+	}
+}
+
+// endPauses ends relays on which the app had the last word, least ago or earlier, and the
+// client has all of it and has sent no more. It is a reset as any: an end would be taken
+// for the app's, even in TLS by clients that do without its own.
+func (g *registry) endPauses(now, least time.Duration) {
+	for _, r := range g.those(func(r *relay) bool {
+		return !r.owed.Load() && int64(now)-r.last.Load() >= int64(least) && !r.client.busy()
+	}) {
+		r.abort("drained")
 	}
 }
 

@@ -91,6 +91,18 @@ func (s *socket) onWait(fd uintptr) bool {
 	return err != unix.EAGAIN
 }
 
+// busy reports whether something is not acknowledged yet, or has come and was not read.
+func (s *socket) busy() (busy bool) {
+	s.raw.Control(func(fd uintptr) {
+		for _, of := range []uint{unix.SIOCOUTQ, unix.SIOCINQ} {
+			if n, err := unix.IoctlGetInt(int(fd), of); err == nil && n > 0 {
+				busy = true
+			}
+		}
+	})
+	return busy
+}
+
 // read returns what has come, in a buffer of copyBuffers that is the caller's to put back.
 // n is 0 and buf nil at the end. waited says that nothing was there at first.
 func (s *socket) read() (buf *[copySize]byte, n int, waited bool, err error) {

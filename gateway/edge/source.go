@@ -57,6 +57,12 @@ type sources struct {
 	idle   list.List // the longest idle first
 }
 
+func (s *sources) adjust(l Limits) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limits = l
+}
+
 func prefixOf(a netip.Addr) netip.Prefix {
 	a = a.WithZone("").Unmap()
 	bits := 32

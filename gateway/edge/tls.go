@@ -74,7 +74,7 @@ func (e *Edge) handshake(o *opening, config *tls.Config) (*tls.Conn, error) {
 		under.src, _ = newSocket(tcp)
 	}
 	conn := tls.Server(under, config)
-	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.Timeouts.Handshake)
+	ctx, cancel := context.WithTimeout(e.ctx, e.adjusted().Timeouts.Handshake)
 	defer cancel()
 	begun := time.Now()
 	if err := conn.HandshakeContext(ctx); err != nil {
@@ -150,8 +150,12 @@ type pages struct {
 }
 
 func newPages(h http.Handler) *pages {
+	// TLS ended before, and its ALPN said which it is.
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
 	return &pages{
-		server: http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10},
+		server: http.Server{Handler: h, Protocols: &protocols, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 16 << 10},
 		queue:  make(chan net.Conn), closed: make(chan struct{}),
 	}
 }
@@ -169,6 +173,8 @@ func (p *pages) answer(conn net.Conn) {
 	}
 }
 
+// drain lets requests finish: clients are told that a connection ends, by Connection: close
+// or GOAWAY.
 func (p *pages) drain(ctx context.Context) { p.server.Shutdown(ctx) }
 func (p *pages) close()                    { p.server.Close() }
 

@@ -35,9 +35,11 @@ type resolver struct {
 	cfg   *Config
 	stats *counters
 	now   func() time.Time
-	ctx   context.Context
-	stop  context.CancelFunc
-	runs  flight.Group[hostname.Name, found]
+	// adjusted has the limits and times in force.
+	adjusted func() *Adjustable
+	ctx      context.Context
+	stop     context.CancelFunc
+	runs     flight.Group[hostname.Name, found]
 
 	mu     sync.Mutex
 	cache  map[hostname.Name]found
@@ -57,8 +59,8 @@ type sourceBudget interface {
 	lookup(*source, time.Time) error
 }
 
-func newResolver(cfg *Config, stats *counters, wallet sourceBudget) *resolver {
-	r := &resolver{cfg: cfg, stats: stats, now: time.Now, cache: map[hostname.Name]found{}, wallet: wallet}
+func newResolver(cfg *Config, adjusted func() *Adjustable, stats *counters, wallet sourceBudget) *resolver {
+	r := &resolver{cfg: cfg, adjusted: adjusted, stats: stats, now: time.Now, cache: map[hostname.Name]found{}, wallet: wallet}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	return r
 }
@@ -92,7 +94,7 @@ func (r *resolver) lookup(ctx context.Context, src *source, name hostname.Name) 
 			return hostname.Answer{}, err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeouts.DNS)
+	ctx, cancel := context.WithTimeout(ctx, r.adjusted().Timeouts.DNS)
 	defer cancel()
 	f, _, err := r.runs.Do(ctx, r.ctx, name, func(ctx context.Context) (found, error) { return r.find(ctx, name) })
 	if err != nil {
@@ -107,14 +109,14 @@ func (r *resolver) lookup(ctx context.Context, src *source, name hostname.Name) 
 // find asks, and remembers. Its error is not remembered; that in found is.
 func (r *resolver) find(ctx context.Context, name hostname.Name) (found, error) {
 	r.mu.Lock()
-	n := r.cfg.Limits.Lookups
+	n := r.adjusted().Limits.Lookups
 	ok := r.budget.take(r.now(), n, 2*n)
 	r.mu.Unlock()
 	if !ok {
 		return found{}, fault.New("edge_dns_budget", "the gateway asks for no more than %d unknown domains a second", n)
 	}
 	r.stats.lookups.Add(1)
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeouts.DNS)
+	ctx, cancel := context.WithTimeout(ctx, r.adjusted().Timeouts.DNS)
 	defer cancel()
 	value, ttl, err := r.ask(ctx, name)
 	var f found

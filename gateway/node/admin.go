@@ -165,12 +165,13 @@ func (a *administration) run(ctx context.Context) error {
 	return errors.Join(errExit, <-done)
 }
 
-// grace is how long connections may go on.
-func (a *administration) grace() time.Duration {
+// grace is how long connections may go on: as long as is usual, unless an administrator
+// was in a hurry.
+func (a *administration) grace(usual time.Duration) time.Duration {
 	if a != nil && a.forced.Load() {
 		return 0
 	}
-	return drainTime
+	return usual
 }
 
 // gate opens and closes the public listener. While it is closed, a balancer in front sees

@@ -27,6 +27,6 @@ func (n *Node) admission() (gateway.Admission, error) {
 	if err != nil {
 		return nil, err
 	}
-	n.documents = documents
+	n.reloading.decides(documents)
 	return gateway.ByAuthority{Authority: decides}, nil
 }

@@ -5,11 +5,13 @@ package node
 import (
 	"cmp"
 	"encoding/hex"
+	"log/slog"
 	"net/netip"
 	"net/url"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/gateway"
@@ -28,9 +30,12 @@ import (
 // compose file, which is measured.
 type Config struct {
 	// Address and Port are where guests register.
-	Address string     `toml:"address"`
-	Port    uint16     `toml:"port"`
-	Core    CoreConfig `toml:"core"`
+	Address string `toml:"address"`
+	Port    uint16 `toml:"port"`
+	// LogLevel is the least level of the log: DEBUG, INFO, WARN or ERROR; empty: as the
+	// program was told when it was started.
+	LogLevel string     `toml:"log_level"`
+	Core     CoreConfig `toml:"core"`
 }
 
 // CoreConfig is everything else.
@@ -138,7 +143,12 @@ type Timeouts struct {
 	DNSResolve config.Duration `toml:"dns_resolve"`
 	Idle       config.Duration `toml:"idle"`
 	Total      config.Duration `toml:"total"`
+	// Drain is how long connections may go on after the gateway was told to stop; 9 s, less
+	// than the 10 s after which container engines kill. It is not upstream's.
+	Drain config.Duration `toml:"drain"`
 }
+
+func (t Timeouts) drain() time.Duration { return cmp.Or(t.Drain.Duration, drainTime) }
 
 // GuestConfig is the TEE that the gateway runs in.
 type GuestConfig struct {
@@ -215,6 +225,9 @@ func bad(format string, args ...any) *fault.Error {
 
 func (c *Config) check() (err error) {
 	core := &c.Core
+	if err := new(slog.Level).UnmarshalText([]byte(cmp.Or(c.LogLevel, "INFO"))); err != nil {
+		return bad("log_level is %q, not DEBUG, INFO, WARN or ERROR", c.LogLevel)
+	}
 	if !filepath.IsAbs(core.DataDir) {
 		return bad("core.data_dir %q is no absolute path", core.DataDir)
 	}

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -61,6 +62,7 @@ type lab struct {
 	hosts    int
 	gateways []*host
 	mu       sync.Mutex // what guests are
+	own      []byte     // what apps show that end TLS themselves, and its key; PEM
 }
 
 // host is a gateway's or guest's machine and its process.
@@ -73,6 +75,7 @@ type host struct {
 	agent   string
 	dir     string // data
 	order   []string
+	program []string // nil: this test's own
 	control string
 	cmd     *exec.Cmd
 	ended   chan struct{}
@@ -153,6 +156,7 @@ func newLab(t *testing.T) *lab {
 	l.must(err)
 	l.roots = filepath.Join(dir, "roots.json")
 	l.must(os.WriteFile(l.roots, text, 0o600))
+	l.own = l.certificate()
 	l.hub = l.namespace()
 	l.must(inNS(l.hub, func() error {
 		a := netlink.NewLinkAttrs()
@@ -164,6 +168,19 @@ func newLab(t *testing.T) *lab {
 	}))
 	l.visitor, _ = l.attach()
 	return l
+}
+
+// certificate is one for all names of apps, and its key.
+func (l *lab) certificate() []byte {
+	l.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	l.must(err)
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"*." + labDomain}, NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	l.must(err)
+	text, err := x509.MarshalECPrivateKey(key)
+	l.must(err)
+	return append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: text})...)
 }
 
 // attach makes a namespace with an address at the hub.
@@ -267,10 +284,12 @@ func (l *lab) gateway(edit func(*tdxtest.Guest)) *host {
 	return h
 }
 
+// file is a gateway's configuration.
+func (h *host) file() string { return filepath.Join(h.l.dir, fmt.Sprintf("g%d.toml", h.n)) }
+
 func (h *host) configure(more string) {
 	h.l.t.Helper()
-	file := filepath.Join(h.l.dir, fmt.Sprintf("g%d.toml", h.n))
-	h.l.must(os.WriteFile(file, fmt.Appendf(nil, `
+	h.l.must(os.WriteFile(h.file(), fmt.Appendf(nil, `
 address = %[1]q
 port = 8000
 [core]
@@ -294,7 +313,7 @@ type = "attested"
 listen = "%[1]s:8003"
 address = "%[1]s:8003"
 %[6]s`, h.ip, h.dir, labDomain, h.agent, h.l.roots, more), 0o600))
-	order, err := json.Marshal(gatewayOrder{Config: file, Control: h.control})
+	order, err := json.Marshal(gatewayOrder{Config: h.file(), Control: h.control})
 	h.l.must(err)
 	h.order = []string{asGateway + "=" + string(order)}
 }
@@ -325,6 +344,7 @@ func (l *lab) ordered(app, n byte, says string, o guestOrder) *host {
 	h := l.host(&tdxtest.Guest{AppID: dstack.AppID{app}, InstanceID: dstack.InstanceID{app, n}, ComposeHash: m.Hash(), ChannelSPKI: key.SPKI()})
 	l.serveAgent(h.guest, h.agent)
 	o.Agent, o.App, o.Compose, o.DevRoots, o.Manifest, o.Says = h.agent, labApp.String(), labHash.String(), l.roots, text, says
+	o.TLS = l.own
 	o.Key = pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})
 	order, err := json.Marshal(o)
 	l.must(err)
@@ -337,7 +357,11 @@ func (l *lab) ordered(app, n byte, says string, o guestOrder) *host {
 func (h *host) start() {
 	h.l.t.Helper()
 	os.Remove(h.control)
-	cmd := exec.Command(os.Args[0])
+	program := h.program
+	if program == nil {
+		program = os.Args[:1]
+	}
+	cmd := exec.Command(program[0], program[1:]...)
 	cmd.Env = append(os.Environ(), h.order...)
 	cmd.Stdout, cmd.Stderr = h.said, h.said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -478,20 +502,37 @@ func (l *lab) cut(from *host, others ...*host) (mend func()) {
 	})
 }
 
+// trusts are who certifies for gateways, and for apps that end TLS themselves.
+func (l *lab) trusts(gateways ...*host) (*x509.CertPool, error) {
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(l.own)
+	for _, g := range gateways {
+		text, err := os.ReadFile(filepath.Join(g.dir, privateca.CertFile))
+		if err != nil {
+			return nil, err
+		}
+		roots.AppendCertsFromPEM(text)
+	}
+	return roots, nil
+}
+
+// dial is a visitor's connection to a gateway.
+func (l *lab) dial(ctx context.Context, g *host) (c net.Conn, err error) {
+	e := inNS(l.visitor, func() error {
+		c, err = (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", g.ip+":443")
+		return nil
+	})
+	return c, errors.Join(err, e)
+}
+
 // visit asks a gateway for an app by its public name.
 func (l *lab) visit(g *host, name string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(g.dir, privateca.CertFile))
+	roots, err := l.trusts(g)
 	if err != nil {
 		return "", err
 	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(text)
-	tr := &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
-		e := inNS(l.visitor, func() error {
-			c, err = (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", g.ip+":443")
-			return nil
-		})
-		return c, errors.Join(err, e)
+	tr := &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return l.dial(ctx, g)
 	}}
 	r, err := (&http.Client{Transport: tr, Timeout: 5 * time.Second}).Get("https://" + name + "." + labDomain + "/")
 	if err != nil {

@@ -45,7 +45,6 @@ import (
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/governance/applicant"
-	"github.com/dstack-go/dstack/governance/policy"
 	"github.com/dstack-go/dstack/internal/durable"
 	"github.com/dstack-go/dstack/internal/fault"
 )
@@ -57,14 +56,16 @@ const (
 	routesFile = "routes"
 )
 
-// drainTime is how long connections may go on after the gateway was told to stop.
-const drainTime = 10 * time.Second
+// drainTime is the default of core.proxy.timeouts.drain.
+const drainTime = 9 * time.Second
 
 // Node is one gateway.
 type Node struct {
 	cfg     Config
 	log     *slog.Logger
 	Version string // what replies say in X-App-Version
+	// Level, if there is one, is that of the log, which the configuration may set.
+	Level *slog.LevelVar
 
 	self    *self.App
 	judge   *applicant.Judge
@@ -72,11 +73,11 @@ type Node struct {
 	domains []gateway.Domain
 	key     wgconfig.PrivateKey
 	uuid    [16]byte
-	live    *live            // of the run
-	ended   func(edge.Ended) // nil without an access log
-	// documents is nil when no policy document decides who gets a route.
-	documents *policy.Authority
-	opened    func(*cluster.Cluster, *route.Table) // of tests
+	live    *live                                // of the run
+	ended   func(edge.Ended)                     // nil without an access log
+	opened  func(*cluster.Cluster, *route.Table) // of tests
+
+	reloading reloading
 }
 
 // Open reads what is in the data directory, making it at the first start, and asks the
@@ -85,7 +86,7 @@ func Open(ctx context.Context, c Config, log *slog.Logger) (*Node, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	n := &Node{cfg: c, log: limited(log), ended: c.Core.Proxy.accessLog(log)}
+	n := &Node{cfg: c, log: limited(log), ended: c.Core.Proxy.accessLog(log), reloading: reloading{cfg: c}}
 	log = n.log
 	dir := c.Core.DataDir
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
@@ -173,6 +174,7 @@ type Listening struct{ RPC, Proxy, HTTP, Cluster, Admin net.Addr }
 // nil, is told once everything listens; again after the gateway has joined a cluster, where
 // it has another address in the tunnel.
 func (n *Node) Run(ctx context.Context, ready func(Listening)) error {
+	n.reloading.begin(n.Level)
 	for {
 		err := n.run(ctx, ready)
 		if errors.Is(err, errExit) {
@@ -194,7 +196,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	defer agreed.Close()
 	own := agreed.Node()
 	table := route.New(route.Config{
-		Key: n.key.Public(), Address: own.Address.Addr(), Network: own.Address.Masked(), Lease: c.Auth.Lease.Duration, PerApp: c.Proxy.MaxConnectionsPerApp,
+		Key: n.key.Public(), Address: own.Address.Addr(), Network: own.Address.Masked(), Lease: c.Auth.Lease.Duration,
 	})
 	if n.opened != nil {
 		n.opened(agreed, table)
@@ -245,6 +247,7 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if public, err = n.edge(table, tn, certificate, common.tickets, manager); err != nil {
 		return err
 	}
+	n.reloading.ran(parts{public, table, manager, n.live.Domains})
 
 	var at Listening
 	var open []net.Listener
@@ -311,11 +314,18 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if ready != nil {
 		ready(at)
 	}
-	err = group.Wait()
-	end, cancel := context.WithTimeout(context.Background(), administrators.grace())
-	defer cancel()
-	_ = public.Shutdown(end) // whoever is left had his time
-	return err
+	// What is asked of the gateway itself ends at once, beside the connections to apps: who
+	// stops it waits no longer than for those.
+	group.Go(func() error {
+		<-ctx.Done()
+		end, cancel := context.WithTimeout(context.Background(), administrators.grace(n.reloading.config().Core.Proxy.Timeouts.drain()))
+		defer cancel()
+		if public.Shutdown(end) != nil {
+			n.log.Info("connections were left when the time to finish them was over")
+		}
+		return nil
+	})
+	return group.Wait()
 }
 
 // service makes the service of a configuration that has what is made at its start.
@@ -343,13 +353,8 @@ func (n *Node) edge(table *route.Table, tn *tunnel.Tunnel, certificate func(*tls
 	cfg := edge.Config{
 		Rules: n.live.rules, Operator: n.live.operator, Routes: table, GetCertificate: certificate, TicketKeys: tickets, Pages: pages, Evidence: n.witness(tn).Answer,
 		Dial:      func(ctx context.Context, to netip.AddrPort) (net.Conn, error) { return tn.Dial(ctx, to) },
-		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Balancers: p.sources, Log: n.log,
-		Ended:  n.ended,
-		Limits: edge.Limits{Connections: p.MaxConnections, PerSource: p.MaxConnectionsPerPeer, Rate: p.ConnectionRatePerPeer},
-		Timeouts: edge.Timeouts{
-			Connect: p.Timeouts.Connect.Duration, Handshake: p.Timeouts.Handshake.Duration, DNS: p.Timeouts.DNSResolve.Duration,
-			PROXY: p.Timeouts.PPHeader.Duration, Idle: p.Timeouts.Idle.Duration, Total: p.Timeouts.Total.Duration,
-		},
+		TXTPrefix: p.AppAddressNSPrefix, TXTCompat: p.AppAddressNSCompat, Log: n.log,
+		Ended: n.ended,
 	}
 	if manager != nil {
 		cfg.Challenge = manager.Challenged

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -220,9 +221,37 @@ type guestOrder struct {
 	DevRoots string // file
 	Manifest []byte
 	Says     string
+	TLS      []byte // certificate and key of port 443, PEM
 }
 
-// guestProcess is an instance with an app at port 80 that says a word, behind WireGuard.
+// words says a word at /, the same slowly, a letter every 50 ms, at /slow?letters=N, and at
+// /echo what it hears, as a WebSocket does.
+func words(says string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, says) })
+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
+		n, _ := strconv.Atoi(r.FormValue("letters"))
+		w.Header().Set("Content-Length", strconv.Itoa(n))
+		for range n {
+			io.WriteString(w, "x")
+			http.NewResponseController(w).Flush()
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	mux.HandleFunc("/echo", func(w http.ResponseWriter, _ *http.Request) {
+		c, buf, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+		io.Copy(c, buf)
+	})
+	return mux
+}
+
+// guestProcess is an instance with an app at port 80, and with TLS of its own at 443,
+// behind WireGuard.
 func guestProcess(order string) error {
 	var o guestOrder
 	if err := json.Unmarshal([]byte(order), &o); err != nil {
@@ -279,15 +308,25 @@ func guestProcess(order string) error {
 	if err != nil {
 		return err
 	}
-	go func() {
-		<-m.up
-		l, err := m.stack.ListenTCP(&net.TCPAddr{Port: 80})
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return
-		}
-		http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, o.Says) }))
-	}()
+	own, err := tls.X509KeyPair(o.TLS, o.TLS)
+	if err != nil {
+		return err
+	}
+	for _, port := range []int{80, 443} {
+		go func() {
+			<-m.up
+			l, err := m.stack.ListenTCP(&net.TCPAddr{Port: port})
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return
+			}
+			var in net.Listener = l
+			if port == 443 {
+				in = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{own}})
+			}
+			http.Serve(in, words(o.Says))
+		}()
+	}
 	client.Run(ctx)
 	return nil
 }

@@ -163,9 +163,9 @@ func (r *Route) Begin() error {
 	if r.ended(r.t.cfg.Now()) {
 		return errEnded(r.record.Load())
 	}
-	if n := r.app.conns.Add(1); r.t.cfg.PerApp > 0 && n > int64(r.t.cfg.PerApp) {
+	if n, most := r.app.conns.Add(1), r.t.perApp.Load(); most > 0 && n > most {
 		r.app.conns.Add(-1)
-		return fault.New("route_app_full", "app %s has %d connections, its most", r.record.Load().App, r.t.cfg.PerApp)
+		return fault.New("route_app_full", "app %s has %d connections, its most", r.record.Load().App, most)
 	}
 	r.conns.Add(1)
 	return nil
@@ -201,6 +201,7 @@ type Table struct {
 
 	quarantine quarantine
 	version    atomic.Uint64
+	perApp     atomic.Int64
 }
 
 // Len is how many routes there are.
@@ -223,11 +224,16 @@ func New(cfg Config) *Table {
 	cfg.Skew = cmp.Or(cfg.Skew, time.Minute)
 	cfg.Stale = cmp.Or(cfg.Stale, 30*time.Minute)
 	cfg.Instances = cmp.Or(cfg.Instances, wgconfig.MaxPeers)
-	return &Table{
+	t := &Table{
 		cfg: cfg, instances: map[dstack.InstanceID]*Route{}, apps: map[dstack.AppID]*app{},
 		keys: map[wgconfig.PublicKey]*Route{}, addresses: map[netip.Addr]*Route{}, spent: map[dstack.InstanceID]time.Time{},
 	}
+	t.LimitPerApp(cfg.PerApp)
+	return t
 }
+
+// LimitPerApp sets Config.PerApp anew; connections that there are go on.
+func (t *Table) LimitPerApp(n int) { t.perApp.Store(int64(n)) }
 
 // Register adds an instance or renews it. Its evidence must be fresh: code
 // route_evidence_stale. A lease longer than the table's is refused and not cut, so that

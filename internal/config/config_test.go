@@ -116,3 +116,18 @@ func TestSizeAndDurationMayBeIntegers(t *testing.T) {
 		t.Fatalf("got %+v", c)
 	}
 }
+
+func TestChangedKeysAreNamed(t *testing.T) {
+	a, err := load(t, "name = 'file'\ntokens=['hush']\n[deep]\nlimit = '2G'\nlist = ['a']\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := a
+	if got := Changed(&a, &b); len(got) != 0 {
+		t.Errorf("nothing changed: %v", got)
+	}
+	b.Tokens, b.Deep.List, b.Deep.Wait.Duration, b.Name = []Secret{{}}, []string{"b"}, time.Second, ""
+	if got := fmt.Sprint(Changed(&a, &b)); got != "[name deep.wait deep.list tokens]" {
+		t.Errorf("got %s", got)
+	}
+}
