@@ -1094,7 +1094,8 @@ func TestThreat_K08_RandomNamesDoNotFloodDNS(t *testing.T) {
 	if s.Lookups > 10 || s.Refused["edge_dns_source_budget"] < 10 {
 		t.Errorf("%+v", s)
 	}
-	e := &resolver{cfg: &Config{TXT: z, Limits: Limits{Lookups: 1}, Timeouts: Timeouts{DNS: time.Second}}, stats: &counters{}, now: time.Now, cache: map[hostname.Name]found{}, ctx: t.Context()}
+	few := &Adjustable{Limits: Limits{Lookups: 1}, Timeouts: Timeouts{DNS: time.Second}}
+	e := &resolver{cfg: &Config{TXT: z}, adjusted: func() *Adjustable { return few }, stats: &counters{}, now: time.Now, cache: map[hostname.Name]found{}, ctx: t.Context()}
 	var code string
 	for i := range 4 {
 		_, err := e.lookup(t.Context(), nil, hostname.Name(fmt.Sprintf("m%d.example.org", i)))
