@@ -605,7 +605,7 @@ func TestOpenAPIMatchesTheStructs(t *testing.T) {
 	for name, v := range map[string]any{
 		"Request": Request{}, "Response": Response{}, "Details": Details{}, "KeyProvider": KeyProvider{}, "AppInfo": AppInfo{}, "BootInfo": BootInfo{},
 		"ACPITables": ACPITables{}, "RTMRDebug": RTMRDebug{}, "RTMREvent": RTMREvent{}, "Verdict": verifier.Verdict{}, "Finding": verifier.Finding{},
-		"Anchor": verifier.Anchor{}, "Problem": problem{},
+		"Anchor": verifier.Anchor{}, "Hop": verifier.Hop{}, "Governance": verifier.Governance{}, "Problem": problem{},
 	} {
 		schema, ok := doc.Components.Schemas[name]
 		if !ok {
@@ -617,6 +617,9 @@ func TestOpenAPIMatchesTheStructs(t *testing.T) {
 		for i := range rt.NumField() {
 			f := rt.Field(i)
 			tag, option, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if tag == "-" {
+				continue
+			}
 			seen[tag] = true
 			p, ok := schema.Properties[tag]
 			if !ok {
@@ -653,7 +656,7 @@ func kindOf(t reflect.Type) string {
 		return "boolean"
 	case reflect.Slice:
 		return "array"
-	case reflect.Int, reflect.Uint32:
+	case reflect.Int, reflect.Int64, reflect.Uint32, reflect.Uint64:
 		return "integer"
 	case reflect.Struct:
 		return "object"

@@ -325,7 +325,11 @@ func (a *Agent) Serve(ctx context.Context, listeners map[string]net.Listener) er
 		s.ErrorLog = slog.NewLogLogger(a.log.Handler(), slog.LevelDebug)
 		servers = append(servers, s)
 		wg.Go(func() {
-			if err := serve(s); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			err := serve(s)
+			if ctx.Err() != nil && errors.Is(err, net.ErrClosed) {
+				return // with the context, before its server was told
+			}
+			if err != nil && !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("serve %s: %w", name, err)
 			}
 		})
