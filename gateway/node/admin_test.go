@@ -421,7 +421,7 @@ func TestAdministratorsDecideForTheCluster(t *testing.T) {
 	}
 	g[1].start()
 	l.eventually("it is back", func() bool { return members(g[0]).Quorum && len(g[1].routes()) > 0 })
-	l.must(g[0].call("RemoveRoutes", &api.RemoveRoutesRequest{AppId: app}, nil))
+	l.eventually("all agree on the removal", func() bool { return g[0].call("RemoveRoutes", &api.RemoveRoutesRequest{AppId: app}, nil) == nil })
 	for _, h := range g {
 		l.eventually("the route is gone", func() bool { _, ok := h.routes()[instance]; return !ok })
 	}
