@@ -77,7 +77,19 @@ type Standing struct {
 
 // Standing answers as Decide does, and tells what else a relying party needs to know
 // (threats.md G06). Codes: those of Decide.
+//
+// The head may have given way to another block since it was agreed on, of which then no
+// endpoint proves anything: what is not proven is asked once more, of a head agreed anew.
 func (a *Authority) Standing(ctx context.Context, q governance.Request) (*Standing, error) {
+	s, err := a.standing(ctx, q)
+	if fault.Code(err) == "chain_proof" {
+		a.r.forget()
+		s, err = a.standing(ctx, q)
+	}
+	return s, err
+}
+
+func (a *Authority) standing(ctx context.Context, q governance.Request) (*Standing, error) {
 	final, head, err := a.r.view(ctx)
 	if err != nil {
 		return nil, err

@@ -436,6 +436,17 @@ func TestThreat_G03_EndpointsAreCheckedNotBelieved(t *testing.T) {
 		w.want(w.authority(2, bad.URL, b.URL, d.URL), good, "")
 		w.want(w.authority(2, bad.URL, b.URL, d.URL), question(app, other), "compose_hash_not_allowed")
 	}
+	// What was no proof once, as of a head that gave way, is asked for again, and not more.
+	for failures, code := range []string{"", "", "chain_proof"} {
+		var asked atomic.Int64
+		bad.lie(edit("eth_getProof", "accountProof", func(nodes json.RawMessage) any {
+			if asked.Add(1) <= int64(failures) {
+				return flip(nodes)
+			}
+			return nodes
+		}), nil)
+		w.want(w.authority(1, bad.URL), good, code)
+	}
 	bad.lie(nil, nil)
 
 	// Fewer than must agree.

@@ -357,6 +357,13 @@ func (r *Reader) view(ctx context.Context) (final, head *types.Header, err error
 	return final, head, nil
 }
 
+// forget lets the next view be agreed anew.
+func (r *Reader) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.views.final = nil
+}
+
 // proof is eth_getProof's answer (EIP-1186).
 type proof struct {
 	AccountProof []hexutil.Bytes `json:"accountProof"`
