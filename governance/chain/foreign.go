@@ -201,6 +201,7 @@ func (m *execution) prefetch(c registry.Call) {
 				return
 			}
 			if _, err := m.prove(place.Address, place.StorageKeys...); err != nil {
+				m.err = nil // one endpoint's hint decides nothing
 				return
 			}
 		}
