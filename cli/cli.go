@@ -62,6 +62,8 @@ type grammar struct {
 	App appCmd `cmd:"" help:"Say which apps get keys of the stack's KMSs."`
 	KMS kmsCmd `cmd:"" name:"kms" help:"Look at the stack's KMSs, their policy and their release logs."`
 
+	Council councilCmd `cmd:"" help:"Own contracts on a chain together: m of n accounts propose, sign and submit calls."`
+
 	Gateway gatewayCmd `cmd:"" help:"Look at a gateway and change what it does: routes, domains, certificates, members."`
 
 	Chain chainCmd `cmd:"" help:"Run a chain for development, with the governance contracts on it."`

@@ -72,8 +72,19 @@ func (f *chainFlags) governedByChain(a *app) bool {
 	return err == nil
 }
 
-// connect reaches the chain. Codes: registry_missing, chain_unreachable.
+// connect reaches the chain, and knows the registry. Codes: registry_missing,
+// chain_unreachable.
 func (f *chainFlags) connect(a *app) (*onchain, error) {
+	o, err := f.reach(a)
+	if err == nil && o.registry == (common.Address{}) {
+		o.node.Close()
+		return nil, fault.New("registry_missing", "nothing says which registry of the chain").WithFix("--registry 0x…")
+	}
+	return o, err
+}
+
+// reach reaches the chain. Code chain_unreachable.
+func (f *chainFlags) reach(a *app) (*onchain, error) {
 	o := new(onchain)
 	url := f.RPC
 	d, err := a.stack.Chain()
@@ -87,9 +98,6 @@ func (f *chainFlags) connect(a *app) (*onchain, error) {
 		if o.registry, err = parseAddress("--registry", f.Registry); err != nil {
 			return nil, err
 		}
-	}
-	if o.registry == (common.Address{}) {
-		return nil, fault.New("registry_missing", "nothing says which registry of the chain").WithFix("--registry 0x…")
 	}
 	if o.node, err = ethclient.DialContext(a.ctx, url); err != nil {
 		return nil, registry.Explain(err)

@@ -20,12 +20,51 @@ import (
 	"github.com/dstack-go/dstack/internal/fault"
 )
 
-// Signer signs transactions of one account.
+// Signer signs for one account.
 type Signer interface {
 	Address() common.Address
 	Sign(ctx context.Context, tx *types.Transaction, chainID *big.Int) (*types.Transaction, error)
+	// SignTyped signs a statement of EIP-712; use SignTyped, which checks the answer.
+	SignTyped(ctx context.Context, t Typed) ([]byte, error)
 	// Close forgets the key.
 	Close()
+}
+
+// Typed is a statement of EIP-712: as wallets read it, and the hash that is signed.
+type Typed struct {
+	JSON   any
+	Digest common.Hash
+}
+
+// SignTyped has a statement signed: r, s and 27 or 28. Codes: those of the signer;
+// signer_answer.
+func SignTyped(ctx context.Context, by Signer, t Typed) ([]byte, error) {
+	signature, err := by.SignTyped(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	if who, ok := SignedTyped(t.Digest, signature); !ok || who != by.Address() {
+		return nil, fault.New("signer_answer", "the signer signed something else, or with another key")
+	}
+	return signature, nil
+}
+
+// SignedTyped is the account that signed a hash; false: it is no signature that contracts
+// take.
+func SignedTyped(digest common.Hash, signature []byte) (common.Address, bool) {
+	if len(signature) != crypto.SignatureLength {
+		return common.Address{}, false
+	}
+	r, s, v := new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:64]), signature[64]
+	if v != 27 && v != 28 || !crypto.ValidateSignatureValues(v-27, r, s, true) {
+		return common.Address{}, false
+	}
+	plain := append(append([]byte{}, signature[:64]...), v-27)
+	key, err := crypto.SigToPub(digest[:], plain)
+	if err != nil {
+		return common.Address{}, false
+	}
+	return crypto.PubkeyToAddress(*key), true
 }
 
 type keySigner struct{ key *ecdsa.PrivateKey }
@@ -34,6 +73,15 @@ func (k *keySigner) Address() common.Address { return crypto.PubkeyToAddress(k.k
 
 func (k *keySigner) Sign(_ context.Context, tx *types.Transaction, chainID *big.Int) (*types.Transaction, error) {
 	return types.SignTx(tx, types.LatestSignerForChainID(chainID), k.key)
+}
+
+func (k *keySigner) SignTyped(_ context.Context, t Typed) ([]byte, error) {
+	signature, err := crypto.Sign(t.Digest[:], k.key)
+	if err != nil {
+		return nil, fault.Wrap(err, "signer_refused", "sign the statement")
+	}
+	signature[64] += 27
+	return signature, nil
 }
 
 func (k *keySigner) Close() {
@@ -77,7 +125,7 @@ type external struct {
 }
 
 // DialExternal reaches a signer that speaks Clef's protocol (account_list,
-// account_signTransaction) at a unix socket or a URL. Without an account it must have
+// account_signTransaction, account_signTypedData) at a unix socket or a URL. Without an account it must have
 // exactly one. Codes: signer_unreachable, signer_account.
 func DialExternal(ctx context.Context, endpoint string, account *common.Address) (Signer, error) {
 	client, err := rpc.DialContext(ctx, endpoint)
@@ -124,4 +172,13 @@ func (e *external) Sign(ctx context.Context, tx *types.Transaction, chainID *big
 		return nil, fault.Wrap(err, "signer_answer", "the signer's answer is no transaction")
 	}
 	return signed, nil
+}
+
+// SignTyped asks. Code signer_refused.
+func (e *external) SignTyped(ctx context.Context, t Typed) ([]byte, error) {
+	var signature hexutil.Bytes
+	if err := e.client.CallContext(ctx, &signature, "account_signTypedData", e.account, t.JSON); err != nil {
+		return nil, fault.Wrap(err, "signer_refused", "the signer does not sign")
+	}
+	return signature, nil
 }

@@ -118,7 +118,29 @@ func (s *Sender) Do(ctx context.Context, c registry.Call) (*Outcome, error) {
 	if before, err := Before(ctx, s.Node, c); before != nil || err != nil {
 		return before, err
 	}
-	tx, err := s.prepare(ctx, c)
+	out, err := s.send(ctx, &c.To, c.Data)
+	if err != nil || c.Change == nil {
+		return out, err
+	}
+	a, err := registry.ReadChange(ctx, s.Node, c.Contract, c.To, *c.Change, nil)
+	if err != nil {
+		return nil, err
+	}
+	if a.Pending {
+		out.State, out.Effective = Announced, &a.Effective
+	}
+	return out, nil
+}
+
+// Deploy makes a contract of its creation code; the receipt names its address. Codes:
+// those of Do.
+func (s *Sender) Deploy(ctx context.Context, code []byte) (*Outcome, error) {
+	return s.send(ctx, nil, code)
+}
+
+// send signs and sends what it has tried, and waits; to nil makes a contract.
+func (s *Sender) send(ctx context.Context, to *common.Address, data []byte) (*Outcome, error) {
+	tx, err := s.prepare(ctx, to, data)
 	if err != nil {
 		return nil, err
 	}
@@ -141,26 +163,16 @@ func (s *Sender) Do(ctx context.Context, c registry.Call) (*Outcome, error) {
 		return nil, err
 	}
 	if receipt.Status != types.ReceiptStatusSuccessful {
-		return nil, s.failed(ctx, c, receipt)
+		return nil, s.failed(ctx, tx, receipt)
 	}
 	hash := signed.Hash()
-	out := &Outcome{State: Made, Tx: &hash, Block: receipt.BlockNumber.Uint64(), Gas: receipt.GasUsed, Receipt: receipt}
-	if c.Change != nil {
-		a, err := registry.ReadChange(ctx, s.Node, c.Contract, c.To, *c.Change, nil)
-		if err != nil {
-			return nil, err
-		}
-		if a.Pending {
-			out.State, out.Effective = Announced, &a.Effective
-		}
-	}
-	return out, nil
+	return &Outcome{State: Made, Tx: &hash, Block: receipt.BlockNumber.Uint64(), Gas: receipt.GasUsed, Receipt: receipt}, nil
 }
 
 // prepare tries the call and fills in what a transaction needs.
-func (s *Sender) prepare(ctx context.Context, c registry.Call) (*types.Transaction, error) {
+func (s *Sender) prepare(ctx context.Context, to *common.Address, data []byte) (*types.Transaction, error) {
 	from := s.Signer.Address()
-	msg := ethereum.CallMsg{From: from, To: &c.To, Data: c.Data}
+	msg := ethereum.CallMsg{From: from, To: to, Data: data}
 	if _, err := s.Node.CallContract(ctx, msg, nil); err != nil {
 		return nil, registry.Explain(err)
 	}
@@ -205,7 +217,7 @@ func (s *Sender) prepare(ctx context.Context, c registry.Call) (*types.Transacti
 		return nil, registry.Explain(err)
 	}
 	return types.NewTx(&types.DynamicFeeTx{
-		ChainID: chain, Nonce: nonce, To: &c.To, Gas: gas, GasTipCap: tip, GasFeeCap: most, Value: new(big.Int), Data: c.Data,
+		ChainID: chain, Nonce: nonce, To: to, Gas: gas, GasTipCap: tip, GasFeeCap: most, Value: new(big.Int), Data: data,
 	}), nil
 }
 
@@ -289,8 +301,8 @@ func (s *Sender) lost(ctx context.Context, tx *types.Transaction, missing *uint6
 }
 
 // failed asks why a transaction failed that did not fail when it was tried.
-func (s *Sender) failed(ctx context.Context, c registry.Call, receipt *types.Receipt) error {
-	_, err := s.Node.CallContract(ctx, ethereum.CallMsg{From: s.Signer.Address(), To: &c.To, Data: c.Data}, receipt.BlockNumber)
+func (s *Sender) failed(ctx context.Context, tx *types.Transaction, receipt *types.Receipt) error {
+	_, err := s.Node.CallContract(ctx, ethereum.CallMsg{From: s.Signer.Address(), To: tx.To(), Data: tx.Data()}, receipt.BlockNumber)
 	if err != nil {
 		return fmt.Errorf("in block %d: %w", receipt.BlockNumber, registry.Explain(err))
 	}
