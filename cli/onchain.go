@@ -75,16 +75,27 @@ func (f *chainFlags) governedByChain(a *app) bool {
 // connect reaches the chain, and knows the registry. Codes: registry_missing,
 // chain_unreachable.
 func (f *chainFlags) connect(a *app) (*onchain, error) {
-	o, err := f.reach(a)
+	o, url, err := f.named(a)
 	if err == nil && o.registry == (common.Address{}) {
-		o.node.Close()
-		return nil, fault.New("registry_missing", "nothing says which registry of the chain").WithFix("--registry 0x…")
+		err = fault.New("registry_missing", "nothing says which registry of the chain").WithFix("--registry 0x…")
 	}
-	return o, err
+	if err != nil {
+		return nil, err
+	}
+	return o, o.dial(a, url)
 }
 
-// reach reaches the chain. Code chain_unreachable.
+// reach reaches the chain, whatever the registry. Code chain_unreachable.
 func (f *chainFlags) reach(a *app) (*onchain, error) {
+	o, url, err := f.named(a)
+	if err != nil {
+		return nil, err
+	}
+	return o, o.dial(a, url)
+}
+
+// named is what the flags and the stack say of a chain, and where its node is.
+func (f *chainFlags) named(a *app) (*onchain, string, error) {
 	o := new(onchain)
 	url := f.RPC
 	d, err := a.stack.Chain()
@@ -92,23 +103,29 @@ func (f *chainFlags) reach(a *app) (*onchain, error) {
 	case err == nil && (url == "" || url == d.RPC):
 		url, o.registry, o.keystore, o.passphrase = d.RPC, d.Registry, d.Keystore, d.Passphrase
 	case url == "":
-		return nil, err
+		return nil, "", err
 	}
 	if f.Registry != "" {
 		if o.registry, err = parseAddress("--registry", f.Registry); err != nil {
-			return nil, err
+			return nil, "", err
 		}
 	}
+	return o, url, nil
+}
+
+// dial asks the node which chain it is of.
+func (o *onchain) dial(a *app, url string) error {
+	var err error
 	if o.node, err = ethclient.DialContext(a.ctx, url); err != nil {
-		return nil, registry.Explain(err)
+		return registry.Explain(err)
 	}
 	id, err := o.node.ChainID(a.ctx)
 	if err != nil {
 		o.node.Close()
-		return nil, registry.Explain(err)
+		return registry.Explain(err)
 	}
 	o.chainID = id.Uint64()
-	return o, nil
+	return nil
 }
 
 // appAddress takes an app's id, or the name of one of this stack's.
