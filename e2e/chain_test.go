@@ -23,7 +23,12 @@ func TestSoakGovernedByChain(t *testing.T) {
 		t.Skip("SKIP: two more boots, and a chain; make soak runs them")
 	}
 	helloApp(t) // which makes its binary
-	state := filepath.Join(t.TempDir(), "state")
+	dir, err := os.MkdirTemp("", "chain") // short: the paths of sockets are
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	state := filepath.Join(dir, "state")
 	run := func(args ...string) (string, error) {
 		cmd := exec.Command(filepath.Join(shared.bin, "dstack"), append([]string{"--state", state}, args...)...)
 		cmd.Dir = testkit.Root()
