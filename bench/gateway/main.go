@@ -8,10 +8,10 @@
 //
 // It prints JSON. Absolute numbers are the machine's; the ratios are what is to be read.
 //
-// "beside a flood" is an app's messages while strangers hold 4,000 idle connections to
-// another app and 200 hellos that never end, move a gigabit a second, and try 2,000 new
-// connections a second from one source, of which ours, with its default limits, refuses
-// three quarters; "calm" is the same without them.
+// "beside a load" is an app's messages while strangers hold 4,000 idle connections to another
+// app and 200 hellos that never end, and move a gigabit a second; "beside a flood" is so too
+// while they try 2,000 new connections a second from one source, of which ours, with its
+// default limits, refuses three quarters; "calm" is without them.
 package main
 
 import (
@@ -84,8 +84,8 @@ func main() {
 		err = ours(os.Args[2], os.Args[3], edge.Limits{PerSource: -1, PendingPerSource: -1, Rate: -1})
 	case len(os.Args) == 4 && os.Args[1] == "limited":
 		err = ours(os.Args[2], os.Args[3], edge.Limits{})
-	case len(os.Args) == 4 && os.Args[1] == "strangers":
-		err = strangers(os.Args[2], os.Args[3])
+	case len(os.Args) == 5 && os.Args[1] == "strangers":
+		err = strangers(os.Args[2], os.Args[3], os.Args[4])
 	default:
 		err = bench()
 	}
@@ -441,15 +441,21 @@ func bench() error {
 			continue
 		}
 		for _, p := range flooded {
-			calm, beside, did, err := c.flood(p)
+			calm, err := c.paced(p)
 			if err != nil {
-				return fmt.Errorf("a flood at %s: %w", p.name, err)
+				return err
 			}
 			quantiles("another app, calm", p.name, calm)
-			quantiles("another app, beside a flood", p.name, beside)
-			note("a flood's connections/s", p.name, did.Connections/did.Seconds)
-			note("a flood's MB/s", p.name, did.MB/did.Seconds)
-			note("another app, p99 beside a flood to calm", p.name, beside[len(beside)*99/100].Seconds()/calm[len(calm)*99/100].Seconds())
+			for what, fresh := range map[string]int{"load": 0, "flood": newOnes} {
+				lat, did, err := c.beside(p, fresh)
+				if err != nil {
+					return fmt.Errorf("a %s at %s: %w", what, p.name, err)
+				}
+				quantiles("another app, beside a "+what, p.name, lat)
+				note("a "+what+"'s connections/s", p.name, did.Connections/did.Seconds)
+				note("a "+what+"'s MB/s", p.name, did.MB/did.Seconds)
+				note("another app, p99 beside a "+what+" to calm", p.name, lat[len(lat)*99/100].Seconds()/calm[len(calm)*99/100].Seconds())
+			}
 		}
 	}
 	type row struct {
@@ -731,8 +737,12 @@ type done struct{ Connections, MB, Seconds float64 }
 // strangers flood an app until they are told to stop: a process of their own, which leaves
 // the processors to the others where it can, for strangers have their own. They say when
 // they have begun, and at the end what they did.
-func strangers(addr, roots string) error {
+func strangers(addr, roots, each string) error {
 	syscall.Setpriority(syscall.PRIO_PROCESS, 0, 15)
+	fresh, err := strconv.Atoi(each) // new connections a second
+	if err != nil {
+		return err
+	}
 	text, err := os.ReadFile(roots)
 	if err != nil {
 		return err
@@ -784,7 +794,7 @@ func strangers(addr, roots string) error {
 	}()
 	go func() {
 		for range time.Tick(10 * time.Millisecond) {
-			for range newOnes / 100 {
+			for range fresh / 100 {
 				if conn, err := from("127.0.0.2"); err == nil {
 					conns.Add(1)
 					conn.Write(hello)
@@ -804,31 +814,30 @@ func strangers(addr, roots string) error {
 	return out.Encode(done{float64(conns.Load()) - before.Connections, float64(bytes.Load())/1e6 - before.MB, time.Since(begun).Seconds()})
 }
 
-// flood measures the messages of an app with and without a flood at another.
-func (c *client) flood(p proxy) (calm, beside []time.Duration, did done, err error) {
-	if calm, err = c.paced(p); err != nil {
-		return nil, nil, did, err
-	}
-	cmd := exec.Command(os.Args[0], "strangers", p.Pass, c.certs)
+// beside measures the messages of an app beside strangers at another, who also try so many
+// new connections a second.
+func (c *client) beside(p proxy, fresh int) (lat []time.Duration, did done, err error) {
+	cmd := exec.Command(os.Args[0], "strangers", p.Pass, c.certs, strconv.Itoa(fresh))
 	cmd.Stderr = os.Stderr
 	text, err := cmd.StdoutPipe()
 	if err == nil {
 		err = cmd.Start()
 	}
 	if err != nil {
-		return nil, nil, did, err
+		return nil, did, err
 	}
 	defer time.Sleep(500 * time.Millisecond)
 	defer end(cmd)
 	said := json.NewDecoder(text)
 	if err := said.Decode(&ports{}); err != nil {
-		return nil, nil, did, err
+		return nil, did, err
 	}
-	if beside, err = c.paced(p); err != nil {
-		return nil, nil, did, err
+	if lat, err = c.paced(p); err != nil {
+		return nil, did, err
 	}
 	cmd.Process.Signal(syscall.SIGTERM)
-	return calm, beside, did, said.Decode(&did)
+	err = said.Decode(&did)
+	return lat, did, err
 }
 
 // paced are the latencies of an app's messages that come at a pace, not as fast as they can.
