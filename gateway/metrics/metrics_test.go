@@ -170,6 +170,7 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 			return Cluster{Quorum: true, Leader: true, Others: []Member{{ID: "ab", Heard: time.Now().Add(-time.Minute)}, {ID: "cd"}}}, nil
 		}
 		c.Draining = func() bool { return false }
+		c.Logs = func() Logs { return Logs{Alarms: 2, Failing: 1, Checked: end} }
 	})
 	c, err := net.Dial("tcp", s.public)
 	if err != nil {
@@ -197,6 +198,9 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 		{1, "routes", nil},
 		{1 << 21, "addresses", nil},
 		{0, "records_quarantined_total", nil},
+		{2, "ct_alarms", nil},
+		{1, "ct_logs_failing", nil},
+		{2_000_000_000, "ct_checked_seconds", nil},
 		{3, "registrations_total", []string{"outcome", "new"}},
 		{2, "registrations_total", []string{"outcome", "refused"}},
 		{1, "tunnel_up", nil},
