@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +30,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/testkit"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -230,6 +233,16 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 	}
 	if refused != 1 || f["go_goroutines"] == nil || f["process_open_fds"] == nil {
 		t.Errorf("%v refused; %d families", refused, len(f))
+	}
+	// What each means is written down.
+	text, err := os.ReadFile(filepath.Join(testkit.Root(), "docs", "gateway.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range f {
+		if name, ours := strings.CutPrefix(name, prefix); ours && !strings.Contains(string(text), "`"+name+"`") {
+			t.Errorf("docs/gateway.md does not say what %s means", name)
+		}
 	}
 }
 
