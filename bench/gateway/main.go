@@ -4,9 +4,14 @@
 // one machine in one minute: rounds take turns, medians are compared, and the CPU of each
 // proxy's processes is read from /proc, since client and backend share the machine with it.
 //
-//	gateway [-rounds 5] [-time 1s] [-bulk 1024] [-idle 1000,9500]
+//	gateway [-rounds 5] [-time 1s] [-bulk 1024] [-idle 1000,9500] [-only words]
 //
 // It prints JSON. Absolute numbers are the machine's; the ratios are what is to be read.
+//
+// "beside a load" is an app's messages while strangers hold 4,000 idle connections to another
+// app and 200 hellos that never end, and move a gigabit a second; "beside a flood" is so too
+// while they try 2,000 new connections a second from one source, of which ours, with its
+// default limits, refuses three quarters; "calm" is without them.
 package main
 
 import (
@@ -55,6 +60,8 @@ const (
 
 var (
 	app      = dstack.AppID{0xa}
+	other    = dstack.AppID{0xb}
+	besides  = other.String() + "-s." + base
 	passName = app.String() + "-s." + base
 	termName = app.String() + "." + base
 )
@@ -74,7 +81,11 @@ func main() {
 	case len(os.Args) == 2 && os.Args[1] == "backend":
 		err = backend()
 	case len(os.Args) == 4 && os.Args[1] == "edge":
-		err = ours(os.Args[2], os.Args[3])
+		err = ours(os.Args[2], os.Args[3], edge.Limits{PerSource: -1, PendingPerSource: -1, Rate: -1})
+	case len(os.Args) == 4 && os.Args[1] == "limited":
+		err = ours(os.Args[2], os.Args[3], edge.Limits{})
+	case len(os.Args) == 5 && os.Args[1] == "strangers":
+		err = strangers(os.Args[2], os.Args[3], os.Args[4])
 	default:
 		err = bench()
 	}
@@ -163,7 +174,7 @@ func answer(c net.Conn, withHello bool) {
 }
 
 // ours is the edge before the backend; certs is the PEM file of key and certificate.
-func ours(backend, certs string) error {
+func ours(backend, certs string, limits edge.Limits) error {
 	var to ports
 	if err := json.Unmarshal([]byte(backend), &to); err != nil {
 		return err
@@ -174,13 +185,17 @@ func ours(backend, certs string) error {
 	}
 	table := route.New(route.Config{})
 	open := portpolicy.Open()
-	key := wgconfig.GeneratePrivateKey().Public()
 	now := time.Now()
-	if _, err := table.Register(route.Record{App: app, Instance: dstack.InstanceID{1}, Compose: dstack.ComposeHash{1}, Key: key,
-		Address: netip.MustParseAddr("10.0.0.2"), Policy: &open, Attested: now, Until: now.Add(time.Hour)}); err != nil {
-		return err
+	var peers []wgconfig.Status
+	for i, id := range []dstack.AppID{app, other} {
+		key := wgconfig.GeneratePrivateKey().Public()
+		if _, err := table.Register(route.Record{App: id, Instance: dstack.InstanceID{byte(i + 1)}, Compose: dstack.ComposeHash{1}, Key: key,
+			Address: netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 2)}), Policy: &open, Attested: now, Until: now.Add(time.Hour)}); err != nil {
+			return err
+		}
+		peers = append(peers, wgconfig.Status{Key: key, Handshake: now})
 	}
-	table.Observe([]wgconfig.Status{{Key: key, Handshake: now}})
+	table.Observe(peers)
 	d := net.Dialer{KeepAlive: -1}
 	e, err := edge.New(edge.Config{
 		Rules:  func() hostname.Rules { return hostname.Rules{Bases: []hostname.Name{base}} },
@@ -192,7 +207,7 @@ func ours(backend, certs string) error {
 			return d.DialContext(ctx, "tcp", to.Term)
 		},
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &cert, nil },
-		Limits:         edge.Limits{PerSource: -1, PendingPerSource: -1, Rate: -1},
+		Limits:         limits,
 	})
 	if err != nil {
 		return err
@@ -290,6 +305,7 @@ func bench() error {
 	length := flag.Duration("time", time.Second, "of a measurement of rates")
 	bulk := flag.Int("bulk", 1024, "MiB of a bulk transfer, of each of 4 connections")
 	idle := flag.String("idle", "1000,9500", "numbers of idle connections")
+	only := flag.String("only", "", "measure only what has these words in its name")
 	flag.Parse()
 	dir, err := os.MkdirTemp("", "bench-gateway")
 	if err != nil {
@@ -345,11 +361,20 @@ func bench() error {
 		}
 		proxies = append(proxies, proxy{other.name, listen, cmd.Process.Pid})
 	}
-	raw, err := firstFlight(roots)
+	limitedCmd, at, err := start(self, "limited", string(addr), pemFile)
 	if err != nil {
 		return err
 	}
-	c := &client{raw: raw, roots: roots, length: *length, bulk: *bulk << 20}
+	defer end(limitedCmd)
+	flooded := slices.Clone(proxies) // with none, it is the machine and the backend that suffer
+	flooded[1] = proxy{"ours", at, limitedCmd.Process.Pid}
+	c := &client{certs: pemFile, roots: roots, length: *length, bulk: *bulk << 20}
+	if c.raw, err = firstFlight(roots, passName); err != nil {
+		return err
+	}
+	if c.other, err = firstFlight(roots, besides); err != nil {
+		return err
+	}
 	all := map[string]map[string][]float64{} // metric, proxy, rounds
 	note := func(metric, name string, v float64) {
 		if all[metric] == nil {
@@ -363,6 +388,9 @@ func bench() error {
 		fresh[p.name], _ = p.memory()
 	}
 	for s := range strings.SplitSeq(*idle, ",") {
+		if !strings.Contains("idle", *only) {
+			break
+		}
 		n, err := strconv.Atoi(s)
 		if err != nil {
 			return err
@@ -380,8 +408,18 @@ func bench() error {
 			}
 		}
 	}
+	quantiles := func(metric, name string, lat []time.Duration) {
+		if len(lat) > 0 {
+			slices.Sort(lat)
+			note(metric+" p50 us", name, lat[len(lat)/2].Seconds()*1e6)
+			note(metric+" p99 us", name, lat[len(lat)*99/100].Seconds()*1e6)
+		}
+	}
 	for range *rounds {
 		for _, m := range c.metrics() {
+			if !strings.Contains(m.name, *only) {
+				continue
+			}
 			for _, p := range proxies {
 				if m.terminate && p.pid == 0 {
 					continue
@@ -396,11 +434,27 @@ func bench() error {
 				if used > 0 {
 					note(m.name+"/cpu-s", p.name, n/used)
 				}
-				if len(lat) > 0 {
-					slices.Sort(lat)
-					note(m.name+" p50 us", p.name, lat[len(lat)/2].Seconds()*1e6)
-					note(m.name+" p99 us", p.name, lat[len(lat)*99/100].Seconds()*1e6)
+				quantiles(m.name, p.name, lat)
+			}
+		}
+		if !strings.Contains("flood", *only) {
+			continue
+		}
+		for _, p := range flooded {
+			calm, err := c.paced(p)
+			if err != nil {
+				return err
+			}
+			quantiles("another app, calm", p.name, calm)
+			for what, fresh := range map[string]int{"load": 0, "flood": newOnes} {
+				lat, did, err := c.beside(p, fresh)
+				if err != nil {
+					return fmt.Errorf("a %s at %s: %w", what, p.name, err)
 				}
+				quantiles("another app, beside a "+what, p.name, lat)
+				note("a "+what+"'s connections/s", p.name, did.Connections/did.Seconds)
+				note("a "+what+"'s MB/s", p.name, did.MB/did.Seconds)
+				note("another app, p99 beside a "+what+" to calm", p.name, lat[len(lat)*99/100].Seconds()/calm[len(calm)*99/100].Seconds())
 			}
 		}
 	}
@@ -477,7 +531,7 @@ frontend pass
   bind ` + listen.Pass + `
   tcp-request inspect-delay 5s
   tcp-request content accept if { req.ssl_hello_type 1 }
-  use_backend app if { req.ssl_sni -m str ` + passName + ` }
+  use_backend app if { req.ssl_sni -m str ` + passName + ` ` + besides + ` }
 backend app
   server a ` + to.Pass + `
 frontend term
@@ -497,7 +551,7 @@ error_log stderr error;
 events { worker_connections 19900; }
 stream {
   map_hash_bucket_size 256;
-  map $ssl_preread_server_name $to { ` + passName + ` ` + to.Pass + `; }
+  map $ssl_preread_server_name $to { ` + passName + ` ` + to.Pass + `; ` + besides + ` ` + to.Pass + `; }
   server { listen ` + listen.Pass + ` reuseport; ssl_preread on; proxy_pass $to; }
   server {
     listen ` + listen.Term + ` reuseport ssl;
@@ -512,18 +566,20 @@ stream {
 // client makes the load.
 type client struct {
 	raw    []byte // the first flight for passName
+	other  []byte // and for the app beside it
+	certs  string // the file of certificate and key
 	roots  *x509.CertPool
 	length time.Duration
 	bulk   int
 }
 
-// firstFlight is a ClientHello with passName. What follows it is no TLS, so that neither
+// firstFlight is a ClientHello with a name. What follows it is no TLS, so that neither
 // client nor backend spends the machine on encryption; the proxies cannot tell.
-func firstFlight(roots *x509.CertPool) ([]byte, error) {
+func firstFlight(roots *x509.CertPool, name string) ([]byte, error) {
 	a, b := net.Pipe()
 	defer a.Close()
 	go func() {
-		tls.Client(b, &tls.Config{ServerName: passName, RootCAs: roots}).Handshake()
+		tls.Client(b, &tls.Config{ServerName: name, RootCAs: roots}).Handshake()
 		b.Close()
 	}()
 	_, raw, err := hello.Read(a, nil)
@@ -623,8 +679,9 @@ func exchange(c net.Conn) error {
 	return err
 }
 
-// workers repeats what each worker does for the length of a measurement.
-func (c *client) workers(n int, make func() (do func() error, done func(), err error)) (float64, []time.Duration, error) {
+// workers repeats what each worker does for the length of a measurement, with pauses, if any,
+// between.
+func (c *client) workers(n int, make func() (do func() error, done func(), err error), pause ...time.Duration) (float64, []time.Duration, error) {
 	var (
 		wg    sync.WaitGroup
 		mu    sync.Mutex
@@ -648,7 +705,10 @@ func (c *client) workers(n int, make func() (do func() error, done func(), err e
 				}
 				now := time.Now()
 				lat = append(lat, now.Sub(at))
-				at = now
+				if at = now; len(pause) > 0 {
+					time.Sleep(pause[0])
+					at = time.Now()
+				}
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -660,6 +720,139 @@ func (c *client) workers(n int, make func() (do func() error, done func(), err e
 		return 0, nil, *err
 	}
 	return float64(len(all)), all, nil
+}
+
+// What the strangers of a flood do.
+const (
+	idleOnes  = 4000
+	slowOnes  = 200
+	newOnes   = 2000                 // a second
+	bytesRate = 125_000_000          // a second
+	pace      = 2 * time.Millisecond // between messages of a connection of the other app
+)
+
+// done is what strangers did.
+type done struct{ Connections, MB, Seconds float64 }
+
+// strangers flood an app until they are told to stop: a process of their own, which leaves
+// the processors to the others where it can, for strangers have their own. They say when
+// they have begun, and at the end what they did.
+func strangers(addr, roots, each string) error {
+	syscall.Setpriority(syscall.PRIO_PROCESS, 0, 15)
+	fresh, err := strconv.Atoi(each) // new connections a second
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(roots)
+	if err != nil {
+		return err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(text)
+	hello, err := firstFlight(pool, passName)
+	if err != nil {
+		return err
+	}
+	from := func(source string) (net.Conn, error) {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}, Timeout: 5 * time.Second}
+		return d.Dial("tcp", addr)
+	}
+	var held []net.Conn
+	open := func(source string, first []byte) (net.Conn, error) {
+		conn, err := from(source)
+		if err == nil {
+			held = append(held, conn) // or the collector would close it
+			_, err = conn.Write(first)
+		}
+		return conn, err
+	}
+	for i := range idleOnes {
+		if _, err := open(fmt.Sprintf("127.0.1.%d", i%40+1), slices.Concat(hello, command)); err != nil {
+			return err
+		}
+	}
+	for range slowOnes {
+		if _, err := open("127.0.0.3", hello[:len(hello)/2]); err != nil {
+			return err
+		}
+	}
+	bulk, err := open("127.0.0.4", slices.Concat(hello, []byte{'B'}, binary.BigEndian.AppendUint64(nil, 1<<40)))
+	if err != nil {
+		return err
+	}
+	var conns, bytes atomic.Int64
+	go func() {
+		buf := make([]byte, 256<<10)
+		for n, begun := 0, time.Now(); ; {
+			k, err := io.ReadFull(bulk, buf)
+			if bytes.Add(int64(k)); err != nil {
+				return
+			}
+			n += k
+			time.Sleep(time.Duration(float64(n)/bytesRate*1e9) - time.Since(begun))
+		}
+	}()
+	go func() {
+		for range time.Tick(10 * time.Millisecond) {
+			for range fresh / 100 {
+				if conn, err := from("127.0.0.2"); err == nil {
+					conns.Add(1)
+					conn.Write(hello)
+					conn.(*net.TCPConn).SetLinger(0)
+					conn.Close()
+				}
+			}
+		}
+	}()
+	time.Sleep(500 * time.Millisecond)
+	out := json.NewEncoder(os.Stdout)
+	if err := out.Encode(ports{}); err != nil {
+		return err
+	}
+	before, begun := done{float64(conns.Load()), float64(bytes.Load()) / 1e6, 0}, time.Now()
+	wait()
+	return out.Encode(done{float64(conns.Load()) - before.Connections, float64(bytes.Load())/1e6 - before.MB, time.Since(begun).Seconds()})
+}
+
+// beside measures the messages of an app beside strangers at another, who also try so many
+// new connections a second.
+func (c *client) beside(p proxy, fresh int) (lat []time.Duration, did done, err error) {
+	cmd := exec.Command(os.Args[0], "strangers", p.Pass, c.certs, strconv.Itoa(fresh))
+	cmd.Stderr = os.Stderr
+	text, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		return nil, did, err
+	}
+	defer time.Sleep(500 * time.Millisecond)
+	defer end(cmd)
+	said := json.NewDecoder(text)
+	if err := said.Decode(&ports{}); err != nil {
+		return nil, did, err
+	}
+	if lat, err = c.paced(p); err != nil {
+		return nil, did, err
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	err = said.Decode(&did)
+	return lat, did, err
+}
+
+// paced are the latencies of an app's messages that come at a pace, not as fast as they can.
+func (c *client) paced(p proxy) ([]time.Duration, error) {
+	_, lat, err := c.workers(8, func() (func() error, func(), error) {
+		conn, err := net.Dial("tcp", p.Pass)
+		if err != nil {
+			return nil, nil, err
+		}
+		if _, err := conn.Write(slices.Concat(c.other, command)); err != nil {
+			return nil, nil, err
+		}
+		return func() error { return exchange(conn) }, func() { conn.Close() }, exchange(conn)
+	}, pace)
+	return lat, err
 }
 
 func (c *client) bulkRun(p proxy) (float64, []time.Duration, error) {

@@ -75,6 +75,13 @@ type Cluster struct {
 	Others []Member
 }
 
+// Logs is what the watch of certificate logs found.
+type Logs struct {
+	Alarms  int
+	Failing int       // logs that could not be read lately
+	Checked time.Time // when that was read which was read longest ago; zero: one never was
+}
+
 // Check is a condition of being ready.
 type Check struct {
 	Name string
@@ -95,6 +102,7 @@ type Config struct {
 	Outcomes     func() []Outcome
 	Cluster      func(context.Context) (Cluster, error)
 	Draining     func() bool
+	Logs         func() Logs
 	// Ready are the conditions under which a balancer may send connections here.
 	Ready []Check
 	Now   func() time.Time
@@ -231,6 +239,16 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	}
 	if c.cfg.Cluster != nil {
 		w.cluster(c.cfg.Cluster, c.cfg.Now())
+	}
+	if c.cfg.Logs != nil {
+		l := c.cfg.Logs()
+		w.gauge("ct_alarms", "Certificates in logs for our names whose keys nobody attested, and logs that lie.").send(float64(l.Alarms))
+		w.gauge("ct_logs_failing", "Certificate logs that could not be read at the last try.").send(float64(l.Failing))
+		at := 0.0
+		if !l.Checked.IsZero() {
+			at = float64(l.Checked.Unix())
+		}
+		w.gauge("ct_checked_seconds", "When the log was read that was read longest ago, Unix time; 0 when one never was.").send(at)
 	}
 	if c.cfg.Draining != nil {
 		w.gauge("draining", "Whether this gateway takes no new connections.").send(number(c.cfg.Draining()))

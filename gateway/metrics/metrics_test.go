@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +30,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/tunnel"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/testkit"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -170,6 +173,7 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 			return Cluster{Quorum: true, Leader: true, Others: []Member{{ID: "ab", Heard: time.Now().Add(-time.Minute)}, {ID: "cd"}}}, nil
 		}
 		c.Draining = func() bool { return false }
+		c.Logs = func() Logs { return Logs{Alarms: 2, Failing: 1, Checked: end} }
 	})
 	c, err := net.Dial("tcp", s.public)
 	if err != nil {
@@ -197,6 +201,9 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 		{1, "routes", nil},
 		{1 << 21, "addresses", nil},
 		{0, "records_quarantined_total", nil},
+		{2, "ct_alarms", nil},
+		{1, "ct_logs_failing", nil},
+		{2_000_000_000, "ct_checked_seconds", nil},
 		{3, "registrations_total", []string{"outcome", "new"}},
 		{2, "registrations_total", []string{"outcome", "refused"}},
 		{1, "tunnel_up", nil},
@@ -226,6 +233,16 @@ func TestWhatThereIsIsToldInPrometheusText(t *testing.T) {
 	}
 	if refused != 1 || f["go_goroutines"] == nil || f["process_open_fds"] == nil {
 		t.Errorf("%v refused; %d families", refused, len(f))
+	}
+	// What each means is written down.
+	text, err := os.ReadFile(filepath.Join(testkit.Root(), "docs", "gateway.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range f {
+		if name, ours := strings.CutPrefix(name, prefix); ours && !strings.Contains(string(text), "`"+name+"`") {
+			t.Errorf("docs/gateway.md does not say what %s means", name)
+		}
 	}
 }
 

@@ -128,7 +128,7 @@ func (n *Node) administer(agreed *cluster.Cluster, l *live, proxy *gate, tunnel 
 		Guard: guard, Trust: trust, Tunnel: tunnel, Version: n.Version, Log: n.log,
 	}
 	if l.manager != nil {
-		cfg.Certificates = certificates{l.manager}
+		cfg.Certificates, cfg.Accounts = certificates{l.manager}, accounts{n, l.manager}
 	} else {
 		cfg.CheckDomain, cfg.Private = n.ca.Admits, n.privateStatus
 	}
@@ -389,4 +389,25 @@ func (c certificates) Attested(ctx context.Context, base hostname.Name, limit in
 		out = append(out, admin.AttestedKey{SPKI: k.SPKI, Quote: k.Quote, At: k.At})
 	}
 	return out, nil
+}
+
+// accounts are the manager's as administrators see them.
+type accounts struct {
+	n *Node
+	m *acme.Manager
+}
+
+// SetCAA implements admin.Accounts.
+func (a accounts) SetCAA(ctx context.Context) error { return a.m.SetCAA(ctx) }
+
+// RotateAccount implements admin.Accounts: the account is that at the preferred authority.
+func (a accounts) RotateAccount(ctx context.Context) (uri string, domains int, err error) {
+	all, err := a.m.RotateAccount(ctx)
+	if err != nil || len(all) == 0 {
+		return "", 0, err
+	}
+	if a.n.cfg.Core.ACME.CAA != acme.CAAOff {
+		domains = len(a.n.live.Domains())
+	}
+	return all[0].URI, domains, nil
 }

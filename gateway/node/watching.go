@@ -47,10 +47,21 @@ func (n *Node) watching(agreed *cluster.Cluster, apps *gate, tn *tunnel.Tunnel, 
 			return out
 		}
 	}
-	out := watching{metrics: metrics.New(cfg)}
+	var out watching
 	if w != nil {
 		out.logs = w.Response
+		cfg.Logs = func() metrics.Logs {
+			s := w.Status()
+			l := metrics.Logs{Alarms: len(s.Alarms) + s.Dropped, Checked: s.Checked}
+			for _, x := range s.Logs {
+				if x.Err != nil {
+					l.Failing++
+				}
+			}
+			return l
+		}
 	}
+	out.metrics = metrics.New(cfg)
 	mux := http.NewServeMux()
 	out.metrics.Register(mux)
 	page.Register(mux)
