@@ -120,7 +120,7 @@ var threats = []threat{
 	{"K09", "Request smuggling", "", ""},
 	{"K10", "DNS and ACME credentials stolen", "", ""},
 	{"K11", "Certificate authority fails", "a test of renewal in the window that the authority names (ARI)", ""},
-	{"K12", "Guest reaches the host's network", "an egress filter for each VM", ""},
+	{"K12", "Guest reaches the host's network", "", ""},
 	{"L01", "VMM API open", "tokens and roles", ""},
 	{"L02", "Injection into QEMU's arguments", "a test by name", ""},
 	{"L03", "Escapes in logs", "a test by name", ""},

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 
+	vmmpb "github.com/dstack-go/dstack/api/vmm"
 	"github.com/dstack-go/dstack/osimage"
 )
 
@@ -147,6 +148,22 @@ func checkSpace(add func(name, level, detail, fix string), dir string) {
 	}
 }
 
+// checkEgress says what guests reach beside the internet.
+func checkEgress(a *app, add func(name, level, detail, fix string)) {
+	var meta vmmpb.GetMetaResponse
+	if a.stack.VMM().Call(a.ctx, "GetMeta", nil, &meta) != nil {
+		return
+	}
+	switch n := meta.GetNetworking(); {
+	case n.GetEgress() == "filtered":
+		add("egress", "ok", "guests reach the internet, and of this machine and its networks what egress_allow lists", "")
+	case n.GetEgressReason() != "":
+		add("egress", "note", "guests reach this machine's loopback and its networks: "+n.GetEgressReason(), n.GetEgressFix())
+	default:
+		add("egress", "note", "guests reach this machine's loopback and its networks, as the VMM's configuration says", "remove egress = \"open\" from it")
+	}
+}
+
 func checkStack(a *app, add func(name, level, detail, fix string)) {
 	st, err := os.Stat(a.stack.Dir)
 	if err != nil {
@@ -161,6 +178,7 @@ func checkStack(a *app, add func(name, level, detail, fix string)) {
 		return
 	}
 	add("vmm", "ok", "answers at "+a.stack.Socket(), "")
+	checkEgress(a, add)
 	entries, _ := os.ReadDir(a.stack.ImagesDir())
 	for _, e := range entries {
 		if _, err := osimage.Load(filepath.Join(a.stack.ImagesDir(), e.Name())); err != nil {

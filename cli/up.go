@@ -14,14 +14,15 @@ import (
 )
 
 type upCmd struct {
-	Image        string `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
-	Source       string `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
-	Confidential bool   `name:"confidential-services" help:"Run the stack's KMSs in CVMs, too, as apps of their own, instead of one as a process of this machine."`
-	Replicas     int    `name:"kms-replicas" help:"With --confidential-services: how many KMSs." default:"2"`
-	NoKMS        bool   `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
-	NoGateway    bool   `name:"no-gateway" help:"Start no gateway: apps then have ports of this machine only."`
-	Governance   string `help:"What the stack's KMSs decide by: ${enum}. chain is a development chain with the governance contracts." enum:"policy,chain" default:"policy"`
-	Tee          string `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
+	Image        string   `help:"Use this release directory instead of building the image." type:"existingdir" placeholder:"DIR"`
+	Source       string   `help:"Source tree to build the image from; the one around the working directory by default." type:"existingdir" placeholder:"DIR"`
+	Confidential bool     `name:"confidential-services" help:"Run the stack's KMSs in CVMs, too, as apps of their own, instead of one as a process of this machine."`
+	Replicas     int      `name:"kms-replicas" help:"With --confidential-services: how many KMSs." default:"2"`
+	NoKMS        bool     `name:"no-kms" help:"Start no KMS: the data and keys of apps then end with each boot."`
+	NoGateway    bool     `name:"no-gateway" help:"Start no gateway: apps then have ports of this machine only."`
+	Governance   string   `help:"What the stack's KMSs decide by: ${enum}. chain is a development chain with the governance contracts." enum:"policy,chain" default:"policy"`
+	GuestReaches []string `name:"guest-reaches" sep:"none" help:"What guests reach of this machine (its loopback is 127.0.0.1) and its networks beside the stack's services, such as 127.0.0.1:8000/tcp or 10.1.0.0/16; again for each. The stack keeps it." placeholder:"ADDR:PORT/PROTO"`
+	Tee          string   `help:"TEE of the VMs: ${enum}. sim is development trust." enum:"sim,tdx" default:"sim"`
 }
 
 func (c *upCmd) Run(a *app) error {
@@ -43,7 +44,7 @@ func (c *upCmd) Run(a *app) error {
 	if c.Confidential && c.NoKMS {
 		return usage("--confidential-services and --no-kms exclude each other")
 	}
-	opt := stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Chain: c.Governance == "chain", Step: a.step}
+	opt := stack.UpOptions{ImageDir: dir, TEE: c.Tee, NoKMS: c.NoKMS, Chain: c.Governance == "chain", GuestReaches: c.GuestReaches, Step: a.step}
 	if opt.Chain && c.Confidential {
 		return usage("--governance chain and --confidential-services exclude each other: a CVM does not reach a chain of this machine")
 	}

@@ -29,6 +29,7 @@ import (
 // world is the stack that the tests of this package share.
 type world struct {
 	bin, state, image string
+	reached           int // a port of loopback that guests may reach
 }
 
 var shared world
@@ -79,7 +80,11 @@ func run(m *testing.M) int {
 		}
 		os.RemoveAll(dir)
 	}()
-	up := exec.Command(filepath.Join(shared.bin, "dstack"), "--state", shared.state, "--json", "up")
+	if shared.reached, err = freePort(); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	up := exec.Command(filepath.Join(shared.bin, "dstack"), "--state", shared.state, "--json", "up", "--guest-reaches", fmt.Sprintf("127.0.0.1:%d/tcp", shared.reached))
 	up.Dir = testkit.Root()
 	up.Stderr = os.Stderr
 	if out, err := up.Output(); err != nil {

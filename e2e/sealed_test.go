@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -190,6 +191,8 @@ func TestSealedApp(t *testing.T) {
 		}
 	})
 
+	t.Run("TestThreat_K12_GuestDoesNotReachTheHost", s.egress)
+
 	if body, err := get(s.scan + "env?name=COUNT_AS"); err != nil || body != "" {
 		t.Fatalf("the scanner says that it counts as %q, %v", body, err)
 	}
@@ -354,4 +357,65 @@ func (s *sealedApp) revoked(patience time.Duration) {
 			t.Errorf("the release log has no %s", want)
 		}
 	}
+}
+
+// egress asks the app for what listens on this machine: 10.0.2.2 is its loopback.
+func (s *sealedApp) egress(t *testing.T) {
+	if got := vmInfo(t, s.ID).Interfaces[0].Egress; got != "filtered" {
+		if os.Getuid() != 0 {
+			t.Skip("SKIP: the VMM filters what guests send as root only")
+		}
+		t.Fatalf("egress is %q", got)
+	}
+	listen := func(addr string) (port string, came func() bool) {
+		t.Helper()
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		_, port, err = net.SplitHostPort(l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return port, func() bool {
+			_ = l.(*net.TCPListener).SetDeadline(time.Now().Add(300 * time.Millisecond))
+			c, err := l.Accept()
+			if err == nil {
+				c.Close()
+			}
+			return err == nil
+		}
+	}
+	allowed, came := listen(fmt.Sprintf("127.0.0.1:%d", shared.reached))
+	if got := s.get("dial", "addr", net.JoinHostPort(stack.GuestHost, allowed)); got != "reached" || !came() {
+		t.Errorf("what the stack allows: %s", got)
+	}
+	port, came := listen("0.0.0.0:0")
+	for _, host := range append(ownAddresses(t), stack.GuestHost) {
+		if got := s.get("dial", "addr", net.JoinHostPort(host, port)); got == "reached" || came() {
+			t.Errorf("%s, where anything listens: %s", host, got)
+		}
+	}
+	if got := s.get("dial", "addr", "169.254.169.254:80"); got == "reached" || strings.Contains(got, "timeout") {
+		t.Errorf("metadata: %s", got)
+	}
+	if got := s.get("env", "name", "COUNT_AS"); got != "web-starts" {
+		t.Errorf("the app says %q", got)
+	}
+}
+
+// ownAddresses are those of this machine's interfaces, IPv4.
+func ownAddresses(t *testing.T) (out []string) {
+	t.Helper()
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+			out = append(out, n.IP.String())
+		}
+	}
+	return out
 }

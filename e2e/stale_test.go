@@ -26,7 +26,7 @@ func TestSoakStaleEnvironment(t *testing.T) {
 		t.Skip("SKIP: four boots; run with make soak")
 	}
 	helloApp(t) // builds the app's image
-	kms, err := kmstest.Start(kmstest.Options{Names: []string{"127.0.0.1", "10.0.2.2"}})
+	kms, err := kmstest.Start(kmstest.Options{Addr: fmt.Sprintf("127.0.0.1:%d", shared.reached), Names: []string{"127.0.0.1", "10.0.2.2"}})
 	if err != nil {
 		t.Fatal(err)
 	}

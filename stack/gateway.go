@@ -192,21 +192,52 @@ insecure_no_auth = true
 	return g, durable.WriteFile(s.gatewayFile(), append(known, '\n'), 0o600)
 }
 
-// newGateway chooses the ports, which stay: guests and bookmarks know them.
+// newGateway chooses the public port, which stays: bookmarks know it.
 func (s *Stack) newGateway() (*Gateway, error) {
 	g := &Gateway{Domain: GatewayDomain, CA: filepath.Join(s.gatewayDir(), "private-ca.pem")}
-	for _, p := range []struct {
-		port  *int
-		wish  int
-		proto string
-	}{{&g.Port, 8443, "tcp"}, {&g.RPC, 0, "tcp"}, {&g.WG, 0, "udp"}} {
-		var err error
-		if *p.port, err = freePort(p.proto, p.wish); err != nil {
-			return nil, err
-		}
+	ports, err := s.gatewayPorts()
+	if err != nil {
+		return nil, err
 	}
+	if g.Port, err = freePort("tcp", 8443); err != nil {
+		return nil, err
+	}
+	g.RPC, g.WG = ports.RPC, ports.WG
 	g.GuestURL = fmt.Sprintf("https://%s:%d", GuestHost, g.RPC)
 	return g, nil
+}
+
+// gatewayPorts are where guests reach the stack's gateway. They are chosen before there
+// is one, and stay: the VMM's egress filter and guests know them.
+func (s *Stack) gatewayPorts() (p struct {
+	RPC int `json:"rpc"`
+	WG  int `json:"wireguard"`
+}, err error) {
+	if g, err := s.Gateway(); err == nil {
+		p.RPC, p.WG = g.RPC, g.WG
+		return p, nil
+	}
+	path := filepath.Join(s.Dir, "gateway-ports.json")
+	text, err := os.ReadFile(path)
+	switch {
+	case err == nil:
+		if err := json.Unmarshal(text, &p); err != nil {
+			return p, fmt.Errorf("%s: %w", path, err)
+		}
+		return p, nil
+	case !errors.Is(err, fs.ErrNotExist):
+		return p, err
+	}
+	if p.RPC, err = freePort("tcp", 0); err != nil {
+		return p, err
+	}
+	if p.WG, err = freePort("udp", 0); err != nil {
+		return p, err
+	}
+	if text, err = json.Marshal(p); err != nil {
+		return p, err
+	}
+	return p, durable.WriteFile(path, text, 0o600)
 }
 
 // freePort returns a port of loopback that nobody has just now, the wished one if it is.

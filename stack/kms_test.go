@@ -4,9 +4,11 @@ package stack
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -77,6 +79,10 @@ func TestTheStackGovernsItsKMS(t *testing.T) {
 	config, err := os.ReadFile(s.ConfigFile())
 	if err != nil || !strings.Contains(string(config), `kms_urls = ["https://10.0.2.2:`) {
 		t.Errorf("the VMM is told of no KMS: %v\n%s", err, config)
+	}
+	ports, err := s.gatewayPorts()
+	if want := fmt.Sprintf(`egress_allow = ["127.0.0.1:%d/tcp","127.0.0.1:%d/udp"]`, ports.RPC, ports.WG); err != nil || ports.RPC == 0 || !strings.Contains(string(config), want) {
+		t.Errorf("guests do not reach the gateway, %s: %v\n%s", want, err, config)
 	}
 	first, err := s.Policy()
 	if err != nil {
@@ -166,5 +172,25 @@ func TestAStackWithoutAKMS(t *testing.T) {
 	}
 	if again, _ := s.KMSPort("kms-0"); again != a || a == b || a == 0 {
 		t.Errorf("ports %d, %d, %d", a, b, again)
+	}
+}
+
+func TestWhatGuestsReachIsKept(t *testing.T) {
+	s := &Stack{Dir: t.TempDir()}
+	for _, text := range []string{"localhost:80", "0.0.0.0/0"} {
+		if _, _, err := s.guestReaches([]string{text}); fault.Code(err) != "guest_reaches" {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	first, added, err := s.guestReaches([]string{"127.0.0.1:8000/tcp"})
+	if err != nil || !added || len(first) != 3 || first[0] != "127.0.0.1:8000/tcp" {
+		t.Fatal(first, added, err)
+	}
+	again, added, err := s.guestReaches([]string{"127.0.0.1:8000/tcp"})
+	if err != nil || added || !slices.Equal(first, again) {
+		t.Error(again, added, err)
+	}
+	if g, err := s.newGateway(); err != nil || first[1] != fmt.Sprintf("127.0.0.1:%d/tcp", g.RPC) || first[2] != fmt.Sprintf("127.0.0.1:%d/udp", g.WG) {
+		t.Error(g, err)
 	}
 }

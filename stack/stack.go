@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/dstack-go/dstack/internal/durable"
@@ -33,6 +34,7 @@ import (
 	"github.com/dstack-go/dstack/internal/process"
 	"github.com/dstack-go/dstack/keys/signer"
 	"github.com/dstack-go/dstack/prpc"
+	"github.com/dstack-go/dstack/vmm/egress"
 )
 
 // Stack is a local stack by its state directory.
@@ -150,6 +152,9 @@ type UpOptions struct {
 	// Chain has the KMS decide by a development chain, in place of a signed policy. A
 	// stack that began with one keeps it.
 	Chain bool
+	// GuestReaches is what guests reach of this machine and its networks beside the
+	// stack's own services, as the VMM's egress_allow. A stack keeps what it was told.
+	GuestReaches []string
 	// Step is told what Up does, one line each; may be nil.
 	Step func(format string, args ...any)
 }
@@ -209,11 +214,18 @@ func (s *Stack) Up(ctx context.Context, opt UpOptions) error {
 			guestKMS = append(guestKMS, n.GuestURL)
 		}
 	}
+	allow, added, err := s.guestReaches(opt.GuestReaches)
+	if err != nil {
+		return err
+	}
 	if s.Responding(ctx) {
 		step("the VMM is running already")
+		if added {
+			step("what its guests reach changes when it starts again: dstack down --keep, then dstack up")
+		}
 		return nil
 	}
-	if err := s.writeConfig(opt.TEE, guestKMS); err != nil {
+	if err := s.writeConfig(opt.TEE, guestKMS, allow); err != nil {
 		return err
 	}
 	step("start the VMM")
@@ -319,13 +331,52 @@ func copyContent(from, to string) error {
 	return out.Close()
 }
 
-func (s *Stack) writeConfig(tee string, kms []string) error {
+// guestReaches adds to what guests reach, and returns all of it: what this and earlier
+// Ups were told, and the gateway, for guests go there. The VMM itself adds the KMSs.
+// Code guest_reaches.
+func (s *Stack) guestReaches(more []string) (all []string, added bool, err error) {
+	path := filepath.Join(s.Dir, "guest-reaches.json")
+	text, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(text, &all)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, false, fmt.Errorf("%s: %w", path, err)
+	}
+	for _, m := range more {
+		if _, err := egress.ParseAllow(m); err != nil {
+			return nil, false, fault.Wrap(err, "guest_reaches", "what guests reach").WithFix("write 127.0.0.1:8000/tcp for a port of this machine's loopback")
+		}
+		if !slices.Contains(all, m) {
+			all, added = append(all, m), true
+		}
+	}
+	if added {
+		if text, err = json.Marshal(all); err != nil {
+			return nil, false, err
+		}
+		if err := durable.WriteFile(path, text, 0o600); err != nil {
+			return nil, false, err
+		}
+	}
+	p, err := s.gatewayPorts()
+	if err != nil {
+		return nil, false, err
+	}
+	return append(all, fmt.Sprintf("127.0.0.1:%d/tcp", p.RPC), fmt.Sprintf("127.0.0.1:%d/udp", p.WG)), added, nil
+}
+
+func (s *Stack) writeConfig(tee string, kms, allow []string) error {
 	urls, err := json.Marshal(kms) // an array of strings is the same in TOML
 	if err != nil {
 		return err
 	}
 	if kms == nil {
 		urls = []byte("[]")
+	}
+	reach, err := json.Marshal(allow)
+	if err != nil {
+		return err
 	}
 	text := fmt.Sprintf(`# Written by dstack up.
 address = %q
@@ -336,7 +387,10 @@ tee = %q
 tee_helper = %q
 tee_pki = %q
 kms_urls = %s
-`, "unix:"+s.Socket(), s.Dir, tee, filepath.Join(s.Bin, "dstack-simtee"), s.PKIDir(), urls)
+
+[cvm.networking]
+egress_allow = %s
+`, "unix:"+s.Socket(), s.Dir, tee, filepath.Join(s.Bin, "dstack-simtee"), s.PKIDir(), urls, reach)
 	return durable.WriteFile(s.ConfigFile(), []byte(text), 0o600)
 }
 

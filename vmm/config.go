@@ -142,6 +142,16 @@ type NetworkingConfig struct {
 	Address string   `toml:"address"` // of the guest, with prefix length
 	Gateway string   `toml:"gateway"`
 	DNS     []string `toml:"dns"`
+
+	// Egress says what guests reach beside the internet (package egress): "filtered",
+	// nothing of this machine and its networks but EgressAllow; "open", whatever this
+	// machine does; "auto", filtered where this VMM is able to, which needs root. Of
+	// mode user only: what an interface lets through is its owner's.
+	Egress string `toml:"egress"`
+	// EgressAllow has ADDRESS:PORT/tcp, ADDRESS:PORT/udp and NETWORK/LENGTH. This
+	// machine's loopback, which guests reach at Gateway, is 127.0.0.1. The addresses in
+	// the URLs that this file has for guests (kms_urls and the like) are allowed too.
+	EgressAllow []string `toml:"egress_allow"`
 }
 
 // LogConfig bounds each VM's serial and error logs: one live file and one older.
@@ -162,7 +172,7 @@ func DefaultConfig() Config {
 			MinFreeDisk: 1 << 30, QGSPort: 4050, ShutdownWait: config.Duration{Duration: time.Minute},
 			PortMapping: PortMappingConfig{Enabled: true, Address: "127.0.0.1",
 				Range: []PortRange{{"tcp", 1, 65535}, {"udp", 1, 65535}}},
-			Networking: NetworkingConfig{Mode: "user", Address: "10.0.2.15/24", Gateway: "10.0.2.2", DNS: []string{"10.0.2.3"}},
+			Networking: NetworkingConfig{Mode: "user", Address: "10.0.2.15/24", Gateway: "10.0.2.2", DNS: []string{"10.0.2.3"}, Egress: egressAuto},
 			Log:        LogConfig{MaxBytes: 4 << 20},
 		},
 		Gateway:     GatewayConfig{BaseDomain: "localhost", Port: 8082, AgentPort: 8090},
@@ -289,6 +299,9 @@ func (c *Config) Check() (err error) {
 		return bad("cvm.networking", "want mode user, or mode tap with an ifname")
 	}
 	if _, err := c.network(); err != nil {
+		return bad("cvm.networking", "%v", err)
+	}
+	if err := c.checkEgress(); err != nil {
 		return bad("cvm.networking", "%v", err)
 	}
 	for key, ok := range map[string]bool{

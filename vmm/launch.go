@@ -392,7 +392,7 @@ func (v *vm) ensureQEMU(ctx context.Context, run uint64) (lost bool, err error) 
 		if err != nil {
 			return false, err
 		}
-		child, err := slot.Start(cmd, run)
+		child, err := v.startQEMU(slot, cmd, run)
 		logFile.Close()
 		if err != nil {
 			return false, diskFull(err, "start QEMU")

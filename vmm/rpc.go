@@ -193,7 +193,7 @@ func (v *vm) info(full bool) *vmmpb.VmInfo {
 		Id: sp.ID, Name: sp.Name, Status: statusOf(st), Uptime: "never", AppId: sp.AppID.String(),
 		BootProgress: r.Progress, BootError: r.Error, ShutdownProgress: r.ShutdownText, ImageVersion: sp.ImageVer,
 		Health: r.Health, UpdatePending: v.next.Load() != nil,
-		Interfaces: []*vmmpb.NetworkInterfaceStatus{{Mode: "user", Backend: "slirp", Mac: macOf(sp.ID), NetdevId: proto.String("net0")}},
+		Interfaces: []*vmmpb.NetworkInterfaceStatus{{Mode: "user", Backend: "slirp", Mac: macOf(sp.ID), NetdevId: proto.String("net0"), Egress: v.server.egressState()}},
 	}
 	if name := v.server.config.CVM.Networking.Ifname; name != "" {
 		out.Interfaces[0].Mode, out.Interfaces[0].Backend = "custom", "custom"
@@ -285,7 +285,8 @@ func (s *Server) meta() *vmmpb.GetMetaResponse {
 		Gateway: &vmmpb.GatewaySettings{Url: first(c.CVM.GatewayURLs), Urls: c.CVM.GatewayURLs, BaseDomain: c.Gateway.BaseDomain, Port: uint32(c.Gateway.Port), AgentPort: uint32(c.Gateway.AgentPort)},
 		Resources: &vmmpb.ResourcesSettings{MaxCvmNumber: uint32(c.CVM.MaxVMs), MaxAllocableVcpu: c.CVM.MaxVCPU,
 			MaxAllocableMemoryInMb: c.CVM.MaxMemoryMB},
-		Networking: &vmmpb.NetworkingSettings{SupportedModes: []string{"user"}, DefaultMode: "user"},
+		Networking: &vmmpb.NetworkingSettings{SupportedModes: []string{"user"}, DefaultMode: "user", Egress: s.egressState(),
+			EgressReason: errorText(s.noEgress), EgressFix: fault.Fix(s.noEgress)},
 	}
 }
 

@@ -14,6 +14,8 @@
 //     way. App id, instance and data disk stay; the disk never shrinks.
 //   - A VM whose directory cannot be read is shown as broken; it is neither
 //     deleted nor killed.
+//   - Guests reach the internet and not this machine or its networks, where this
+//     program may see to it (package egress); where not, it says so.
 //   - Nothing listens on TCP without a token; the unix socket is mode 0600.
 //   - What a guest sends (hostlink, console) is bounded in memory and on disk.
 //
@@ -49,6 +51,7 @@ import (
 	"github.com/dstack-go/dstack/osimage"
 	"github.com/dstack-go/dstack/prpc"
 	"github.com/dstack-go/dstack/vmm/blob"
+	"github.com/dstack-go/dstack/vmm/egress"
 	"github.com/dstack-go/dstack/vmm/history"
 	"github.com/dstack-go/dstack/vmm/keyprovider"
 	"github.com/dstack-go/dstack/vmm/qemu"
@@ -84,7 +87,10 @@ type Server struct {
 	blobs  *blob.Store
 	sealer *keyprovider.Client // nil: there is no local key provider
 	past   *history.Store      // nil: it could not be opened
+	egress *egress.Filter      // nil: guests are not filtered, as noEgress says
 	pkiMu  sync.Mutex
+
+	noEgress error // why there is no egress filter; nil: none was wanted
 
 	createMu sync.Mutex // held while a VM is made, for names and ports
 
@@ -140,6 +146,7 @@ func Open(config Config, opt Options) (*Server, error) {
 	if s.past, err = history.Open(s.ctx, filepath.Join(config.StateDir, "history.db"), history.DefaultLimits); err != nil {
 		s.log.Error("no history is kept", "error", err, "fix", fault.Fix(err))
 	}
+	s.openEgress()
 	if err := s.load(); err != nil {
 		s.Close()
 		return nil, err
@@ -410,6 +417,11 @@ func (s *Server) Close() error {
 		v.mu.Unlock()
 		if c != nil {
 			c.close()
+		}
+	}
+	if s.egress != nil {
+		if err := s.egress.Close(); err != nil {
+			s.log.Warn("remove the egress filter", "error", err)
 		}
 	}
 	if s.past != nil {

@@ -441,5 +441,10 @@ func (v *vm) takeOver(ctx context.Context) error {
 			return err
 		}
 	}
+	if qemu != nil && v.server.egress != nil {
+		if err := v.server.egress.Adopt(v.spec().ID, qemu.PID); err != nil {
+			return err
+		}
+	}
 	return v.post(lifecycle.Input{Kind: lifecycle.Recovered, QEMU: qemu != nil, TEE: tee != nil})
 }

@@ -62,6 +62,7 @@ func testConfig(dir string) Config {
 	c.CVM.Accel = "tcg"
 	c.CVM.TEEHelper = os.Args[0]
 	c.CVM.MinFreeDisk = 1 << 20
+	c.CVM.Networking.Egress = egressOpen
 	if err := c.Check(); err != nil {
 		panic(err)
 	}

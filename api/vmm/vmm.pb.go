@@ -1221,10 +1221,13 @@ type NetworkInterfaceStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Mode  string                 `protobuf:"bytes,1,opt,name=mode,proto3" json:"mode,omitempty"`
 	// slirp, tap_bridge or custom.
-	Backend       string  `protobuf:"bytes,2,opt,name=backend,proto3" json:"backend,omitempty"`
-	Mac           string  `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
-	BridgeName    *string `protobuf:"bytes,4,opt,name=bridge_name,json=bridgeName,proto3,oneof" json:"bridge_name,omitempty"`
-	NetdevId      *string `protobuf:"bytes,5,opt,name=netdev_id,json=netdevId,proto3,oneof" json:"netdev_id,omitempty"`
+	Backend    string  `protobuf:"bytes,2,opt,name=backend,proto3" json:"backend,omitempty"`
+	Mac        string  `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	BridgeName *string `protobuf:"bytes,4,opt,name=bridge_name,json=bridgeName,proto3,oneof" json:"bridge_name,omitempty"`
+	NetdevId   *string `protobuf:"bytes,5,opt,name=netdev_id,json=netdevId,proto3,oneof" json:"netdev_id,omitempty"`
+	// Ours: "filtered", the guest reaches nothing of the host and its networks but what
+	// the host's configuration allows; or "open".
+	Egress        string `protobuf:"bytes,1000,opt,name=egress,proto3" json:"egress,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1290,6 +1293,13 @@ func (x *NetworkInterfaceStatus) GetBridgeName() string {
 func (x *NetworkInterfaceStatus) GetNetdevId() string {
 	if x != nil && x.NetdevId != nil {
 		return *x.NetdevId
+	}
+	return ""
+}
+
+func (x *NetworkInterfaceStatus) GetEgress() string {
+	if x != nil {
+		return x.Egress
 	}
 	return ""
 }
@@ -1850,8 +1860,13 @@ type NetworkingSettings struct {
 	SupportedModes []string               `protobuf:"bytes,1,rep,name=supported_modes,json=supportedModes,proto3" json:"supported_modes,omitempty"`
 	DefaultMode    string                 `protobuf:"bytes,2,opt,name=default_mode,json=defaultMode,proto3" json:"default_mode,omitempty"`
 	DefaultBridge  string                 `protobuf:"bytes,4,opt,name=default_bridge,json=defaultBridge,proto3" json:"default_bridge,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Ours: as that of NetworkInterfaceStatus, and why it is open where nobody asked for
+	// that, with the fix.
+	Egress        string `protobuf:"bytes,1000,opt,name=egress,proto3" json:"egress,omitempty"`
+	EgressReason  string `protobuf:"bytes,1001,opt,name=egress_reason,json=egressReason,proto3" json:"egress_reason,omitempty"`
+	EgressFix     string `protobuf:"bytes,1002,opt,name=egress_fix,json=egressFix,proto3" json:"egress_fix,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NetworkingSettings) Reset() {
@@ -1901,6 +1916,27 @@ func (x *NetworkingSettings) GetDefaultMode() string {
 func (x *NetworkingSettings) GetDefaultBridge() string {
 	if x != nil {
 		return x.DefaultBridge
+	}
+	return ""
+}
+
+func (x *NetworkingSettings) GetEgress() string {
+	if x != nil {
+		return x.Egress
+	}
+	return ""
+}
+
+func (x *NetworkingSettings) GetEgressReason() string {
+	if x != nil {
+		return x.EgressReason
+	}
+	return ""
+}
+
+func (x *NetworkingSettings) GetEgressFix() string {
+	if x != nil {
+		return x.EgressFix
 	}
 	return ""
 }
@@ -2505,14 +2541,15 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"\b_app_urlB\x0e\n" +
 	"\f_instance_idB\f\n" +
 	"\n" +
-	"_exited_at\"\xbe\x01\n" +
+	"_exited_at\"\xd7\x01\n" +
 	"\x16NetworkInterfaceStatus\x12\x12\n" +
 	"\x04mode\x18\x01 \x01(\tR\x04mode\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\tR\x03mac\x12$\n" +
 	"\vbridge_name\x18\x04 \x01(\tH\x00R\n" +
 	"bridgeName\x88\x01\x01\x12 \n" +
-	"\tnetdev_id\x18\x05 \x01(\tH\x01R\bnetdevId\x88\x01\x01B\x0e\n" +
+	"\tnetdev_id\x18\x05 \x01(\tH\x01R\bnetdevId\x88\x01\x01\x12\x17\n" +
+	"\x06egress\x18\xe8\a \x01(\tR\x06egressB\x0e\n" +
 	"\f_bridge_nameB\f\n" +
 	"\n" +
 	"_netdev_id\"T\n" +
@@ -2559,11 +2596,15 @@ const file_vmm_vmm_proto_rawDesc = "" +
 	"\x11ResourcesSettings\x12$\n" +
 	"\x0emax_cvm_number\x18\x01 \x01(\rR\fmaxCvmNumber\x12,\n" +
 	"\x12max_allocable_vcpu\x18\x02 \x01(\rR\x10maxAllocableVcpu\x12:\n" +
-	"\x1amax_allocable_memory_in_mb\x18\x03 \x01(\rR\x16maxAllocableMemoryInMb\"\xa6\x01\n" +
+	"\x1amax_allocable_memory_in_mb\x18\x03 \x01(\rR\x16maxAllocableMemoryInMb\"\x85\x02\n" +
 	"\x12NetworkingSettings\x12'\n" +
 	"\x0fsupported_modes\x18\x01 \x03(\tR\x0esupportedModes\x12!\n" +
 	"\fdefault_mode\x18\x02 \x01(\tR\vdefaultMode\x12%\n" +
-	"\x0edefault_bridge\x18\x04 \x01(\tR\rdefaultBridgeJ\x04\b\x03\x10\x04R\x17forward_service_enabled\"^\n" +
+	"\x0edefault_bridge\x18\x04 \x01(\tR\rdefaultBridge\x12\x17\n" +
+	"\x06egress\x18\xe8\a \x01(\tR\x06egress\x12$\n" +
+	"\regress_reason\x18\xe9\a \x01(\tR\fegressReason\x12\x1e\n" +
+	"\n" +
+	"egress_fix\x18\xea\a \x01(\tR\tegressFixJ\x04\b\x03\x10\x04R\x17forward_service_enabled\"^\n" +
 	"\x10ListGpusResponse\x12 \n" +
 	"\x04gpus\x18\x01 \x03(\v2\f.vmm.GpuInfoR\x04gpus\x12(\n" +
 	"\x10allow_attach_all\x18\x02 \x01(\bR\x0eallowAttachAll\"w\n" +

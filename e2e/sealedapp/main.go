@@ -7,6 +7,7 @@
 //	GET /put?name=N&value=V   write a file of its volume, durable when answered
 //	GET /get?name=N           read it
 //	GET /key?path=P           ask dstack.sock for a key
+//	GET /dial?addr=A          connect by TCP: "reached", or why not and after how long
 //	POST /scan                body: a secret; the processes and files of the machine
 //	                          that show it (needs the machine's /proc at /guest/proc,
 //	                          privileged)
@@ -59,6 +60,16 @@ func main() {
 	http.HandleFunc("/key", func(w http.ResponseWriter, r *http.Request) {
 		text, err := getKey(r.Context(), r.FormValue("path"))
 		answer(w, text, err)
+	})
+	http.HandleFunc("/dial", func(w http.ResponseWriter, r *http.Request) {
+		began := time.Now()
+		c, err := net.DialTimeout("tcp", r.FormValue("addr"), 10*time.Second)
+		if err != nil {
+			fmt.Fprintf(w, "%v after %v", err, time.Since(began))
+			return
+		}
+		c.Close()
+		io.WriteString(w, "reached")
 	})
 	http.HandleFunc("/scan", func(w http.ResponseWriter, r *http.Request) {
 		secret, err := io.ReadAll(io.LimitReader(r.Body, 1<<10))
