@@ -45,6 +45,8 @@ type sample struct {
 	CPU    float64 `json:"qemu_cpu_seconds"` // of QEMU until that answer
 	Before int     `json:"memory_before_engine_kib"`
 	App    int     `json:"memory_app_up_kib"`
+	// Listed is what of Before was free, but on the list of a processor: the peer says so.
+	Listed int `json:"memory_before_engine_listed_kib,omitempty"`
 }
 
 var (
@@ -87,11 +89,13 @@ func main() {
 		fmt.Printf("%-24s %8.1f %8.1f %8.1f   %8.1f %8.1f %8.1f %s   ratio of medians %.2f\n",
 			what, o[0]/scale, o[1]/scale, o[2]/scale, p[0]/scale, p[1]/scale, p[2]/scale, unit, o[1]/p[1])
 	}
+	listed := spread(peers, func(s sample) float64 { return float64(s.Listed) / 1024 })
 	fmt.Printf("%-24s %26s   %26s\n", "", "ours: min median max", "peer: min median max")
 	row("first HTTP", "s", 1, func(s sample) float64 { return s.HTTP })
 	row("QEMU's CPU until then", "s", 1, func(s sample) float64 { return s.CPU })
 	row("memory, before engine", "MiB", 1024, func(s sample) float64 { return float64(s.Before) })
 	row("memory, app up", "MiB", 1024, func(s sample) float64 { return float64(s.App) })
+	fmt.Printf("%-24s %26s   %8.1f %8.1f %8.1f MiB\n", "of the former, listed", "", listed[0], listed[1], listed[2])
 	if *out != "" {
 		data, _ := json.MarshalIndent(map[string]any{"ours": ours, "peer": peers}, "", "  ")
 		if err := os.WriteFile(*out, append(data, '\n'), 0o644); err != nil {
@@ -146,7 +150,7 @@ func ourBoot() (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
-	s.Before, s.App = memoryLines(string(console))
+	s.Before, s.App, _ = memoryLines(string(console))
 	return s, nil
 }
 
@@ -199,19 +203,20 @@ func cpuOf(pid int) (float64, error) {
 	return ticks / 100, nil // USER_HZ, on every Linux that Go knows
 }
 
-var memoryLine = regexp.MustCompile(`memory (\S+) used_kib=(\d+)`)
+var memoryLine = regexp.MustCompile(`memory (\S+) used_kib=(\d+)(?: listed_kib=(\d+))?`)
 
-func memoryLines(console string) (before, app int) {
+func memoryLines(console string) (before, app, listed int) {
 	for _, m := range memoryLine.FindAllStringSubmatch(console, -1) {
 		n, _ := strconv.Atoi(m[2])
 		switch m[1] {
 		case "before-engine":
 			before = n
+			listed, _ = strconv.Atoi(m[3])
 		case "app-up":
 			app = n
 		}
 	}
-	return before, app
+	return before, app, listed
 }
 
 func firstAnswer(port int, began time.Time) (float64, error) {
@@ -346,7 +351,7 @@ func peerBoot() (s sample, err error) {
 	}
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline) && s.App == 0; time.Sleep(100 * time.Millisecond) {
 		text, _ := os.ReadFile(serial)
-		s.Before, s.App = memoryLines(strings.ReplaceAll(string(text), "\r", ""))
+		s.Before, s.App, s.Listed = memoryLines(strings.ReplaceAll(string(text), "\r", ""))
 	}
 	return s, nil
 }

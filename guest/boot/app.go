@@ -139,16 +139,18 @@ func (m *Machine) images(ctx context.Context) error {
 	if len(m.manifest.ImageLock) == 0 {
 		return nil
 	}
-	registry, err := engine.ServeRegistry(engine.RegistryAddr, func(ctx context.Context) (net.Conn, error) {
-		return m.dial(ctx, "registry")
-	})
+	host := func(ctx context.Context) (net.Conn, error) { return m.dial(ctx, "registry") }
+	registry, err := engine.ServeRegistry(engine.RegistryAddr, host)
 	if err != nil {
 		return fault.Wrap(err, "registry_failed", "serve the loopback registry")
 	}
 	defer registry.Close()
 	if m.hostlink() == nil {
-		_, err := m.dial(ctx, "registry")
+		_, err := host(ctx)
 		return err
+	}
+	if err := engine.Preload(ctx, m.engine.Config, host, m.manifest.ImageLock); err != nil && ctx.Err() == nil {
+		m.console.Log("images: not fetched ahead: " + oneLine(err.Error()))
 	}
 	return engine.PullLocked(ctx, m.engine, registry.Addr, m.manifest.ImageLock, nil)
 }

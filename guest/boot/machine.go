@@ -214,7 +214,7 @@ func (m *Machine) mounts(context.Context) error {
 	if err := unix.Sysinfo(&info); err != nil {
 		return fault.Wrap(err, "mount_failed", "ask for the size of the memory")
 	}
-	if err := hugePages("/sys", uint64(info.Totalram)*uint64(info.Unit)); err != nil {
+	if err := smallMachine("/sys", "/proc", uint64(info.Totalram)*uint64(info.Unit)); err != nil {
 		return err
 	}
 	return applySysctls("/proc", hardening)

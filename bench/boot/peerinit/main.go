@@ -185,5 +185,18 @@ func memory(phase string) {
 		fmt.Sscanf(line, "MemTotal: %d kB", &total)
 		fmt.Sscanf(line, "MemAvailable: %d kB", &available)
 	}
-	say("memory %s used_kib=%d", phase, total-available)
+	say("memory %s used_kib=%d listed_kib=%d", phase, total-available, listed())
+}
+
+// listed returns how much memory is free but on the list of a processor, in KiB:
+// /proc/meminfo counts it neither as free nor as available.
+func listed() (kib int) {
+	data, _ := os.ReadFile("/proc/zoneinfo")
+	for _, line := range strings.Split(string(data), "\n") {
+		var pages int
+		if n, _ := fmt.Sscanf(strings.TrimSpace(line), "count: %d", &pages); n == 1 {
+			kib += 4 * pages
+		}
+	}
+	return kib
 }
