@@ -22,7 +22,7 @@ func TestSoakGovernedByChain(t *testing.T) {
 	if os.Getenv("DSTACK_SOAK") == "" {
 		t.Skip("SKIP: two more boots, and a chain; make soak runs them")
 	}
-	helloApp(t) // which makes its binary
+	helloApp(t)                           // which makes its binary
 	dir, err := os.MkdirTemp("", "chain") // short: the paths of sockets are
 	if err != nil {
 		t.Fatal(err)
