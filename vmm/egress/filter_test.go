@@ -410,6 +410,13 @@ func TestThreat_K12_TheFilterStays(t *testing.T) {
 	t.Run("the empty cgroup was removed meanwhile", func(t *testing.T) {
 		f.sweep()
 		if host, _ := run(prober()); host {
+			t.Error("the machine was reached")
+		}
+	})
+	t.Run("and made again by another", func(t *testing.T) {
+		f.sweep()
+		l.must(os.Mkdir(f.bases[0].dir, 0o755))
+		if host, _ := run(prober()); host {
 			t.Error("the machine was reached from a cgroup of the same name")
 		}
 	})
