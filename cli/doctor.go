@@ -158,7 +158,7 @@ func checkEgress(a *app, add func(name, level, detail, fix string)) {
 	case n.GetEgress() == "filtered":
 		add("egress", "ok", "guests reach the internet, and of this machine and its networks what egress_allow lists", "")
 	case n.GetEgressReason() != "":
-		add("egress", "note", "guests reach this machine's loopback and its networks: "+n.GetEgressReason(), n.GetEgressFix())
+		add("egress", "note", n.GetEgressReason(), n.GetEgressFix())
 	default:
 		add("egress", "note", "guests reach this machine's loopback and its networks, as the VMM's configuration says", "remove egress = \"open\" from it")
 	}

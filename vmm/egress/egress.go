@@ -386,10 +386,8 @@ func (f *Filter) refresh() error {
 		return err
 	}
 	n, refused, err := f.look()
-	if err != nil {
-		return err
-	}
 	switch {
+	case err != nil: // what cannot be read is replaced
 	case n != want.count():
 		f.config.Log.Warn("the egress filter was altered by another program; it is loaded again", "table", "inet "+f.table)
 	case !want.equal(f.loaded):
