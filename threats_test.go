@@ -116,7 +116,7 @@ var threats = []threat{
 	{"K05", "Packets before attestation", "", ""},
 	{"K06", "Mesh between instances", "a mesh: there is the way through gateways alone", ""},
 	{"K07", "DNS of the host", "", ""},
-	{"K08", "Floods", "another app's latency beside a flood", ""},
+	{"K08", "Floods", "another app's p99 beside 2,000 new connections a second, which two cores do not hold (docs/figures.md)", ""},
 	{"K09", "Request smuggling", "", ""},
 	{"K10", "DNS and ACME credentials stolen", "", ""},
 	{"K11", "Certificate authority fails", "a test of renewal in the window that the authority names (ARI)", ""},

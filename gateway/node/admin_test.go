@@ -429,6 +429,9 @@ func TestAdministratorsDecideForTheCluster(t *testing.T) {
 	l.must(os.WriteFile(filepath.Join(g[1].dir, routesFile), old, 0o600))
 	g[1].start()
 	l.reached(g[1], stays, "stays")
+	// What it had not known to be agreed when it was killed it hears from the other.
+	l.eventually("the restored route is gone", func() bool { r := g[1].routes(); _, ok := r[instance]; return len(r) > 0 && !ok })
+	time.Sleep(time.Second)
 	for _, h := range g {
 		if _, ok := h.routes()[instance]; ok {
 			t.Errorf("%s has the removed route again", h.ip)

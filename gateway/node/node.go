@@ -239,7 +239,8 @@ func (n *Node) run(ctx context.Context, ready func(Listening)) error {
 	if err := service.Restore(routes); err != nil {
 		return err
 	}
-	// What was removed is not served again, however old the routes on the disk.
+	// What the store knows to be removed is not served again, however old the routes on
+	// the disk; what it has yet to hear from the others ends with their word.
 	if err := n.live.begin(ctx); err != nil {
 		return err
 	}
