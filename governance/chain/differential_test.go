@@ -22,7 +22,16 @@ import (
 
 // send makes a call that may well be refused, unsigned, as anybody.
 func (w *world) send(from, to common.Address, data []byte) {
-	w.call(nil, "eth_sendTransaction", map[string]any{"from": from, "to": to, "data": hexutil.Bytes(data), "gas": "0x5b8d80"})
+	var hash common.Hash
+	w.call(&hash, "eth_sendTransaction", map[string]any{"from": from, "to": to, "data": hexutil.Bytes(data), "gas": "0x5b8d80"})
+	// It is answered before there is a block with it.
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := w.node.TransactionReceipt(w.t.Context(), hash); err == nil {
+			return
+		} else if time.Now().After(end) {
+			w.t.Fatal(err)
+		}
+	}
 }
 
 // What is computed from proven storage is what the contracts answer at the same block, over
