@@ -14,7 +14,7 @@ go test -count=1 $(go list ./... | grep -v -e '/e2e$' -e '/gateway/node$')
 step "gateways in network namespaces" # many processes: nothing else beside them
 go test -count=1 ./gateway/node
 step "race tests of what shares memory"
-CGO_ENABLED=1 go test -count=1 -race ./hostlink/... ./channel/... ./guest/agent/... ./guest/clock ./guest/health ./guest/keyprovider/... ./guest/kmsclient ./guest/gwclient ./guest/terminator $(go list ./gateway/... | grep -v /gateway/node$) ./kms/... ./releaselog ./governance/... ./vmm/... ./internal/fsm/... ./internal/flight ./attest ./collateral/... ./verifyd/...
+CGO_ENABLED=1 go test -count=1 -race ./hostlink/... ./channel/... ./guest/agent/... ./guest/clock ./guest/health ./guest/keyprovider/... ./guest/kmsclient ./guest/gwclient ./guest/terminator $(go list ./gateway/... | grep -v -e /gateway/node$ -e /gateway/page$) ./kms/... ./releaselog $(go list ./governance/... | grep -v -e /devchain$ -e /transact$ -e /council$) ./vmm/... ./internal/fsm/... ./internal/flight ./attest ./collateral/... ./verifyd/...
 CGO_ENABLED=1 go test -count=1 -race ./gateway/node
 step "contracts"
 scripts/contracts.sh --check
