@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -17,10 +18,11 @@ import (
 )
 
 // A stack whose KMS decides by contracts on a real chain: what deploy registered runs, what
-// was revoked boots no more, with the contract's reason.
+// was revoked boots no more, with the contract's reason; additions to an app that gives
+// notice wait for their time, and a frozen app runs as it is.
 func TestSoakGovernedByChain(t *testing.T) {
 	if os.Getenv("DSTACK_SOAK") == "" {
-		t.Skip("SKIP: two more boots, and a chain; make soak runs them")
+		t.Skip("SKIP: five more boots, and a chain; make soak runs them")
 	}
 	helloApp(t)                           // which makes its binary
 	dir, err := os.MkdirTemp("", "chain") // short: the paths of sockets are
@@ -92,4 +94,42 @@ func TestSoakGovernedByChain(t *testing.T) {
 	if err == nil || !strings.Contains(out, "Compose hash not allowed") {
 		t.Errorf("a revoked app starts: %v\n%s", err, out)
 	}
+	must("rm", "governed")
+
+	// What the owner of an app that gives notice allows is refused until its time has come,
+	// and a frozen app takes nothing more, and runs on as it is.
+	const notice = 40 * time.Second
+	hello := []string{"-c", "examples/hello/docker-compose.yaml", "--port", fmt.Sprintf("%d:8080", port), "--app-image", "hello:1=" + filepath.Join(filepath.Dir(shared.bin), "hello"), "--lock", lock}
+	value := func(out, name string) string {
+		t.Helper()
+		m := regexp.MustCompile(`"` + name + `": "([^"]+)"`).FindStringSubmatch(out)
+		if m == nil {
+			t.Fatalf("no %s in\n%s", name, out)
+		}
+		return m[1]
+	}
+	first := value(must(append([]string{"--json", "deploy", "--dry-run", "-n", "noticed"}, hello...)...), "compose_hash")
+	id := value(must("--json", "app", "create", "--notice", notice.String(), "--compose-hash", first, "--any-device"), "app_id")
+	verify[1] = value(must(append([]string{"--json", "deploy", "-n", "noticed", "--app-id", id}, hello...)...), "attest_url")
+	must(verify...)
+	upgrade := []string{"upgrade", "noticed", "--public-logs", "--lock", lock}
+	announced := time.Now()
+	if out, err := run(upgrade...); err == nil || !strings.Contains(out, "change_announced") {
+		t.Fatalf("what is announced counts at once: %v\n%s", err, out)
+	}
+	if out := must("app", "status", id); !strings.Contains(out, notice.String()) {
+		t.Errorf("the notice is not told:\n%s", out)
+	}
+	time.Sleep(time.Until(announced.Add(notice + 5*time.Second)))
+	must(upgrade...)
+	if verdict := must(verify...); !strings.Contains(verdict, "governance contract 0x") {
+		t.Errorf("the upgraded app's verdict:\n%s", verdict)
+	}
+	must("app", "freeze", "--yes", "noticed")
+	if out, err := run("app", "add", id, "--compose-hash", strings.Repeat("ee", 32)); err == nil || !strings.Contains(out, "frozen") {
+		t.Errorf("a frozen app takes another manifest: %v\n%s", err, out)
+	}
+	must("stop", "noticed")
+	must("start", "noticed")
+	must(verify...)
 }
