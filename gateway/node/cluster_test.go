@@ -23,6 +23,7 @@ import (
 	"github.com/dstack-go/dstack/gateway/exchange"
 	"github.com/dstack-go/dstack/gateway/privateca"
 	"github.com/dstack-go/dstack/gateway/wgconfig"
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 )
 
 // Contract A and B of spec/gateway.md §5.5: what is routed stays so with all others dead,
@@ -406,7 +407,7 @@ func TestClientsSeeOneGateway(t *testing.T) {
 	roots.AppendCertsFromPEM(text)
 	cache := tls.NewLRUClientSessionCache(4)
 	resumed := func(h *host) (ok bool, err error) {
-		err = inNS(l.visitor, func() error {
+		err = netlab.In(l.visitor, func() error {
 			raw, err := net.DialTimeout("tcp", h.ip+":443", 3*time.Second)
 			if err != nil {
 				return err

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dstack-go/dstack"
 	"github.com/dstack-go/dstack/attest/tdx/tdxtest"
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 )
 
 // Threat K07: whoever answers a guest's questions of names leads it to a gateway of his
@@ -31,7 +32,7 @@ func TestThreat_K07_AGatewayIsNotKnownByItsName(t *testing.T) {
 	var asked atomic.Int32
 	ip := real.ip
 	var packets net.PacketConn
-	l.must(inNS(real.ns, func() (err error) {
+	l.must(netlab.In(real.ns, func() (err error) {
 		packets, err = net.ListenPacket("udp", ip+":53")
 		return err
 	}))

@@ -22,7 +22,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -38,6 +37,7 @@ import (
 	"github.com/dstack-go/dstack/channel"
 	"github.com/dstack-go/dstack/gateway/privateca"
 	"github.com/dstack-go/dstack/internal/fault"
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 	"github.com/dstack-go/dstack/manifest"
 	"github.com/dstack-go/dstack/prpc"
 )
@@ -82,54 +82,6 @@ type host struct {
 	said    *os.File
 }
 
-func inNS(ns netns.NsHandle, f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err := netns.Set(ns); err != nil {
-			done <- err
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
-
-func (l *lab) namespace() netns.NsHandle {
-	l.t.Helper()
-	made := make(chan netns.NsHandle, 1)
-	fail := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		h, err := netns.New()
-		if err != nil {
-			fail <- err
-			return
-		}
-		made <- h
-	}()
-	select {
-	case h := <-made:
-		l.t.Cleanup(func() { h.Close() })
-		l.must(inNS(h, func() error { return setUp("lo") }))
-		return h
-	case err := <-fail:
-		if errors.Is(err, syscall.EPERM) {
-			l.t.Skip("SKIP: making network namespaces needs root")
-		}
-		l.t.Fatal(err)
-		panic(err)
-	}
-}
-
-func setUp(name string) error {
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	return netlink.LinkSetUp(link)
-}
-
 func (l *lab) must(err error) {
 	l.t.Helper()
 	if err != nil {
@@ -157,14 +109,14 @@ func newLab(t *testing.T) *lab {
 	l.roots = filepath.Join(dir, "roots.json")
 	l.must(os.WriteFile(l.roots, text, 0o600))
 	l.own = l.certificate()
-	l.hub = l.namespace()
-	l.must(inNS(l.hub, func() error {
+	l.hub = netlab.New(l.t)
+	l.must(netlab.In(l.hub, func() error {
 		a := netlink.NewLinkAttrs()
 		a.Name = "hub"
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
 			return err
 		}
-		return setUp("hub")
+		return netlab.Up("hub")
 	}))
 	l.visitor, _ = l.attach()
 	return l
@@ -187,9 +139,9 @@ func (l *lab) certificate() []byte {
 func (l *lab) attach() (netns.NsHandle, string) {
 	l.t.Helper()
 	l.hosts++
-	n, ns := l.hosts, l.namespace()
+	n, ns := l.hosts, netlab.New(l.t)
 	ip := fmt.Sprintf("10.77.0.%d", n)
-	l.must(inNS(l.hub, func() error {
+	l.must(netlab.In(l.hub, func() error {
 		hub, err := netlink.LinkByName("hub")
 		if err != nil {
 			return err
@@ -199,21 +151,10 @@ func (l *lab) attach() (netns.NsHandle, string) {
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: a, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}); err != nil {
 			return err
 		}
-		return setUp(a.Name)
+		return netlab.Up(a.Name)
 	}))
-	l.must(inNS(ns, func() error {
-		link, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		addr, err := netlink.ParseAddr(ip + "/24")
-		if err != nil {
-			return err
-		}
-		if err := netlink.AddrAdd(link, addr); err != nil {
-			return err
-		}
-		return netlink.LinkSetUp(link)
+	l.must(netlab.In(ns, func() error {
+		return netlab.Up("eth0", ip+"/24")
 	}))
 	return ns, ip
 }
@@ -365,7 +306,7 @@ func (h *host) start() {
 	cmd.Env = append(os.Environ(), h.order...)
 	cmd.Stdout, cmd.Stderr = h.said, h.said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	h.l.must(inNS(h.ns, cmd.Start))
+	h.l.must(netlab.In(h.ns, cmd.Start))
 	h.cmd, h.ended = cmd, make(chan struct{})
 	go func(ended chan struct{}) { defer close(ended); cmd.Wait() }(h.ended)
 }
@@ -491,8 +432,8 @@ func (l *lab) cut(from *host, others ...*host) (mend func()) {
 			_, dst, err := net.ParseCIDR(pair[1].ip + "/32")
 			l.must(err)
 			r := &netlink.Route{Dst: dst, Type: syscall.RTN_BLACKHOLE}
-			l.must(inNS(pair[0].ns, func() error { return netlink.RouteAdd(r) }))
-			undo = append(undo, func() { l.must(inNS(pair[0].ns, func() error { return netlink.RouteDel(r) })) })
+			l.must(netlab.In(pair[0].ns, func() error { return netlink.RouteAdd(r) }))
+			undo = append(undo, func() { l.must(netlab.In(pair[0].ns, func() error { return netlink.RouteDel(r) })) })
 		}
 	}
 	return sync.OnceFunc(func() {
@@ -518,7 +459,7 @@ func (l *lab) trusts(gateways ...*host) (*x509.CertPool, error) {
 
 // dial is a visitor's connection to a gateway.
 func (l *lab) dial(ctx context.Context, g *host) (c net.Conn, err error) {
-	e := inNS(l.visitor, func() error {
+	e := netlab.In(l.visitor, func() error {
 		c, err = (&net.Dialer{Timeout: 3 * time.Second}).DialContext(ctx, "tcp", g.ip+":443")
 		return nil
 	})

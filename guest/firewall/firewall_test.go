@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
 	"strconv"
 	"syscall"
 	"testing"
@@ -20,6 +19,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 )
 
 // A lab is three network namespaces: outside -- veth -- guest -- bridge -- veth --
@@ -38,74 +39,12 @@ const (
 	strayPort = 8081
 )
 
-// in runs f on a thread inside the namespace. The thread is not reused.
+// in runs f in the namespace.
 func in(t *testing.T, ns netns.NsHandle, f func() error) {
 	t.Helper()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err := netns.Set(ns); err != nil {
-			done <- err
-			return
-		}
-		done <- f()
-	}()
-	if err := <-done; err != nil {
+	if err := netlab.In(ns, f); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func newNS(t *testing.T) netns.NsHandle {
-	t.Helper()
-	ns := make(chan netns.NsHandle, 1)
-	fail := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		h, err := netns.New()
-		if err != nil {
-			fail <- err
-			return
-		}
-		ns <- h
-	}()
-	select {
-	case h := <-ns:
-		t.Cleanup(func() { h.Close() })
-		in(t, h, func() error { return up("lo") })
-		return h
-	case err := <-fail:
-		if errors.Is(err, syscall.EPERM) {
-			t.Skip("SKIP: making network namespaces needs root")
-		}
-		t.Fatal(err)
-	}
-	return netns.None()
-}
-
-func up(name string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	return netlink.LinkSetUp(l)
-}
-
-func address(name string, cidrs ...string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	for _, cidr := range cidrs {
-		a, err := netlink.ParseAddr(cidr)
-		if err != nil {
-			return err
-		}
-		a.Flags = unix.IFA_F_NODAD
-		if err := netlink.AddrAdd(l, a); err != nil {
-			return fmt.Errorf("address %s on %s: %w", cidr, name, err)
-		}
-	}
-	return netlink.LinkSetUp(l)
 }
 
 func route(dst, via string) error {
@@ -122,7 +61,7 @@ func sysctl(path, value string) error {
 
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	l := &lab{outside: newNS(t), guest: newNS(t), container: newNS(t)}
+	l := &lab{outside: netlab.New(t), guest: netlab.New(t), container: netlab.New(t)}
 	in(t, l.guest, func() error {
 		v := netlink.NewLinkAttrs()
 		v.Name = "eth0"
@@ -151,16 +90,16 @@ func newLab(t *testing.T) *lab {
 		if err := netlink.LinkSetMaster(c0, br.(*netlink.Bridge)); err != nil {
 			return err
 		}
-		return errors.Join(up("c0"),
-			address("eth0", guestV4+"/24", guestV6+"/64"),
-			address("br-app", bridgeV4+"/24", bridgeV6+"/64"))
+		return errors.Join(netlab.Up("c0"),
+			netlab.Up("eth0", guestV4+"/24", guestV6+"/64"),
+			netlab.Up("br-app", bridgeV4+"/24", bridgeV6+"/64"))
 	})
 	in(t, l.outside, func() error {
-		return errors.Join(address("far", outsideV4+"/24", outsideV6+"/64"),
+		return errors.Join(netlab.Up("far", outsideV4+"/24", outsideV6+"/64"),
 			route("198.51.100.0/24", guestV4), route("2001:db8:1::/64", guestV6))
 	})
 	in(t, l.container, func() error {
-		return errors.Join(address("eth0", containerV4+"/24", containerV6+"/64"),
+		return errors.Join(netlab.Up("eth0", containerV4+"/24", containerV6+"/64"),
 			route("0.0.0.0/0", bridgeV4), route("::/0", bridgeV6))
 	})
 	in(t, l.guest, func() error {

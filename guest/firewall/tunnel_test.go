@@ -15,6 +15,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 )
 
 const (
@@ -42,17 +44,17 @@ func dialFrom(t *testing.T, ns netns.NsHandle, source, host string, port int) (o
 // agent ends TLS nobody comes another way; and WireGuard itself hears gateways alone.
 func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 	l := newLab(t)
-	gateway := newNS(t)
+	gateway := netlab.New(t)
 	in(t, l.guest, func() error {
 		v := netlink.NewLinkAttrs()
 		v.Name = "dstack-wg0"
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: v, PeerName: "wg", PeerNamespace: netlink.NsFd(gateway)}); err != nil {
 			return err
 		}
-		return address("dstack-wg0", tunnelGuest+"/24")
+		return netlab.Up("dstack-wg0", tunnelGuest+"/24")
 	})
-	in(t, gateway, func() error { return address("wg", tunnelGateway+"/24", tunnelStranger+"/24") })
-	in(t, l.outside, func() error { return address("far", elsewhereV4+"/24") })
+	in(t, gateway, func() error { return netlab.Up("wg", tunnelGateway+"/24", tunnelStranger+"/24") })
+	in(t, l.outside, func() error { return netlab.Up("far", elsewhereV4+"/24") })
 	l.engineRules(t)
 	serve(t, l.container, insidePort)
 	for _, port := range []int{80, 81, AgentPort, tlsPort} {
@@ -133,16 +135,16 @@ func TestThreat_K05_TheTunnelIsForGateways(t *testing.T) {
 // the agent: plaintext would be its own, and so would evidence.
 func TestThreat_C05_NoContainerTakesThePortWhereTLSEnds(t *testing.T) {
 	l := newLab(t)
-	gateway := newNS(t)
+	gateway := netlab.New(t)
 	in(t, l.guest, func() error {
 		v := netlink.NewLinkAttrs()
 		v.Name = "dstack-wg0"
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: v, PeerName: "wg", PeerNamespace: netlink.NsFd(gateway)}); err != nil {
 			return err
 		}
-		return address("dstack-wg0", tunnelGuest+"/24")
+		return netlab.Up("dstack-wg0", tunnelGuest+"/24")
 	})
-	in(t, gateway, func() error { return address("wg", tunnelGateway+"/24") })
+	in(t, gateway, func() error { return netlab.Up("wg", tunnelGateway+"/24") })
 	l.engineRules(t, tlsPort, AgentPort)
 	answers := func(ns netns.NsHandle, port int, text string) {
 		in(t, ns, func() error {

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,7 +20,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
+
+	"github.com/dstack-go/dstack/internal/testkit/netlab"
 )
 
 // roleEnv makes the test binary play QEMU: it dials what its arguments name, or serves.
@@ -123,63 +123,11 @@ type lab struct {
 	resolv        string
 }
 
-func inNS(ns netns.NsHandle, f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err := netns.Set(ns); err != nil {
-			done <- err
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
-
 func (l *lab) must(err error) {
 	l.t.Helper()
 	if err != nil {
 		l.t.Fatal(err)
 	}
-}
-
-func (l *lab) namespace() (h netns.NsHandle) {
-	l.t.Helper()
-	made := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		var err error
-		h, err = netns.New()
-		made <- err
-	}()
-	if err := <-made; errors.Is(err, syscall.EPERM) {
-		l.t.Skip("SKIP: making network namespaces needs root")
-	} else if err != nil {
-		l.t.Fatal(err)
-	}
-	l.t.Cleanup(func() { h.Close() })
-	return h
-}
-
-// addressed brings an interface up with addresses.
-func addressed(name string, addrs ...string) error {
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	for _, text := range addrs {
-		a, err := netlink.ParseAddr(text)
-		if err != nil {
-			return err
-		}
-		if a.IP.To4() == nil {
-			a.Flags = unix.IFA_F_NODAD
-		}
-		if err := netlink.AddrAdd(link, a); err != nil {
-			return fmt.Errorf("%s: %w", text, err)
-		}
-	}
-	return netlink.LinkSetUp(link)
 }
 
 func route(via string) error {
@@ -192,26 +140,26 @@ func newLab(t *testing.T) *lab {
 		t.Skip("SKIP: no cgroup2 on this machine: ", err)
 	}
 	l := &lab{t: t, resolv: filepath.Join(t.TempDir(), "resolv.conf")}
-	l.machine, l.rest = l.namespace(), l.namespace()
+	l.machine, l.rest = netlab.New(t), netlab.New(t)
 	l.names("10.9.0.2")
-	l.must(inNS(l.machine, func() error {
+	l.must(netlab.In(l.machine, func() error {
 		v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "lan0", PeerNamespace: netlink.NsFd(int(l.rest))}
-		return errors.Join(netlink.LinkAdd(v), addressed("lo"), addressed("eth0", "10.9.0.1/24", "203.0.113.1/24", "198.51.100.99/32", "fd09::1/64"))
+		return errors.Join(netlink.LinkAdd(v), netlab.Up("lo"), netlab.Up("eth0", "10.9.0.1/24", "203.0.113.1/24", "198.51.100.99/32", "fd09::1/64"))
 	}))
-	l.must(inNS(l.rest, func() error {
-		return errors.Join(addressed("lan0", "10.9.0.2/24", "203.0.113.2/24", "fd09::2/64"),
-			addressed("lo", "169.254.169.254/32", "198.51.100.7/32", "192.168.77.1/32", "168.63.129.16/32", "2001:db8:7::7/128"))
+	l.must(netlab.In(l.rest, func() error {
+		return errors.Join(netlab.Up("lan0", "10.9.0.2/24", "203.0.113.2/24", "fd09::2/64"),
+			netlab.Up("lo", "169.254.169.254/32", "198.51.100.7/32", "192.168.77.1/32", "168.63.129.16/32", "2001:db8:7::7/128"))
 	}))
-	l.must(inNS(l.machine, func() error { return errors.Join(route("10.9.0.2"), route("fd09::2")) }))
+	l.must(netlab.In(l.machine, func() error { return errors.Join(route("10.9.0.2"), route("fd09::2")) }))
 	for port, ns := range map[string]netns.NsHandle{":53": l.rest, ":80": l.rest, ":8000": l.machine, ":8001": l.machine,
 		// UDP answers from the address that was asked only where it listens on that.
 		"198.51.100.7:81": l.rest, "[2001:db8:7::7]:81": l.rest, "169.254.169.254:81": l.rest} {
 		var stop func()
-		l.must(inNS(ns, func() (err error) { stop, err = serve(port); return err }))
+		l.must(netlab.In(ns, func() (err error) { stop, err = serve(port); return err }))
 		t.Cleanup(stop)
 	}
 	// The first packets to a neighbour of IPv6 may find the link not ready yet.
-	l.must(inNS(l.machine, func() (err error) {
+	l.must(netlab.In(l.machine, func() (err error) {
 		for range 10 {
 			if o := dial(far[2]); o.Reached {
 				return nil
@@ -239,9 +187,9 @@ func (l *lab) filter(dir string, allow ...string) *Filter {
 		c.Allow = append(c.Allow, a)
 	}
 	var f *Filter
-	l.must(inNS(l.machine, func() (err error) { f, err = Open(c); return err }))
+	l.must(netlab.In(l.machine, func() (err error) { f, err = Open(c); return err }))
 	l.t.Cleanup(func() {
-		if err := inNS(l.machine, func() error { return Remove(dir) }); err != nil {
+		if err := netlab.In(l.machine, func() error { return Remove(dir) }); err != nil {
 			l.t.Error(err)
 		}
 		if _, err := os.Stat(f.bases[0].dir); !os.IsNotExist(err) {
@@ -259,7 +207,7 @@ func (l *lab) command(f *Filter, role string, args ...string) *exec.Cmd {
 	cmd.Stderr = os.Stderr
 	if f != nil {
 		var dir *os.File
-		l.must(inNS(l.machine, func() (err error) { dir, err = f.Cgroup("vm-1"); return err }))
+		l.must(netlab.In(l.machine, func() (err error) { dir, err = f.Cgroup("vm-1"); return err }))
 		l.t.Cleanup(func() { dir.Close() })
 		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 	}
@@ -270,7 +218,7 @@ func (l *lab) dial(f *Filter, targets ...string) (out map[string]outcome) {
 	l.t.Helper()
 	cmd := l.command(f, "dial", targets...)
 	var text []byte
-	l.must(inNS(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
+	l.must(netlab.In(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
 	l.must(json.Unmarshal(text, &out))
 	return out
 }
@@ -314,7 +262,7 @@ func TestThreat_K12_GuestReachesTheInternetAndNotTheHost(t *testing.T) {
 	t.Run("a process outside of the cgroup is not touched", func(t *testing.T) { l.reached(nil, append(near, far...)...) })
 	t.Run("refusals are counted", func(t *testing.T) {
 		var n uint64
-		l.must(inNS(l.machine, func() (err error) { _, n, err = f.look(); return err }))
+		l.must(netlab.In(l.machine, func() (err error) { _, n, err = f.look(); return err }))
 		if n < uint64(len(near)) {
 			t.Errorf("%d packets refused", n)
 		}
@@ -325,7 +273,7 @@ func TestThreat_K12_GuestReachesTheInternetAndNotTheHost(t *testing.T) {
 		l.must(err)
 		out, err := server.StdoutPipe()
 		l.must(err)
-		l.must(inNS(l.machine, server.Start))
+		l.must(netlab.In(l.machine, server.Start))
 		defer server.Wait()
 		defer in.Close()
 		if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
@@ -333,7 +281,7 @@ func TestThreat_K12_GuestReachesTheInternetAndNotTheHost(t *testing.T) {
 		}
 		l.reached(nil, "tcp!127.0.0.1:9000", "udp!127.0.0.1:9000", "tcp!10.9.0.1:9000")
 		for _, target := range []string{"tcp!10.9.0.1:9000", "udp!10.9.0.1:9000", "tcp![fd09::1]:9000"} {
-			l.must(inNS(l.rest, func() error {
+			l.must(netlab.In(l.rest, func() error {
 				if o := dial(target); !o.Reached {
 					return fmt.Errorf("%s from the LAN: %s", target, o.Text)
 				}
@@ -341,19 +289,19 @@ func TestThreat_K12_GuestReachesTheInternetAndNotTheHost(t *testing.T) {
 			}))
 		}
 		// The next VMM on the directory, while a VM runs; then a clean end.
-		l.must(inNS(l.machine, f.Close))
+		l.must(netlab.In(l.machine, f.Close))
 		l.refused(f, "tcp!127.0.0.1:8001")
 		next := l.filter(dir, "127.0.0.1:8001/tcp")
 		l.reached(next, "tcp!127.0.0.1:8001")
 		l.refused(next, "tcp!127.0.0.1:8000")
 	})
 	t.Run("with no VM left, nothing is", func(t *testing.T) {
-		l.must(inNS(l.machine, f.Close))
+		l.must(netlab.In(l.machine, f.Close))
 		if _, err := os.Stat(f.bases[0].dir); !os.IsNotExist(err) {
 			t.Error(err)
 		}
 		var n int
-		l.must(inNS(l.machine, func() (err error) { n, _, err = f.look(); return err }))
+		l.must(netlab.In(l.machine, func() (err error) { n, _, err = f.look(); return err }))
 		if n != 0 {
 			t.Errorf("%d rules are left", n)
 		}
@@ -361,9 +309,9 @@ func TestThreat_K12_GuestReachesTheInternetAndNotTheHost(t *testing.T) {
 	t.Run("the cgroup alone does nothing", func(t *testing.T) {
 		f := l.filter(dir)
 		cmd := l.command(f, "dial", "tcp!127.0.0.1:8001")
-		l.must(inNS(l.machine, func() error { return drop(f.table) }))
+		l.must(netlab.In(l.machine, func() error { return drop(f.table) }))
 		var text []byte
-		l.must(inNS(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
+		l.must(netlab.In(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
 		if !strings.Contains(string(text), `"Reached":true`) {
 			t.Errorf("%s", text)
 		}
@@ -376,20 +324,20 @@ func TestThreat_K12_TheFilterStays(t *testing.T) {
 	f := l.filter(dir)
 	refresh := func() {
 		l.t.Helper()
-		l.must(inNS(l.machine, func() error { f.mu.Lock(); defer f.mu.Unlock(); return f.refresh() }))
+		l.must(netlab.In(l.machine, func() error { f.mu.Lock(); defer f.mu.Unlock(); return f.refresh() }))
 	}
 	prober := func() *exec.Cmd { return l.command(f, "dial", "tcp!127.0.0.1:8001", "udp!10.9.0.2:53") }
 	run := func(cmd *exec.Cmd) (host, names bool) {
 		t.Helper()
 		var text []byte
 		var out map[string]outcome
-		l.must(inNS(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
+		l.must(netlab.In(l.machine, func() (err error) { text, err = cmd.Output(); return err }))
 		l.must(json.Unmarshal(text, &out))
 		return out["tcp!127.0.0.1:8001"].Reached, out["udp!10.9.0.2:53"].Reached
 	}
 	t.Run("another program takes the table away", func(t *testing.T) {
 		cmd := prober()
-		l.must(inNS(l.machine, func() error { return drop(f.table) }))
+		l.must(netlab.In(l.machine, func() error { return drop(f.table) }))
 		refresh()
 		if host, _ := run(cmd); host {
 			t.Error("the machine was reached")
@@ -444,7 +392,7 @@ func TestThreat_K12_TheFilterStays(t *testing.T) {
 		other := l.filter(t.TempDir(), "127.0.0.1:8001/tcp")
 		l.reached(other, "tcp!127.0.0.1:8001")
 		l.refused(f, "tcp!127.0.0.1:8001")
-		l.must(inNS(l.machine, other.Close))
+		l.must(netlab.In(l.machine, other.Close))
 		l.refused(f, "tcp!127.0.0.1:8001")
 	})
 	t.Run("a process that was started outside is taken in", func(t *testing.T) {
@@ -452,11 +400,11 @@ func TestThreat_K12_TheFilterStays(t *testing.T) {
 		cmd.Env = append(os.Environ(), roleEnv+"=serve")
 		in, err := cmd.StdinPipe()
 		l.must(err)
-		l.must(inNS(l.machine, cmd.Start))
+		l.must(netlab.In(l.machine, cmd.Start))
 		defer cmd.Wait()
 		defer in.Close()
 		for range 2 { // the second time it is in
-			l.must(inNS(l.machine, func() error { return f.Adopt("vm-3", cmd.Process.Pid) }))
+			l.must(netlab.In(l.machine, func() error { return f.Adopt("vm-3", cmd.Process.Pid) }))
 		}
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
 		if err != nil || !strings.Contains(string(text), "/"+f.name+"/vm-3\n") {
