@@ -108,17 +108,7 @@ func (s *Service) createDNSCredential(ctx context.Context, r *api.CreateDnsCrede
 	if r.CfApiToken != "" {
 		d.Params["api_token"] = r.CfApiToken
 	}
-	var err error
-	if d.TTL, err = within("dns_txt_ttl", r.DnsTxtTtl, defaultTTL); err != nil {
-		return nil, err
-	}
-	if d.Wait, err = within("max_dns_wait", r.MaxDnsWait, defaultWait); err != nil {
-		return nil, err
-	}
-	if err := checkAPI(r.CfApiUrl); err != nil {
-		return nil, err
-	}
-	if err := s.cfg.CheckDNS(d.Provider, d.Params); err != nil {
+	if err := s.timed(&d, r.DnsTxtTtl, r.MaxDnsWait, r.CfApiUrl, defaultTTL, defaultWait); err != nil {
 		return nil, err
 	}
 	suffix := make([]byte, 4)
@@ -135,6 +125,20 @@ func (s *Service) createDNSCredential(ctx context.Context, r *api.CreateDnsCrede
 	return credentialInfo(id, d), nil
 }
 
+// timed sets the times of a credential, in seconds, and checks it as a whole.
+func (s *Service) timed(d *settings.DNS, ttl, wait *uint32, apiURL *string, usualTTL, usualWait uint32) (err error) {
+	if d.TTL, err = within("dns_txt_ttl", ttl, usualTTL); err != nil {
+		return err
+	}
+	if d.Wait, err = within("max_dns_wait", wait, usualWait); err != nil {
+		return err
+	}
+	if err := checkAPI(apiURL); err != nil {
+		return err
+	}
+	return s.cfg.CheckDNS(d.Provider, d.Params)
+}
+
 func (s *Service) updateDNSCredential(ctx context.Context, r *api.UpdateDnsCredentialRequest) (*api.DnsCredentialInfo, error) {
 	d, at, err := s.credential(ctx, r.Id)
 	if err != nil {
@@ -147,17 +151,7 @@ func (s *Service) updateDNSCredential(ctx context.Context, r *api.UpdateDnsCrede
 	if r.CfApiToken != nil && *r.CfApiToken != "" {
 		d.Params["api_token"] = *r.CfApiToken
 	}
-	ttl, wait := uint32(d.TTL/time.Second), uint32(d.Wait/time.Second)
-	if d.TTL, err = within("dns_txt_ttl", r.DnsTxtTtl, ttl); err != nil {
-		return nil, err
-	}
-	if d.Wait, err = within("max_dns_wait", r.MaxDnsWait, wait); err != nil {
-		return nil, err
-	}
-	if err := checkAPI(r.CfApiUrl); err != nil {
-		return nil, err
-	}
-	if err := s.cfg.CheckDNS(d.Provider, d.Params); err != nil {
+	if err := s.timed(&d, r.DnsTxtTtl, r.MaxDnsWait, r.CfApiUrl, uint32(d.TTL/time.Second), uint32(d.Wait/time.Second)); err != nil {
 		return nil, err
 	}
 	d.Updated = s.now()
