@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -36,7 +37,7 @@ type gatewayCmd struct {
 	Policy     gatewayPolicyCmd     `cmd:"" help:"Which ports of an instance the gateways let through."`
 	Cert       gatewayCertCmd       `cmd:"" help:"Certificates of base domains."`
 	CAA        gatewayCAACmd        `cmd:"" name:"caa" help:"CAA records of base domains, and the accounts that they name."`
-	CT         gatewayCTCmd         `cmd:"" name:"ct" help:"Show what the watch of certificate logs found."`
+	CT         gatewayCTCmd         `cmd:"" name:"ct" help:"What the watch of certificate logs found."`
 	Node       gatewayNodeCmd       `cmd:"" help:"Say whether a gateway takes registrations, or where it is reached."`
 	Members    gatewayMembersCmd    `cmd:"" help:"List the members of the gateway's cluster."`
 	Invite     gatewayInviteCmd     `cmd:"" help:"Let one gateway join the cluster within the hour; prints the token that it shows."`
@@ -556,9 +557,29 @@ func (c *gatewayCAARotateCmd) Run(a *app) error {
 	return show(a, &r)
 }
 
-type gatewayCTCmd struct{ adminFlags }
+type gatewayCTCmd struct {
+	Show        gatewayCTShowCmd        `cmd:"" default:"withargs" help:"Show logs and alarms; exits with 1 when there are alarms."`
+	Acknowledge gatewayCTAcknowledgeCmd `cmd:"" help:"End the alarms of an entry of a log, which you have looked into."`
+}
 
-func (c *gatewayCTCmd) Run(a *app) error {
+type gatewayCTAcknowledgeCmd struct {
+	adminFlags
+	Log   string `arg:"" help:"Name of the log, as shown."`
+	Entry uint64 `arg:"" help:"Number of the entry, as shown."`
+}
+
+func (c *gatewayCTAcknowledgeCmd) Run(a *app) error {
+	var r gatewayapi.CtStatusResponse
+	if err := c.ask(a, "CtAcknowledge", &gatewayapi.CtAcknowledgeRequest{Log: c.Log, Index: c.Entry}, &r); err != nil {
+		return err
+	}
+	a.step("acknowledged; %d alarms are left", uint64(len(r.Alarms))+r.Dropped)
+	return show(a, &r)
+}
+
+type gatewayCTShowCmd struct{ adminFlags }
+
+func (c *gatewayCTShowCmd) Run(a *app) error {
 	var r gatewayapi.CtStatusResponse
 	if err := c.ask(a, "CtStatus", nil, &r); err != nil {
 		return err
@@ -568,12 +589,24 @@ func (c *gatewayCTCmd) Run(a *app) error {
 		a.printf("Log        %s, %d entries  %s\n", printable(l.Name), l.Size, printable(l.Error))
 	}
 	for _, x := range r.Alarms {
-		a.printf("%s  %s entry %d: %s has a key that no gateway attested (%s), %s\n", a.paint(red, "Alarm"), printable(x.Log), x.Index, printable(strings.Join(x.Names, ", ")), hex.EncodeToString(x.Key), ago(x.At))
+		what := printable(x.Kind)
+		switch x.Kind {
+		case "certificate":
+			what = fmt.Sprintf("%s has a key that no gateway attested (%s)", printable(strings.Join(x.Names, ", ")), hex.EncodeToString(x.Key))
+		case "unreadable":
+			what = "a certificate with one of our names cannot be read"
+		case "fork":
+			what = "the log signed two trees"
+		}
+		a.printf("%s  %s entry %d: %s, %s\n  %s\n", a.paint(red, "Alarm"), printable(x.Log), x.Index, what, ago(x.At), printable(x.Text))
+	}
+	if r.Dropped > 0 {
+		a.printf("%s  %d more, for which there was no room\n", a.paint(red, "Alarm"), r.Dropped)
 	}
 	if err := show(a, &r); err != nil {
 		return err
 	}
-	if len(r.Alarms) > 0 {
+	if len(r.Alarms) > 0 || r.Dropped > 0 {
 		return exitError(exitFailed)
 	}
 	return nil

@@ -4135,9 +4135,11 @@ func (x *QuarantinedRecord) GetError() string {
 type CtStatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Unix seconds; 0 when no log has been read yet.
-	CheckedAt     uint64     `protobuf:"varint,1,opt,name=checked_at,json=checkedAt,proto3" json:"checked_at,omitempty"`
-	Logs          []*CtLog   `protobuf:"bytes,2,rep,name=logs,proto3" json:"logs,omitempty"`
-	Alarms        []*CtAlarm `protobuf:"bytes,3,rep,name=alarms,proto3" json:"alarms,omitempty"`
+	CheckedAt uint64     `protobuf:"varint,1,opt,name=checked_at,json=checkedAt,proto3" json:"checked_at,omitempty"`
+	Logs      []*CtLog   `protobuf:"bytes,2,rep,name=logs,proto3" json:"logs,omitempty"`
+	Alarms    []*CtAlarm `protobuf:"bytes,3,rep,name=alarms,proto3" json:"alarms,omitempty"`
+	// Alarms for which there was no room.
+	Dropped       uint64 `protobuf:"varint,4,opt,name=dropped,proto3" json:"dropped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4193,6 +4195,65 @@ func (x *CtStatusResponse) GetAlarms() []*CtAlarm {
 	return nil
 }
 
+func (x *CtStatusResponse) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+type CtAcknowledgeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Log           string                 `protobuf:"bytes,1,opt,name=log,proto3" json:"log,omitempty"`
+	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CtAcknowledgeRequest) Reset() {
+	*x = CtAcknowledgeRequest{}
+	mi := &file_gateway_gateway_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CtAcknowledgeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CtAcknowledgeRequest) ProtoMessage() {}
+
+func (x *CtAcknowledgeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_gateway_gateway_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CtAcknowledgeRequest.ProtoReflect.Descriptor instead.
+func (*CtAcknowledgeRequest) Descriptor() ([]byte, []int) {
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *CtAcknowledgeRequest) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+func (x *CtAcknowledgeRequest) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
 type CtLog struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -4204,7 +4265,7 @@ type CtLog struct {
 
 func (x *CtLog) Reset() {
 	*x = CtLog{}
-	mi := &file_gateway_gateway_proto_msgTypes[68]
+	mi := &file_gateway_gateway_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4216,7 +4277,7 @@ func (x *CtLog) String() string {
 func (*CtLog) ProtoMessage() {}
 
 func (x *CtLog) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[68]
+	mi := &file_gateway_gateway_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4229,7 +4290,7 @@ func (x *CtLog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CtLog.ProtoReflect.Descriptor instead.
 func (*CtLog) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{68}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *CtLog) GetName() string {
@@ -4253,22 +4314,26 @@ func (x *CtLog) GetError() string {
 	return ""
 }
 
-// A certificate for one of our names whose key is nobody's that was attested.
 type CtAlarm struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Log   string                 `protobuf:"bytes,1,opt,name=log,proto3" json:"log,omitempty"`
-	Index uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
-	Names []string               `protobuf:"bytes,3,rep,name=names,proto3" json:"names,omitempty"`
+	// Of the entry; of a fork, the size of the tree.
+	Index uint64   `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	Names []string `protobuf:"bytes,3,rep,name=names,proto3" json:"names,omitempty"`
 	// SHA-256 of the DER SubjectPublicKeyInfo.
-	Key           []byte `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`
-	At            uint64 `protobuf:"varint,5,opt,name=at,proto3" json:"at,omitempty"`
+	Key []byte `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`
+	At  uint64 `protobuf:"varint,5,opt,name=at,proto3" json:"at,omitempty"`
+	// certificate: for one of our names, with a key that nobody attested; unreadable: one
+	// with such a name that cannot be parsed; fork: the log signed two trees.
+	Kind          string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
+	Text          string `protobuf:"bytes,7,opt,name=text,proto3" json:"text,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CtAlarm) Reset() {
 	*x = CtAlarm{}
-	mi := &file_gateway_gateway_proto_msgTypes[69]
+	mi := &file_gateway_gateway_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4280,7 +4345,7 @@ func (x *CtAlarm) String() string {
 func (*CtAlarm) ProtoMessage() {}
 
 func (x *CtAlarm) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[69]
+	mi := &file_gateway_gateway_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4293,7 +4358,7 @@ func (x *CtAlarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CtAlarm.ProtoReflect.Descriptor instead.
 func (*CtAlarm) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{69}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *CtAlarm) GetLog() string {
@@ -4331,6 +4396,20 @@ func (x *CtAlarm) GetAt() uint64 {
 	return 0
 }
 
+func (x *CtAlarm) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *CtAlarm) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type ListMembersResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Members []*Member              `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
@@ -4342,7 +4421,7 @@ type ListMembersResponse struct {
 
 func (x *ListMembersResponse) Reset() {
 	*x = ListMembersResponse{}
-	mi := &file_gateway_gateway_proto_msgTypes[70]
+	mi := &file_gateway_gateway_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4354,7 +4433,7 @@ func (x *ListMembersResponse) String() string {
 func (*ListMembersResponse) ProtoMessage() {}
 
 func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[70]
+	mi := &file_gateway_gateway_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4367,7 +4446,7 @@ func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
 func (*ListMembersResponse) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{70}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListMembersResponse) GetMembers() []*Member {
@@ -4398,7 +4477,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_gateway_gateway_proto_msgTypes[71]
+	mi := &file_gateway_gateway_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4410,7 +4489,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[71]
+	mi := &file_gateway_gateway_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4423,7 +4502,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{71}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *Member) GetId() string {
@@ -4481,7 +4560,7 @@ type InviteMemberResponse struct {
 
 func (x *InviteMemberResponse) Reset() {
 	*x = InviteMemberResponse{}
-	mi := &file_gateway_gateway_proto_msgTypes[72]
+	mi := &file_gateway_gateway_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4493,7 +4572,7 @@ func (x *InviteMemberResponse) String() string {
 func (*InviteMemberResponse) ProtoMessage() {}
 
 func (x *InviteMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[72]
+	mi := &file_gateway_gateway_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4506,7 +4585,7 @@ func (x *InviteMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InviteMemberResponse.ProtoReflect.Descriptor instead.
 func (*InviteMemberResponse) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{72}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *InviteMemberResponse) GetToken() string {
@@ -4542,7 +4621,7 @@ type JoinClusterRequest struct {
 
 func (x *JoinClusterRequest) Reset() {
 	*x = JoinClusterRequest{}
-	mi := &file_gateway_gateway_proto_msgTypes[73]
+	mi := &file_gateway_gateway_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4554,7 +4633,7 @@ func (x *JoinClusterRequest) String() string {
 func (*JoinClusterRequest) ProtoMessage() {}
 
 func (x *JoinClusterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[73]
+	mi := &file_gateway_gateway_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4567,7 +4646,7 @@ func (x *JoinClusterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinClusterRequest.ProtoReflect.Descriptor instead.
 func (*JoinClusterRequest) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{73}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *JoinClusterRequest) GetUrl() string {
@@ -4593,7 +4672,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_gateway_gateway_proto_msgTypes[74]
+	mi := &file_gateway_gateway_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4605,7 +4684,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_gateway_gateway_proto_msgTypes[74]
+	mi := &file_gateway_gateway_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4618,7 +4697,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_gateway_gateway_proto_rawDescGZIP(), []int{74}
+	return file_gateway_gateway_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RemoveMemberRequest) GetId() string {
@@ -4986,22 +5065,28 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\x12\x0e\n" +
 	"\x02at\x18\x03 \x01(\x04R\x02at\x12\x12\n" +
 	"\x04code\x18\x04 \x01(\tR\x04code\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\x7f\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x99\x01\n" +
 	"\x10CtStatusResponse\x12\x1d\n" +
 	"\n" +
 	"checked_at\x18\x01 \x01(\x04R\tcheckedAt\x12\"\n" +
 	"\x04logs\x18\x02 \x03(\v2\x0e.gateway.CtLogR\x04logs\x12(\n" +
-	"\x06alarms\x18\x03 \x03(\v2\x10.gateway.CtAlarmR\x06alarms\"E\n" +
+	"\x06alarms\x18\x03 \x03(\v2\x10.gateway.CtAlarmR\x06alarms\x12\x18\n" +
+	"\adropped\x18\x04 \x01(\x04R\adropped\">\n" +
+	"\x14CtAcknowledgeRequest\x12\x10\n" +
+	"\x03log\x18\x01 \x01(\tR\x03log\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"E\n" +
 	"\x05CtLog\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"i\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\x91\x01\n" +
 	"\aCtAlarm\x12\x10\n" +
 	"\x03log\x18\x01 \x01(\tR\x03log\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05names\x18\x03 \x03(\tR\x05names\x12\x10\n" +
 	"\x03key\x18\x04 \x01(\fR\x03key\x12\x0e\n" +
-	"\x02at\x18\x05 \x01(\x04R\x02at\"X\n" +
+	"\x02at\x18\x05 \x01(\x04R\x02at\x12\x12\n" +
+	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04text\x18\a \x01(\tR\x04text\"X\n" +
 	"\x13ListMembersResponse\x12)\n" +
 	"\amembers\x18\x01 \x03(\v2\x0f.gateway.MemberR\amembers\x12\x16\n" +
 	"\x06quorum\x18\x02 \x01(\bR\x06quorum\"\x8e\x01\n" +
@@ -5026,7 +5111,7 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\bAcmeInfo\x12\x16.google.protobuf.Empty\x1a\x19.gateway.AcmeInfoResponse\x125\n" +
 	"\x04Info\x12\x16.google.protobuf.Empty\x1a\x15.gateway.InfoResponse\x12=\n" +
 	"\bGetPeers\x12\x16.google.protobuf.Empty\x1a\x19.gateway.GetPeersResponse\x12Q\n" +
-	"\x0eGetCertificate\x12\x1e.gateway.GetCertificateRequest\x1a\x1f.gateway.GetCertificateResponse2\x93\x19\n" +
+	"\x0eGetCertificate\x12\x1e.gateway.GetCertificateRequest\x1a\x1f.gateway.GetCertificateResponse2\xde\x19\n" +
 	"\x05Admin\x129\n" +
 	"\x06Status\x12\x16.google.protobuf.Empty\x1a\x17.gateway.StatusResponse\x12<\n" +
 	"\aGetInfo\x12\x17.gateway.GetInfoRequest\x1a\x18.gateway.GetInfoResponse\x12;\n" +
@@ -5067,7 +5152,8 @@ const file_gateway_gateway_proto_rawDesc = "" +
 	"\x05Drain\x12\x15.gateway.DrainRequest\x1a\x16.google.protobuf.Empty\x12K\n" +
 	"\fRemoveRoutes\x12\x1c.gateway.RemoveRoutesRequest\x1a\x1d.gateway.RemoveRoutesResponse\x12I\n" +
 	"\x0eListQuarantine\x12\x16.google.protobuf.Empty\x1a\x1f.gateway.ListQuarantineResponse\x12=\n" +
-	"\bCtStatus\x12\x16.google.protobuf.Empty\x1a\x19.gateway.CtStatusResponse\x12C\n" +
+	"\bCtStatus\x12\x16.google.protobuf.Empty\x1a\x19.gateway.CtStatusResponse\x12I\n" +
+	"\rCtAcknowledge\x12\x1d.gateway.CtAcknowledgeRequest\x1a\x19.gateway.CtStatusResponse\x12C\n" +
 	"\vListMembers\x12\x16.google.protobuf.Empty\x1a\x1c.gateway.ListMembersResponse\x12E\n" +
 	"\fInviteMember\x12\x16.google.protobuf.Empty\x1a\x1d.gateway.InviteMemberResponse\x12H\n" +
 	"\vJoinCluster\x12\x1b.gateway.JoinClusterRequest\x1a\x1c.gateway.ListMembersResponse\x12J\n" +
@@ -5085,7 +5171,7 @@ func file_gateway_gateway_proto_rawDescGZIP() []byte {
 	return file_gateway_gateway_proto_rawDescData
 }
 
-var file_gateway_gateway_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
+var file_gateway_gateway_proto_msgTypes = make([]protoimpl.MessageInfo, 79)
 var file_gateway_gateway_proto_goTypes = []any{
 	(*RegisterCvmRequest)(nil),              // 0: gateway.RegisterCvmRequest
 	(*PortPolicy)(nil),                      // 1: gateway.PortPolicy
@@ -5155,17 +5241,18 @@ var file_gateway_gateway_proto_goTypes = []any{
 	(*ListQuarantineResponse)(nil),          // 65: gateway.ListQuarantineResponse
 	(*QuarantinedRecord)(nil),               // 66: gateway.QuarantinedRecord
 	(*CtStatusResponse)(nil),                // 67: gateway.CtStatusResponse
-	(*CtLog)(nil),                           // 68: gateway.CtLog
-	(*CtAlarm)(nil),                         // 69: gateway.CtAlarm
-	(*ListMembersResponse)(nil),             // 70: gateway.ListMembersResponse
-	(*Member)(nil),                          // 71: gateway.Member
-	(*InviteMemberResponse)(nil),            // 72: gateway.InviteMemberResponse
-	(*JoinClusterRequest)(nil),              // 73: gateway.JoinClusterRequest
-	(*RemoveMemberRequest)(nil),             // 74: gateway.RemoveMemberRequest
-	nil,                                     // 75: gateway.GlobalConnectionsStats.NodeConnectionsEntry
-	nil,                                     // 76: gateway.CreateDnsCredentialRequest.SettingsEntry
-	nil,                                     // 77: gateway.UpdateDnsCredentialRequest.SettingsEntry
-	(*emptypb.Empty)(nil),                   // 78: google.protobuf.Empty
+	(*CtAcknowledgeRequest)(nil),            // 68: gateway.CtAcknowledgeRequest
+	(*CtLog)(nil),                           // 69: gateway.CtLog
+	(*CtAlarm)(nil),                         // 70: gateway.CtAlarm
+	(*ListMembersResponse)(nil),             // 71: gateway.ListMembersResponse
+	(*Member)(nil),                          // 72: gateway.Member
+	(*InviteMemberResponse)(nil),            // 73: gateway.InviteMemberResponse
+	(*JoinClusterRequest)(nil),              // 74: gateway.JoinClusterRequest
+	(*RemoveMemberRequest)(nil),             // 75: gateway.RemoveMemberRequest
+	nil,                                     // 76: gateway.GlobalConnectionsStats.NodeConnectionsEntry
+	nil,                                     // 77: gateway.CreateDnsCredentialRequest.SettingsEntry
+	nil,                                     // 78: gateway.UpdateDnsCredentialRequest.SettingsEntry
+	(*emptypb.Empty)(nil),                   // 79: google.protobuf.Empty
 }
 var file_gateway_gateway_proto_depIdxs = []int32{
 	1,  // 0: gateway.RegisterCvmRequest.port_policy:type_name -> gateway.PortPolicy
@@ -5185,11 +5272,11 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	28, // 14: gateway.StoreSyncStatus.peers:type_name -> gateway.PeerSyncStatus
 	29, // 15: gateway.PeerSyncStatus.last_seen:type_name -> gateway.LastSeenEntry
 	32, // 16: gateway.GetInstanceHandshakesResponse.handshakes:type_name -> gateway.HandshakeEntry
-	75, // 17: gateway.GlobalConnectionsStats.node_connections:type_name -> gateway.GlobalConnectionsStats.NodeConnectionsEntry
+	76, // 17: gateway.GlobalConnectionsStats.node_connections:type_name -> gateway.GlobalConnectionsStats.NodeConnectionsEntry
 	35, // 18: gateway.GetNodeStatusesResponse.statuses:type_name -> gateway.NodeStatusEntry
 	36, // 19: gateway.ListDnsCredentialsResponse.credentials:type_name -> gateway.DnsCredentialInfo
-	76, // 20: gateway.CreateDnsCredentialRequest.settings:type_name -> gateway.CreateDnsCredentialRequest.SettingsEntry
-	77, // 21: gateway.UpdateDnsCredentialRequest.settings:type_name -> gateway.UpdateDnsCredentialRequest.SettingsEntry
+	77, // 20: gateway.CreateDnsCredentialRequest.settings:type_name -> gateway.CreateDnsCredentialRequest.SettingsEntry
+	78, // 21: gateway.UpdateDnsCredentialRequest.settings:type_name -> gateway.UpdateDnsCredentialRequest.SettingsEntry
 	36, // 22: gateway.GetDefaultDnsCredentialResponse.credential:type_name -> gateway.DnsCredentialInfo
 	44, // 23: gateway.ZtDomainInfo.config:type_name -> gateway.ZtDomainConfig
 	46, // 24: gateway.ZtDomainInfo.cert_status:type_name -> gateway.ZtDomainCertStatus
@@ -5201,36 +5288,36 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	1,  // 30: gateway.GetInstancePortPolicyResponse.instance_reported:type_name -> gateway.PortPolicy
 	1,  // 31: gateway.GetInstancePortPolicyResponse.admin_override:type_name -> gateway.PortPolicy
 	66, // 32: gateway.ListQuarantineResponse.records:type_name -> gateway.QuarantinedRecord
-	68, // 33: gateway.CtStatusResponse.logs:type_name -> gateway.CtLog
-	69, // 34: gateway.CtStatusResponse.alarms:type_name -> gateway.CtAlarm
-	71, // 35: gateway.ListMembersResponse.members:type_name -> gateway.Member
+	69, // 33: gateway.CtStatusResponse.logs:type_name -> gateway.CtLog
+	70, // 34: gateway.CtStatusResponse.alarms:type_name -> gateway.CtAlarm
+	72, // 35: gateway.ListMembersResponse.members:type_name -> gateway.Member
 	0,  // 36: gateway.Gateway.RegisterCvm:input_type -> gateway.RegisterCvmRequest
-	78, // 37: gateway.Gateway.AcmeInfo:input_type -> google.protobuf.Empty
-	78, // 38: gateway.Gateway.Info:input_type -> google.protobuf.Empty
-	78, // 39: gateway.Gateway.GetPeers:input_type -> google.protobuf.Empty
+	79, // 37: gateway.Gateway.AcmeInfo:input_type -> google.protobuf.Empty
+	79, // 38: gateway.Gateway.Info:input_type -> google.protobuf.Empty
+	79, // 39: gateway.Gateway.GetPeers:input_type -> google.protobuf.Empty
 	13, // 40: gateway.Gateway.GetCertificate:input_type -> gateway.GetCertificateRequest
-	78, // 41: gateway.Admin.Status:input_type -> google.protobuf.Empty
+	79, // 41: gateway.Admin.Status:input_type -> google.protobuf.Empty
 	18, // 42: gateway.Admin.GetInfo:input_type -> gateway.GetInfoRequest
-	78, // 43: gateway.Admin.GetMeta:input_type -> google.protobuf.Empty
+	79, // 43: gateway.Admin.GetMeta:input_type -> google.protobuf.Empty
 	21, // 44: gateway.Admin.Exit:input_type -> gateway.ExitRequest
-	78, // 45: gateway.Admin.RenewCert:input_type -> google.protobuf.Empty
-	78, // 46: gateway.Admin.ReloadCert:input_type -> google.protobuf.Empty
-	78, // 47: gateway.Admin.SetCaa:input_type -> google.protobuf.Empty
-	78, // 48: gateway.Admin.RotateAcmeCredentials:input_type -> google.protobuf.Empty
+	79, // 45: gateway.Admin.RenewCert:input_type -> google.protobuf.Empty
+	79, // 46: gateway.Admin.ReloadCert:input_type -> google.protobuf.Empty
+	79, // 47: gateway.Admin.SetCaa:input_type -> google.protobuf.Empty
+	79, // 48: gateway.Admin.RotateAcmeCredentials:input_type -> google.protobuf.Empty
 	24, // 49: gateway.Admin.SetNodeUrl:input_type -> gateway.SetNodeUrlRequest
 	25, // 50: gateway.Admin.SetNodeStatus:input_type -> gateway.SetNodeStatusRequest
-	78, // 51: gateway.Admin.WaveKvStatus:input_type -> google.protobuf.Empty
+	79, // 51: gateway.Admin.WaveKvStatus:input_type -> google.protobuf.Empty
 	30, // 52: gateway.Admin.GetInstanceHandshakes:input_type -> gateway.GetInstanceHandshakesRequest
-	78, // 53: gateway.Admin.GetGlobalConnections:input_type -> google.protobuf.Empty
-	78, // 54: gateway.Admin.GetNodeStatuses:input_type -> google.protobuf.Empty
-	78, // 55: gateway.Admin.ListDnsCredentials:input_type -> google.protobuf.Empty
+	79, // 53: gateway.Admin.GetGlobalConnections:input_type -> google.protobuf.Empty
+	79, // 54: gateway.Admin.GetNodeStatuses:input_type -> google.protobuf.Empty
+	79, // 55: gateway.Admin.ListDnsCredentials:input_type -> google.protobuf.Empty
 	38, // 56: gateway.Admin.GetDnsCredential:input_type -> gateway.GetDnsCredentialRequest
 	39, // 57: gateway.Admin.CreateDnsCredential:input_type -> gateway.CreateDnsCredentialRequest
 	40, // 58: gateway.Admin.UpdateDnsCredential:input_type -> gateway.UpdateDnsCredentialRequest
 	41, // 59: gateway.Admin.DeleteDnsCredential:input_type -> gateway.DeleteDnsCredentialRequest
-	78, // 60: gateway.Admin.GetDefaultDnsCredential:input_type -> google.protobuf.Empty
+	79, // 60: gateway.Admin.GetDefaultDnsCredential:input_type -> google.protobuf.Empty
 	43, // 61: gateway.Admin.SetDefaultDnsCredential:input_type -> gateway.SetDefaultDnsCredentialRequest
-	78, // 62: gateway.Admin.ListZtDomains:input_type -> google.protobuf.Empty
+	79, // 62: gateway.Admin.ListZtDomains:input_type -> google.protobuf.Empty
 	48, // 63: gateway.Admin.GetZtDomain:input_type -> gateway.GetZtDomainRequest
 	44, // 64: gateway.Admin.AddZtDomain:input_type -> gateway.ZtDomainConfig
 	44, // 65: gateway.Admin.UpdateZtDomain:input_type -> gateway.ZtDomainConfig
@@ -5238,68 +5325,70 @@ var file_gateway_gateway_proto_depIdxs = []int32{
 	50, // 67: gateway.Admin.RenewZtDomainCert:input_type -> gateway.RenewZtDomainCertRequest
 	52, // 68: gateway.Admin.ForceReleaseCertLock:input_type -> gateway.ForceReleaseCertLockRequest
 	53, // 69: gateway.Admin.ListCertAttestations:input_type -> gateway.ListCertAttestationsRequest
-	78, // 70: gateway.Admin.GetCertbotConfig:input_type -> google.protobuf.Empty
+	79, // 70: gateway.Admin.GetCertbotConfig:input_type -> google.protobuf.Empty
 	57, // 71: gateway.Admin.SetCertbotConfig:input_type -> gateway.SetCertbotConfigRequest
 	58, // 72: gateway.Admin.SetInstancePortPolicy:input_type -> gateway.SetInstancePortPolicyRequest
 	59, // 73: gateway.Admin.ClearInstancePortPolicy:input_type -> gateway.ClearInstancePortPolicyRequest
 	60, // 74: gateway.Admin.GetInstancePortPolicy:input_type -> gateway.GetInstancePortPolicyRequest
 	62, // 75: gateway.Admin.Drain:input_type -> gateway.DrainRequest
 	63, // 76: gateway.Admin.RemoveRoutes:input_type -> gateway.RemoveRoutesRequest
-	78, // 77: gateway.Admin.ListQuarantine:input_type -> google.protobuf.Empty
-	78, // 78: gateway.Admin.CtStatus:input_type -> google.protobuf.Empty
-	78, // 79: gateway.Admin.ListMembers:input_type -> google.protobuf.Empty
-	78, // 80: gateway.Admin.InviteMember:input_type -> google.protobuf.Empty
-	73, // 81: gateway.Admin.JoinCluster:input_type -> gateway.JoinClusterRequest
-	74, // 82: gateway.Admin.RemoveMember:input_type -> gateway.RemoveMemberRequest
-	3,  // 83: gateway.Gateway.RegisterCvm:output_type -> gateway.RegisterCvmResponse
-	8,  // 84: gateway.Gateway.AcmeInfo:output_type -> gateway.AcmeInfoResponse
-	10, // 85: gateway.Gateway.Info:output_type -> gateway.InfoResponse
-	11, // 86: gateway.Gateway.GetPeers:output_type -> gateway.GetPeersResponse
-	14, // 87: gateway.Gateway.GetCertificate:output_type -> gateway.GetCertificateResponse
-	15, // 88: gateway.Admin.Status:output_type -> gateway.StatusResponse
-	19, // 89: gateway.Admin.GetInfo:output_type -> gateway.GetInfoResponse
-	20, // 90: gateway.Admin.GetMeta:output_type -> gateway.GetMetaResponse
-	78, // 91: gateway.Admin.Exit:output_type -> google.protobuf.Empty
-	22, // 92: gateway.Admin.RenewCert:output_type -> gateway.RenewCertResponse
-	78, // 93: gateway.Admin.ReloadCert:output_type -> google.protobuf.Empty
-	78, // 94: gateway.Admin.SetCaa:output_type -> google.protobuf.Empty
-	23, // 95: gateway.Admin.RotateAcmeCredentials:output_type -> gateway.RotateAcmeCredentialsResponse
-	78, // 96: gateway.Admin.SetNodeUrl:output_type -> google.protobuf.Empty
-	78, // 97: gateway.Admin.SetNodeStatus:output_type -> google.protobuf.Empty
-	26, // 98: gateway.Admin.WaveKvStatus:output_type -> gateway.WaveKvStatusResponse
-	31, // 99: gateway.Admin.GetInstanceHandshakes:output_type -> gateway.GetInstanceHandshakesResponse
-	33, // 100: gateway.Admin.GetGlobalConnections:output_type -> gateway.GlobalConnectionsStats
-	34, // 101: gateway.Admin.GetNodeStatuses:output_type -> gateway.GetNodeStatusesResponse
-	37, // 102: gateway.Admin.ListDnsCredentials:output_type -> gateway.ListDnsCredentialsResponse
-	36, // 103: gateway.Admin.GetDnsCredential:output_type -> gateway.DnsCredentialInfo
-	36, // 104: gateway.Admin.CreateDnsCredential:output_type -> gateway.DnsCredentialInfo
-	36, // 105: gateway.Admin.UpdateDnsCredential:output_type -> gateway.DnsCredentialInfo
-	78, // 106: gateway.Admin.DeleteDnsCredential:output_type -> google.protobuf.Empty
-	42, // 107: gateway.Admin.GetDefaultDnsCredential:output_type -> gateway.GetDefaultDnsCredentialResponse
-	78, // 108: gateway.Admin.SetDefaultDnsCredential:output_type -> google.protobuf.Empty
-	47, // 109: gateway.Admin.ListZtDomains:output_type -> gateway.ListZtDomainsResponse
-	45, // 110: gateway.Admin.GetZtDomain:output_type -> gateway.ZtDomainInfo
-	45, // 111: gateway.Admin.AddZtDomain:output_type -> gateway.ZtDomainInfo
-	45, // 112: gateway.Admin.UpdateZtDomain:output_type -> gateway.ZtDomainInfo
-	78, // 113: gateway.Admin.DeleteZtDomain:output_type -> google.protobuf.Empty
-	51, // 114: gateway.Admin.RenewZtDomainCert:output_type -> gateway.RenewZtDomainCertResponse
-	78, // 115: gateway.Admin.ForceReleaseCertLock:output_type -> google.protobuf.Empty
-	54, // 116: gateway.Admin.ListCertAttestations:output_type -> gateway.ListCertAttestationsResponse
-	56, // 117: gateway.Admin.GetCertbotConfig:output_type -> gateway.CertbotConfigResponse
-	78, // 118: gateway.Admin.SetCertbotConfig:output_type -> google.protobuf.Empty
-	78, // 119: gateway.Admin.SetInstancePortPolicy:output_type -> google.protobuf.Empty
-	78, // 120: gateway.Admin.ClearInstancePortPolicy:output_type -> google.protobuf.Empty
-	61, // 121: gateway.Admin.GetInstancePortPolicy:output_type -> gateway.GetInstancePortPolicyResponse
-	78, // 122: gateway.Admin.Drain:output_type -> google.protobuf.Empty
-	64, // 123: gateway.Admin.RemoveRoutes:output_type -> gateway.RemoveRoutesResponse
-	65, // 124: gateway.Admin.ListQuarantine:output_type -> gateway.ListQuarantineResponse
-	67, // 125: gateway.Admin.CtStatus:output_type -> gateway.CtStatusResponse
-	70, // 126: gateway.Admin.ListMembers:output_type -> gateway.ListMembersResponse
-	72, // 127: gateway.Admin.InviteMember:output_type -> gateway.InviteMemberResponse
-	70, // 128: gateway.Admin.JoinCluster:output_type -> gateway.ListMembersResponse
-	70, // 129: gateway.Admin.RemoveMember:output_type -> gateway.ListMembersResponse
-	83, // [83:130] is the sub-list for method output_type
-	36, // [36:83] is the sub-list for method input_type
+	79, // 77: gateway.Admin.ListQuarantine:input_type -> google.protobuf.Empty
+	79, // 78: gateway.Admin.CtStatus:input_type -> google.protobuf.Empty
+	68, // 79: gateway.Admin.CtAcknowledge:input_type -> gateway.CtAcknowledgeRequest
+	79, // 80: gateway.Admin.ListMembers:input_type -> google.protobuf.Empty
+	79, // 81: gateway.Admin.InviteMember:input_type -> google.protobuf.Empty
+	74, // 82: gateway.Admin.JoinCluster:input_type -> gateway.JoinClusterRequest
+	75, // 83: gateway.Admin.RemoveMember:input_type -> gateway.RemoveMemberRequest
+	3,  // 84: gateway.Gateway.RegisterCvm:output_type -> gateway.RegisterCvmResponse
+	8,  // 85: gateway.Gateway.AcmeInfo:output_type -> gateway.AcmeInfoResponse
+	10, // 86: gateway.Gateway.Info:output_type -> gateway.InfoResponse
+	11, // 87: gateway.Gateway.GetPeers:output_type -> gateway.GetPeersResponse
+	14, // 88: gateway.Gateway.GetCertificate:output_type -> gateway.GetCertificateResponse
+	15, // 89: gateway.Admin.Status:output_type -> gateway.StatusResponse
+	19, // 90: gateway.Admin.GetInfo:output_type -> gateway.GetInfoResponse
+	20, // 91: gateway.Admin.GetMeta:output_type -> gateway.GetMetaResponse
+	79, // 92: gateway.Admin.Exit:output_type -> google.protobuf.Empty
+	22, // 93: gateway.Admin.RenewCert:output_type -> gateway.RenewCertResponse
+	79, // 94: gateway.Admin.ReloadCert:output_type -> google.protobuf.Empty
+	79, // 95: gateway.Admin.SetCaa:output_type -> google.protobuf.Empty
+	23, // 96: gateway.Admin.RotateAcmeCredentials:output_type -> gateway.RotateAcmeCredentialsResponse
+	79, // 97: gateway.Admin.SetNodeUrl:output_type -> google.protobuf.Empty
+	79, // 98: gateway.Admin.SetNodeStatus:output_type -> google.protobuf.Empty
+	26, // 99: gateway.Admin.WaveKvStatus:output_type -> gateway.WaveKvStatusResponse
+	31, // 100: gateway.Admin.GetInstanceHandshakes:output_type -> gateway.GetInstanceHandshakesResponse
+	33, // 101: gateway.Admin.GetGlobalConnections:output_type -> gateway.GlobalConnectionsStats
+	34, // 102: gateway.Admin.GetNodeStatuses:output_type -> gateway.GetNodeStatusesResponse
+	37, // 103: gateway.Admin.ListDnsCredentials:output_type -> gateway.ListDnsCredentialsResponse
+	36, // 104: gateway.Admin.GetDnsCredential:output_type -> gateway.DnsCredentialInfo
+	36, // 105: gateway.Admin.CreateDnsCredential:output_type -> gateway.DnsCredentialInfo
+	36, // 106: gateway.Admin.UpdateDnsCredential:output_type -> gateway.DnsCredentialInfo
+	79, // 107: gateway.Admin.DeleteDnsCredential:output_type -> google.protobuf.Empty
+	42, // 108: gateway.Admin.GetDefaultDnsCredential:output_type -> gateway.GetDefaultDnsCredentialResponse
+	79, // 109: gateway.Admin.SetDefaultDnsCredential:output_type -> google.protobuf.Empty
+	47, // 110: gateway.Admin.ListZtDomains:output_type -> gateway.ListZtDomainsResponse
+	45, // 111: gateway.Admin.GetZtDomain:output_type -> gateway.ZtDomainInfo
+	45, // 112: gateway.Admin.AddZtDomain:output_type -> gateway.ZtDomainInfo
+	45, // 113: gateway.Admin.UpdateZtDomain:output_type -> gateway.ZtDomainInfo
+	79, // 114: gateway.Admin.DeleteZtDomain:output_type -> google.protobuf.Empty
+	51, // 115: gateway.Admin.RenewZtDomainCert:output_type -> gateway.RenewZtDomainCertResponse
+	79, // 116: gateway.Admin.ForceReleaseCertLock:output_type -> google.protobuf.Empty
+	54, // 117: gateway.Admin.ListCertAttestations:output_type -> gateway.ListCertAttestationsResponse
+	56, // 118: gateway.Admin.GetCertbotConfig:output_type -> gateway.CertbotConfigResponse
+	79, // 119: gateway.Admin.SetCertbotConfig:output_type -> google.protobuf.Empty
+	79, // 120: gateway.Admin.SetInstancePortPolicy:output_type -> google.protobuf.Empty
+	79, // 121: gateway.Admin.ClearInstancePortPolicy:output_type -> google.protobuf.Empty
+	61, // 122: gateway.Admin.GetInstancePortPolicy:output_type -> gateway.GetInstancePortPolicyResponse
+	79, // 123: gateway.Admin.Drain:output_type -> google.protobuf.Empty
+	64, // 124: gateway.Admin.RemoveRoutes:output_type -> gateway.RemoveRoutesResponse
+	65, // 125: gateway.Admin.ListQuarantine:output_type -> gateway.ListQuarantineResponse
+	67, // 126: gateway.Admin.CtStatus:output_type -> gateway.CtStatusResponse
+	67, // 127: gateway.Admin.CtAcknowledge:output_type -> gateway.CtStatusResponse
+	71, // 128: gateway.Admin.ListMembers:output_type -> gateway.ListMembersResponse
+	73, // 129: gateway.Admin.InviteMember:output_type -> gateway.InviteMemberResponse
+	71, // 130: gateway.Admin.JoinCluster:output_type -> gateway.ListMembersResponse
+	71, // 131: gateway.Admin.RemoveMember:output_type -> gateway.ListMembersResponse
+	84, // [84:132] is the sub-list for method output_type
+	36, // [36:84] is the sub-list for method input_type
 	36, // [36:36] is the sub-list for extension type_name
 	36, // [36:36] is the sub-list for extension extendee
 	0,  // [0:36] is the sub-list for field type_name
@@ -5327,7 +5416,7 @@ func file_gateway_gateway_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_gateway_gateway_proto_rawDesc), len(file_gateway_gateway_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   78,
+			NumMessages:   79,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -115,8 +115,8 @@ type Config struct {
 	Certificates Certificates
 	Accounts     Accounts
 	Cluster      Cluster
-	// CtStatus tells what the watch of certificate logs found.
-	CtStatus func() *api.CtStatusResponse
+	// CT is the watch of certificate logs; nil: there is none.
+	CT Watch
 	Public   Public
 	// Applied is called after routes were ended here, so that the tunnel follows.
 	Applied func()
@@ -137,6 +137,14 @@ type Config struct {
 	Version string
 	Now     func() time.Time
 	Log     *slog.Logger
+}
+
+// Watch is the watch of certificate logs (package gateway/ctwatch).
+type Watch interface {
+	// Response is what it found.
+	Response() *api.CtStatusResponse
+	// Acknowledge ends the alarms of an entry of a log.
+	Acknowledge(log string, index uint64) error
 }
 
 // Service answers administrators. Make it with New.
@@ -194,6 +202,7 @@ func (s *Service) methods() (all []prpc.Method, changes map[string]bool) {
 		prpc.Unary("ListMembers", s.listMembers),
 	}
 	change(prpc.Unary("Exit", s.exit))
+	change(prpc.Unary("CtAcknowledge", s.ctAcknowledge))
 	change(prpc.Unary("RenewCert", s.renewCert))
 	change(prpc.Unary("ReloadCert", s.reloadCert))
 	change(prpc.Unary("SetCaa", s.setCAA))

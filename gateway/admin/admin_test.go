@@ -272,7 +272,7 @@ func TestWhatIsNotConfiguredSaysSo(t *testing.T) {
 	for method, body := range map[string]string{
 		"Exit": "{}", "RenewCert": "", "ReloadCert": "", "SetCaa": "", "RotateAcmeCredentials": "", "RenewZtDomainCert": `{"domain":"fixed.example"}`,
 		"ForceReleaseCertLock": `{"domain":"fixed.example"}`, "ListCertAttestations": `{"domain":"fixed.example"}`, "SetCertbotConfig": `{"renew_interval_secs":60}`,
-		"Drain": `{"on":true}`, "CtStatus": "", "ListMembers": "", "InviteMember": "", "JoinCluster": `{"url":"x.example:1","token":"t"}`, "RemoveMember": `{"id":"x"}`,
+		"Drain": `{"on":true}`, "CtStatus": "", "CtAcknowledge": `{"log":"x","index":1}`, "ListMembers": "", "InviteMember": "", "JoinCluster": `{"url":"x.example:1","token":"t"}`, "RemoveMember": `{"id":"x"}`,
 	} {
 		doc, code := w.call(method, body)
 		if fix, _ := doc["fix"].(string); code != "admin_unavailable" || fix == "" {

@@ -532,10 +532,29 @@ func (s *Service) rotateAcmeCredentials(ctx context.Context, _ *empty) (*api.Rot
 }
 
 func (s *Service) ctStatus(context.Context, *empty) (*api.CtStatusResponse, error) {
-	if s.cfg.CtStatus == nil {
+	w, err := s.watch()
+	if err != nil {
+		return nil, err
+	}
+	return w.Response(), nil
+}
+
+func (s *Service) ctAcknowledge(_ context.Context, r *api.CtAcknowledgeRequest) (*api.CtStatusResponse, error) {
+	w, err := s.watch()
+	if err == nil {
+		err = w.Acknowledge(r.Log, r.Index)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w.Response(), nil
+}
+
+func (s *Service) watch() (Watch, error) {
+	if s.cfg.CT == nil {
 		return nil, unavailable("this gateway watches no certificate logs", "set core.ct.logs")
 	}
-	return s.cfg.CtStatus(), nil
+	return s.cfg.CT, nil
 }
 
 func (s *Service) getCertbotConfig(ctx context.Context, _ *empty) (*api.CertbotConfigResponse, error) {

@@ -17,7 +17,7 @@ func (w *Watcher) Response() *api.CtStatusResponse {
 		}
 		return uint64(t.Unix())
 	}
-	out := &api.CtStatusResponse{CheckedAt: unix(s.Checked)}
+	out := &api.CtStatusResponse{CheckedAt: unix(s.Checked), Dropped: uint64(s.Dropped)}
 	for _, l := range s.Logs {
 		text := ""
 		if l.Err != nil {
@@ -26,7 +26,7 @@ func (w *Watcher) Response() *api.CtStatusResponse {
 		out.Logs = append(out.Logs, &api.CtLog{Name: l.Name, Size: l.Read, Error: text})
 	}
 	for _, a := range s.Alarms {
-		out.Alarms = append(out.Alarms, &api.CtAlarm{Log: a.Log, Index: a.Index, Names: a.Names, Key: a.Key, At: unix(a.At)})
+		out.Alarms = append(out.Alarms, &api.CtAlarm{Log: a.Log, Index: a.Index, Names: a.Names, Key: a.Key, At: unix(a.At), Kind: a.Kind, Text: a.Text})
 	}
 	return out
 }

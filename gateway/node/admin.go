@@ -123,8 +123,8 @@ func (n *Node) administer(agreed *cluster.Cluster, l *live, proxy *gate, tunnel 
 			return err
 		},
 		Directories: list(n.cfg.Core.ACME.Directories), Cluster: membership{agreed}, Public: proxy, Applied: applied,
-		Exit:     a.exit,
-		CtStatus: watch.logs, Unready: watch.metrics.Unready, Pages: watch.pages,
+		Exit: a.exit,
+		CT:   watch.logs, Unready: watch.metrics.Unready, Pages: watch.pages,
 		Guard: guard, Trust: trust, Tunnel: tunnel, Version: n.Version, Log: n.log,
 	}
 	if l.manager != nil {

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"strconv"
 
-	api "github.com/dstack-go/dstack/api/gateway"
 	"github.com/dstack-go/dstack/gateway"
 	"github.com/dstack-go/dstack/gateway/admin"
 	"github.com/dstack-go/dstack/gateway/cluster"
@@ -20,8 +19,8 @@ import (
 // watching is what administrators see of a run beside their calls.
 type watching struct {
 	metrics *metrics.Metrics
-	pages   http.Handler                 // the page, metrics, health and profiles
-	logs    func() *api.CtStatusResponse // nil: no certificate log is watched
+	pages   http.Handler // the page, metrics, health and profiles
+	logs    admin.Watch  // nil: no certificate log is watched
 }
 
 // watching makes it of the parts of a run; w may be nil.
@@ -49,7 +48,7 @@ func (n *Node) watching(agreed *cluster.Cluster, apps *gate, tn *tunnel.Tunnel, 
 	}
 	var out watching
 	if w != nil {
-		out.logs = w.Response
+		out.logs = w
 		cfg.Logs = func() metrics.Logs {
 			s := w.Status()
 			l := metrics.Logs{Alarms: len(s.Alarms) + s.Dropped, Checked: s.Checked}

@@ -133,7 +133,7 @@ func TestHostileTextIsTextOnThePage(t *testing.T) {
 		"ListZtDomains":  object{"domains": []any{nil, object{"config": object{"domain": evil("domain"), "port": evil("port")}, "cert_status": object{"has_cert": true, "not_after": now + 86400, "error": evil("error")}}, object{}}},
 		"ListMembers":    object{"quorum": false, "members": []any{object{"name": evil("member"), "url": evil("url"), "leader": true}}},
 		"ListQuarantine": object{"total": 1, "records": []any{object{"source": evil("source"), "at": now, "code": evil("code"), "error": evil("why"), "digest": strings.Repeat("A", 100000)}}},
-		"CtStatus":       object{"checked_at": now, "logs": []any{object{"name": evil("log"), "size": 5, "error": evil("logerror")}}, "alarms": []any{object{"log": evil("log"), "index": 1, "names": []string{evil("name")}, "key": evil("key"), "at": now}}},
+		"CtStatus":       object{"checked_at": now, "logs": []any{object{"name": evil("log"), "size": 5, "error": evil("logerror")}}, "alarms": []any{object{"log": evil("log"), "index": 1, "names": []string{evil("name")}, "key": evil("key"), "at": now, "kind": evil("kind"), "text": evil("text")}}},
 	}
 	mux := http.NewServeMux()
 	Register(mux)
@@ -187,9 +187,8 @@ func TestHostileTextIsTextOnThePage(t *testing.T) {
 	t.Run("the browser keeps script and markup out", func(t *testing.T) {
 		b.T = t
 		var tried struct {
-			Ran, Styled     bool
+			Ran, Fetched    bool
 			Thrown, Blocked []string
-			Framed, Fetched bool
 		}
 		b.Script(`
 			const thrown = [];

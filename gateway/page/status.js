@@ -224,12 +224,13 @@ const views = {
   ct: ["CtStatus", (c) => {
     const out = [];
     const alarms = list(c.alarms);
+    const dropped = seconds(c.dropped);
     if (alarms.length) {
-      out.push(table("Certificates for our names whose keys nobody attested", [col("Names"), col("Key (SHA-256)"), col("Log"), num("Entry"), col("Found")],
-        alarms.map((a) => [said(list(a.names).join(" "), "bad"), said(a.key, "id"), said(a.log), said(a.index), when(a.at, "–")])));
+      out.push(table("Alarms: certificates for our names whose keys nobody attested or that cannot be read, and logs that signed two trees", [col("What"), col("Names"), col("Key (SHA-256)"), col("Log"), num("Entry"), col("Found"), col("More")],
+        alarms.map((a) => [said(a.kind, "bad"), said(list(a.names).join(" "), "bad"), said(a.key, "id"), said(a.log), said(a.index), when(a.at, "–"), said(a.text)])));
     }
-    out.push(el("p", alarms.length ? "bad" : seconds(c.checked_at) ? "good" : "soft",
-      alarms.length ? "Alarm." : seconds(c.checked_at) ? "No certificate of a key that nobody attested." : "No log has been read yet."));
+    out.push(el("p", alarms.length + dropped ? "bad" : seconds(c.checked_at) ? "good" : "soft",
+      alarms.length + dropped ? "Alarm" + (dropped ? ", and " + dropped + " more for which there was no room." : ".") : seconds(c.checked_at) ? "No certificate of a key that nobody attested." : "No log has been read yet."));
     out.push(facts(["Last read", when(c.checked_at, "never")]));
     if (list(c.logs).length) {
       out.push(table("Logs", [col("Log"), num("Entries"), col("State")], list(c.logs).map((l) => [
@@ -247,8 +248,9 @@ const views = {
 function alarmTexts() {
   const out = [];
   const ct = answers.CtStatus;
-  if (ct && !(ct instanceof Failure) && list(ct.alarms).length) {
-    out.push(["alarm", "Certificates exist for names of this gateway whose keys nobody attested: " + list(ct.alarms).length + ". See certificate logs below."]);
+  const found = ct && !(ct instanceof Failure) ? list(ct.alarms).length + seconds(ct.dropped) : 0;
+  if (found) {
+    out.push(["alarm", "The watch of certificate logs raised alarms: " + found + ". See certificate logs below."]);
   }
   const m = answers.ListMembers;
   if (m && !(m instanceof Failure) && !m.quorum) out.push(["alarm", "There is no quorum."]);
