@@ -116,8 +116,8 @@ type Config struct {
 	Accounts     Accounts
 	Cluster      Cluster
 	// CT is the watch of certificate logs; nil: there is none.
-	CT Watch
-	Public   Public
+	CT     Watch
+	Public Public
 	// Applied is called after routes were ended here, so that the tunnel follows.
 	Applied func()
 	// Exit ends the gateway, at once when forced.
