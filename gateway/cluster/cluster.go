@@ -151,23 +151,6 @@ func (b *hexBytes) UnmarshalText(text []byte) (err error) {
 
 const maxState = 64 << 10
 
-// Peek returns the id and the address in the tunnel that a directory's member has, and
-// whether there is one: both are needed before Open. Code cluster_state.
-func Peek(dir string) (id uint32, address netip.Prefix, ok bool, err error) {
-	s, err := readState(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, netip.Prefix{}, false, nil
-	}
-	if err != nil || !s.Joined {
-		return 0, netip.Prefix{}, false, err
-	}
-	address, err = netip.ParsePrefix(s.Address)
-	if err != nil {
-		return 0, address, false, fault.Wrap(err, "cluster_state", "the address in %s", stateFile)
-	}
-	return s.ID, address, true, nil
-}
-
 func readState(dir string) (s state, err error) {
 	text, err := os.ReadFile(filepath.Join(dir, stateFile))
 	if err != nil {

@@ -24,9 +24,6 @@ type Council struct{ at common.Address }
 // CouncilAt returns the council at an address.
 func CouncilAt(at common.Address) Council { return Council{at} }
 
-// Address is the contract's.
-func (c Council) Address() common.Address { return c.at }
-
 // Step is a call that a council makes.
 type Step struct {
 	Target common.Address
