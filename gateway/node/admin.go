@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -318,20 +319,14 @@ type certificates struct{ m *acme.Manager }
 
 // ends is when the first of a base domain's certificates ends; zero: one is missing.
 func (c certificates) ends(base hostname.Name) (first time.Time) {
-	found := 0
-	for _, s := range c.m.Status() {
-		if s.Name != names(base)[0] && s.Name != names(base)[1] {
-			continue
-		}
-		if s.NotAfter.IsZero() {
+	all := c.each(base)
+	for _, name := range names(base) {
+		switch at := all[name]; {
+		case at.IsZero():
 			return time.Time{}
+		case first.IsZero() || at.Before(first):
+			first = at
 		}
-		if found++; first.IsZero() || s.NotAfter.Before(first) {
-			first = s.NotAfter
-		}
-	}
-	if found < 2 {
-		return time.Time{}
 	}
 	return first
 }
@@ -340,7 +335,7 @@ func (c certificates) ends(base hostname.Name) (first time.Time) {
 func (c certificates) each(base hostname.Name) map[string]time.Time {
 	out := map[string]time.Time{}
 	for _, s := range c.m.Status() {
-		if s.Name == names(base)[0] || s.Name == names(base)[1] {
+		if slices.Contains(names(base), s.Name) {
 			out[s.Name] = s.NotAfter
 		}
 	}
@@ -366,7 +361,7 @@ func (c certificates) Status(base hostname.Name) admin.CertificateStatus {
 	out := admin.CertificateStatus{NotAfter: c.ends(base)}
 	out.Served = !out.NotAfter.IsZero()
 	for _, s := range c.m.Status() {
-		if (s.Name == names(base)[0] || s.Name == names(base)[1]) && s.Err != "" {
+		if slices.Contains(names(base), s.Name) && s.Err != "" {
 			out.Err = s.Err
 		}
 	}
