@@ -311,6 +311,9 @@ func (c *gatewayDomainLsCmd) Run(a *app) error {
 			cert = "certificate until " + until(d.CertStatus.NotAfter)
 		}
 		a.printf("%s:%d  priority %d  %s\n", printable(d.GetConfig().GetDomain()), d.GetConfig().GetPort(), d.GetConfig().GetPriority(), cert)
+		if why := d.GetCertStatus().GetError(); why != "" {
+			a.printf("  %s\n", a.paint(amber, printable(why)))
+		}
 	}
 	return show(a, &r)
 }

@@ -2977,7 +2977,7 @@ type ZtDomainCertStatus struct {
 	IssuedBy       uint32                 `protobuf:"varint,3,opt,name=issued_by,json=issuedBy,proto3" json:"issued_by,omitempty"`
 	IssuedAt       uint64                 `protobuf:"varint,4,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
 	LoadedInMemory bool                   `protobuf:"varint,5,opt,name=loaded_in_memory,json=loadedInMemory,proto3" json:"loaded_in_memory,omitempty"`
-	// Ours: of the last try to get one.
+	// Ours: of the last try to get one, or what is wrong with CAA.
 	Error         string `protobuf:"bytes,1000,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -57,7 +57,7 @@ type Certificates interface {
 type CertificateStatus struct {
 	NotAfter, NotBefore time.Time // of that which ends first; zero: there is none
 	Served              bool      // in memory
-	Err                 string    // of the last try
+	Err                 string    // of the last try, or of CAA
 }
 
 // AttestedKey is a key and its evidence.

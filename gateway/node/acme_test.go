@@ -73,6 +73,33 @@ func TestTheConfiguredAuthorityCertifies(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Administrators are told of a certificate that is served, and that CAA lets everybody
+	// have one, until it names our account.
+	status := func() string {
+		s := certificates{m}.Status("gw.test")
+		if s.Served == s.NotAfter.IsZero() {
+			t.Errorf("%+v", s)
+		}
+		return s.Err
+	}
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: %q", what, status())
+			}
+		}
+	}
+	until("CAA that is missing is told", func() bool { return strings.Contains(status(), "CAA") })
+	if err := m.SetCAA(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.CheckCAA(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if text := status(); text != "" {
+		t.Errorf("when CAA is right: %s", text)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -365,6 +365,11 @@ func (c certificates) Status(base hostname.Name) admin.CertificateStatus {
 			out.Err = s.Err
 		}
 	}
+	for _, s := range c.m.CAA() {
+		if s.Domain == base && s.Err != nil && out.Err == "" {
+			out.Err = s.Err.Error()
+		}
+	}
 	return out
 }
 
